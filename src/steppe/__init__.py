@@ -1,0 +1,46 @@
+"""Measure why Transformer MLP activations are sparse, train them sparser, run them faster."""
+
+from steppe.activations import Rectifier, SShapedSquaredReLU
+from steppe.blocks import BlockPattern, MLPBlock, find_blocks
+from steppe.checkpoints import load_pretrained
+from steppe.errors import SteppeError
+from steppe.measures import BlockDensity, DensityReport, Monitor, measure, watch
+from steppe.plugins import (
+    JumpingSquaredReLU,
+    Plugin,
+    RestrictedNorm,
+    ZerothBias,
+    added_parameters,
+    advance_,
+    constrain_,
+    project_,
+    restore_,
+    sparsify_,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockDensity",
+    "BlockPattern",
+    "DensityReport",
+    "JumpingSquaredReLU",
+    "MLPBlock",
+    "Monitor",
+    "Plugin",
+    "Rectifier",
+    "RestrictedNorm",
+    "SShapedSquaredReLU",
+    "SteppeError",
+    "ZerothBias",
+    "added_parameters",
+    "advance_",
+    "constrain_",
+    "find_blocks",
+    "load_pretrained",
+    "measure",
+    "project_",
+    "restore_",
+    "sparsify_",
+    "watch",
+]

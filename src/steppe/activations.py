@@ -1,0 +1,149 @@
+"""The rectifier family as modules, and where the derivative of any activation is zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from steppe.ops.rectifier import (
+    rectifier,
+    rectifier_derivative,
+    s_shaped_squared_relu,
+    s_shaped_squared_relu_derivative,
+)
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class HasDerivative(Protocol):
+    """An activation that knows its own derivative."""
+
+    def derivative(self, p: Tensor) -> Tensor:
+        """σ′(p), shape and dtype of p."""
+
+
+class Rectifier(nn.Module):
+    """``σ(p) = α r + β r²`` with ``r = max(p, 0)``: ReLU (1, 0), J-SquaredReLU (1, ½), SquaredReLU (0, 1).
+
+    It can stand wherever an elementwise activation stands.
+
+    Args:
+        alpha: slope of the jump at zero, ≥ 0.
+        beta: quadratic coefficient, ≥ 0; not both zero.
+
+    Raises:
+        ValueError: a negative coefficient, or both zero.
+
+    Source: arXiv 2605.25612, J-SquaredReLU.
+
+    Example:
+        >>> Rectifier(1.0, 0.5)(torch.tensor([-1.0, 2.0])).tolist()
+        [0.0, 4.0]
+    """
+
+    def __init__(self, alpha: float = 1.0, beta: float = 0.0) -> None:
+        super().__init__()
+        if alpha < 0 or beta < 0 or alpha + beta == 0:
+            raise ValueError(
+                f"Rectifier: expected alpha ≥ 0 and beta ≥ 0, not both zero; got {alpha=}, {beta=}"
+            )
+        self.alpha = float(alpha)
+        self.beta = float(beta)
+
+    def forward(self, p: Tensor) -> Tensor:
+        """σ(p), shape and dtype of p."""
+        return rectifier(p, self.alpha, self.beta)
+
+    def derivative(self, p: Tensor) -> Tensor:
+        """σ′(p), shape and dtype of p."""
+        return rectifier_derivative(p, self.alpha, self.beta)
+
+    def extra_repr(self) -> str:
+        """The coefficients."""
+        return f"alpha={self.alpha}, beta={self.beta}"
+
+
+class SShapedSquaredReLU(nn.Module):
+    """``s(p − shift_x) + shift_y``, ``s(q) = relu(q − h)² − relu(−q − h)²``, for the stability study.
+
+    Args:
+        shift_x: shift of the flat part; the paper uses −1.6 and 1.6.
+        shift_y: value on the flat part; likewise.
+        half_width: h > 0.
+
+    Raises:
+        ValueError: `half_width` is not positive.
+
+    Source: arXiv 2605.25612, stability study.
+    """
+
+    def __init__(
+        self, shift_x: float = 0.0, shift_y: float = 0.0, half_width: float = 1.5
+    ) -> None:
+        super().__init__()
+        if half_width <= 0:
+            raise ValueError(f"SShapedSquaredReLU: expected half_width > 0, got {half_width}")
+        self.shift_x = float(shift_x)
+        self.shift_y = float(shift_y)
+        self.half_width = float(half_width)
+
+    def forward(self, p: Tensor) -> Tensor:
+        """s(p), shape and dtype of p."""
+        return s_shaped_squared_relu(p, self.shift_x, self.shift_y, self.half_width)
+
+    def derivative(self, p: Tensor) -> Tensor:
+        """s′(p), shape and dtype of p."""
+        return s_shaped_squared_relu_derivative(p, self.shift_x, self.half_width)
+
+    def extra_repr(self) -> str:
+        """The shifts."""
+        return f"shift_x={self.shift_x}, shift_y={self.shift_y}, half_width={self.half_width}"
+
+
+def is_relu(act: Activation) -> bool:
+    """Whether an activation is ReLU, under any of the names PyTorch and steppe have for it.
+
+    Example:
+        >>> is_relu(nn.ReLU()), is_relu(F.relu), is_relu(nn.GELU())
+        (True, True, False)
+    """
+    if isinstance(act, Rectifier):
+        return act.alpha == 1.0 and act.beta == 0.0
+    return isinstance(act, nn.ReLU) or act in (F.relu, torch.relu)
+
+
+def evaluate(act: Activation, p: Tensor) -> Tensor:
+    """``act(p)`` that leaves p as it was, also for ``nn.ReLU(inplace=True)``."""
+    return act(p.clone() if getattr(act, "inplace", False) else p)
+
+
+def derivative(act: Activation, p: Tensor) -> Tensor:
+    """``σ′(p)`` of any elementwise activation, by its own formula if it has one, else by autograd.
+
+    Args:
+        act: elementwise activation, module or function.
+        p: pre-activations, any shape, floating point.
+
+    Returns:
+        Derivatives, shape and dtype of p, with no graph.
+
+    Example:
+        >>> derivative(nn.ReLU(), torch.tensor([-1.0, 0.0, 2.0])).tolist()
+        [0.0, 0.0, 1.0]
+        >>> derivative(torch.sin, torch.tensor([0.0])).tolist()
+        [1.0]
+    """
+    p = p.detach()
+    if is_relu(act):
+        return (p > 0).to(p.dtype)
+    if isinstance(act, HasDerivative):
+        with torch.no_grad():
+            return act.derivative(p)
+    _, pull_back = torch.func.vjp(lambda q: evaluate(act, q), p)
+    (slope,) = pull_back(torch.ones_like(p))
+    return slope.detach()

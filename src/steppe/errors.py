@@ -1,0 +1,52 @@
+"""Every error that steppe raises on purpose.
+
+Each class is also the builtin that a caller would catch, so ``except ValueError`` goes on working in
+code that has never heard of steppe. A message says where, what was expected, what was found and what
+to type instead.
+"""
+
+from __future__ import annotations
+
+
+class SteppeError(Exception):
+    """Base of all errors that steppe raises on purpose."""
+
+
+class BlocksNotFoundError(SteppeError, LookupError):
+    """No MLP block of a known shape was found in the model."""
+
+
+class UnfitBlockError(SteppeError, ValueError):
+    """A plug-in does not fit a block; the model was left as it was."""
+
+
+class SparsificationError(SteppeError, RuntimeError):
+    """The model carries the plug-in already, or carries none where one was expected."""
+
+
+class TokenPositionError(SteppeError, ValueError):
+    """The absolute position of a token is unknown or beyond the table of zeroth biases."""
+
+
+class ScheduleError(SteppeError, ValueError):
+    """A schedule or an optimizer lacks what it needs to drive the plug-ins."""
+
+
+class CheckpointError(SteppeError, ValueError):
+    """A checkpoint is corrupt, or belongs to another model."""
+
+
+class EmptyLoaderError(SteppeError, ValueError):
+    """A loader gave no batch, or no token that counts."""
+
+
+class NonFiniteLossError(SteppeError, ArithmeticError):
+    """The training loss became NaN or infinite."""
+
+
+class OutputError(SteppeError, OSError):
+    """A result cannot be written where it was asked for."""
+
+
+class MissingExtraError(SteppeError, ImportError):
+    """An optional dependency is not installed."""

@@ -1,0 +1,266 @@
+"""Put plug-ins into a model, take them out again, and keep their bounds while it trains."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from steppe.blocks import (
+    BlockPattern,
+    MLPBlock,
+    Slot,
+    find_blocks,
+    find_nested_tensor_encoders,
+    unwrap,
+)
+from steppe.errors import SparsificationError
+from steppe.plugins.base import Constraint, Plugin
+from steppe.plugins.jumping_relu import JumpingSquaredReLU
+from steppe.plugins.restricted_norm import RestrictedNorm
+from steppe.plugins.zeroth_bias import ZerothBias
+from steppe.surgery import Journal
+
+PLUGINS: tuple[type[Plugin], ...] = (ZerothBias, RestrictedNorm, JumpingSquaredReLU)
+CONFIG_KEY = "steppe"  # where a Hugging Face config keeps the record
+RECORD_VERSION = 1
+_ATTRIBUTE = "_steppe_sparsification"
+
+
+@dataclass
+class Sparsification:
+    """What steppe did to a model: the plug-ins, the blocks, and how to take it back.
+
+    Attributes:
+        applied: each plug-in, with the names of the blocks that have it.
+        progress: share of the run that is done, in [0, 1].
+    """
+
+    applied: list[tuple[Plugin, tuple[str, ...]]] = field(default_factory=list)
+    progress: float = 0.0
+    journal: Journal = field(default_factory=Journal, repr=False)
+    constraints: list[Constraint] = field(default_factory=list, repr=False)
+    parameters_before: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether some plug-in needs to know how much of the run is done."""
+        return any(plugin.has_schedule for plugin, _ in self.applied)
+
+    def record(self) -> dict[str, Any]:
+        """The JSON values that stand in ``config.json``."""
+        return {
+            "version": RECORD_VERSION,
+            "progress": self.progress,
+            "plugins": [
+                {**plugin.settings(), "blocks": list(names)} for plugin, names in self.applied
+            ],
+        }
+
+
+def sparsify_(
+    model: nn.Module,
+    plugins: Sequence[Plugin],
+    where: Callable[[MLPBlock], bool] | None = None,
+    patterns: Sequence[BlockPattern] = (),
+) -> nn.Module:
+    """Put plug-ins into the MLP blocks of a model, in place.
+
+    All is checked before anything is changed. Existing Parameters stay the same objects under the
+    same names; `added_parameters` names the new ones. A Hugging Face model notes it in its config,
+    so that ``save_pretrained`` saves it and `load_pretrained` brings it back. Call it before DDP,
+    FSDP or an optimizer see the model.
+
+    Args:
+        model: the model; wrappers (PEFT, ``torch.compile``) are seen through.
+        plugins: `ZerothBias`, `RestrictedNorm`, `JumpingSquaredReLU`, in any combination.
+        where: which blocks; all by default.
+        patterns: patterns of your own for `find_blocks`.
+
+    Returns:
+        The model.
+
+    Raises:
+        BlocksNotFoundError: there is no MLP block.
+        SparsificationError: a block has one of the plug-ins already.
+        UnfitBlockError: a plug-in does not fit a block; the model is untouched.
+
+    Source: arXiv 2605.25612.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 32, norm_first=True)
+        >>> _ = sparsify_(layer, [RestrictedNorm(), JumpingSquaredReLU()])
+        >>> layer.activation
+        Rectifier(alpha=1.0, beta=0.5)
+        >>> restore_(layer).activation.__name__
+        'relu'
+    """
+    root = unwrap(model)
+    blocks = find_blocks(root, where, patterns)
+    names = tuple(block.name for block in blocks)
+    if not plugins:
+        raise ValueError("sparsify_: no plug-in given, e.g. sparsify_(model, [ZerothBias()])")
+    old = sparsification_of(root)
+    _refuse_duplicates(plugins, names, old)
+    resolved = [plugin.resolve(root, blocks) for plugin in plugins]
+    for plugin in resolved:
+        for block in blocks:
+            plugin.check(block)
+
+    journal = Journal()
+    constraints: list[Constraint] = []
+    before = frozenset(name for name, _ in root.named_parameters())
+    try:
+        for encoder in find_nested_tensor_encoders(root):
+            journal.set_attribute(Slot(encoder, "use_nested_tensor"), False)
+        for plugin in resolved:
+            constraints += plugin.apply(root, blocks, journal)
+    except BaseException:  # also Ctrl-C: never half a model
+        journal.undo()
+        raise
+    if old is None:
+        old = Sparsification(parameters_before=before)
+        setattr(root, _ATTRIBUTE, old)
+    old.applied += [(plugin, names) for plugin in resolved]
+    old.constraints += constraints
+    old.journal.extend(journal)
+    _note_in_config(root, old)
+    _forget_compiled_code()
+    return model
+
+
+def restore_(model: nn.Module) -> nn.Module:
+    """Take everything back that `sparsify_` did: the exact inverse.
+
+    Values that training has given to the model's own parameters stay; the zeroth biases are gone.
+
+    Args:
+        model: a model that `sparsify_` changed.
+
+    Returns:
+        The model.
+
+    Raises:
+        SparsificationError: the model carries no plug-in.
+    """
+    root = unwrap(model)
+    sparsification = require_sparsification(root)
+    sparsification.journal.undo()
+    delattr(root, _ATTRIBUTE)
+    config = getattr(root, "config", None)
+    if hasattr(config, CONFIG_KEY):
+        delattr(config, CONFIG_KEY)
+    _forget_compiled_code()
+    return model
+
+
+def sparsification_of(model: nn.Module) -> Sparsification | None:
+    """What `sparsify_` did to a model, or None."""
+    return getattr(unwrap(model), _ATTRIBUTE, None)
+
+
+def require_sparsification(model: nn.Module) -> Sparsification:
+    """What `sparsify_` did to a model.
+
+    Raises:
+        SparsificationError: nothing; the message says how to begin.
+    """
+    sparsification = sparsification_of(model)
+    if sparsification is None:
+        raise SparsificationError(
+            f"{type(unwrap(model)).__name__} carries no plug-in. First:"
+            " steppe.sparsify_(model, [ZerothBias(), RestrictedNorm(), JumpingSquaredReLU()])"
+        )
+    return sparsification
+
+
+def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that `sparsify_` added, by name; empty if there are none.
+
+    An optimizer that was made before takes them with
+    ``optimizer.add_param_group({"params": list(added_parameters(model).values())})``.
+    """
+    sparsification = sparsification_of(model)
+    if sparsification is None:
+        return {}
+    return {
+        name: parameter
+        for name, parameter in unwrap(model).named_parameters()
+        if name not in sparsification.parameters_before
+    }
+
+
+def advance_(model: nn.Module, progress: float) -> nn.Module:
+    """Set the schedules of a model's plug-ins.
+
+    Args:
+        model: a sparsified model.
+        progress: share of the run that is done, in [0, 1].
+
+    Returns:
+        The model.
+
+    Raises:
+        SparsificationError: the model carries no plug-in.
+        ValueError: `progress` is outside [0, 1].
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"advance_: expected a share of the run in 0 … 1, got {progress}")
+    root = unwrap(model)
+    sparsification = require_sparsification(root)
+    sparsification.progress = progress
+    for constraint in sparsification.constraints:
+        constraint.advance(progress)
+    _note_in_config(root, sparsification)
+    return model
+
+
+def project_(model: nn.Module) -> nn.Module:
+    """Bring the parameters of a model's plug-ins back within their bounds.
+
+    Args:
+        model: a sparsified model, on one device or sharded by FSDP2.
+
+    Returns:
+        The model.
+
+    Raises:
+        SparsificationError: the model carries no plug-in.
+    """
+    for constraint in require_sparsification(model).constraints:
+        constraint.project()
+    return model
+
+
+def _refuse_duplicates(
+    plugins: Sequence[Plugin], names: Sequence[str], old: Sparsification | None
+) -> None:
+    """Refuse a plug-in that is given twice or that a block has already."""
+    keys = [plugin.key for plugin in plugins]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise SparsificationError(f"sparsify_: {key} is given {keys.count(key)} times")
+    for plugin, have in [] if old is None else old.applied:
+        again = [name for name in names if name in have]
+        if plugin.key in keys and again:
+            raise SparsificationError(
+                f"{again[0]}: has {type(plugin).__name__} already; the model is unchanged. To"
+                " start over: steppe.restore_(model)"
+            )
+
+
+def _note_in_config(root: nn.Module, sparsification: Sparsification) -> None:
+    """Keep the record in a Hugging Face config, which save_pretrained writes."""
+    config = getattr(root, "config", None)
+    if callable(getattr(config, "to_dict", None)):
+        setattr(config, CONFIG_KEY, sparsification.record())
+
+
+def _forget_compiled_code() -> None:
+    """Make torch.compile look again: it does not notice hooks added after the first call."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -1,0 +1,178 @@
+"""Zeroth bias: a learnable bias per token position, added to the input of the MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn import functional as F  # noqa: N812
+
+from steppe.blocks import MLPBlock, Slot, linear_weight, max_tokens_of
+from steppe.errors import TokenPositionError, UnfitBlockError
+from steppe.plugins.base import Constraint, Plugin
+from steppe.surgery import Journal
+from steppe.tokens import TokenContext, listen
+
+PARAMETER_NAME = "zeroth_bias"
+
+
+@dataclass(frozen=True)
+class ZerothBias(Plugin):
+    """Different biases for different input tokens of the MLP: more gradient noise, flatter minima.
+
+    A parameter ``zeroth_bias [max_tokens, d_model]``, zero at start, stands beside the weight of
+    `up` and is added to the input of `up` and `gate` at the token's absolute position; nothing else
+    sees it. After every optimizer step it is clipped to ± `limit` · |norm scale|.
+
+    Args:
+        max_tokens: longest sequence, in tokens; by default what the model's config says.
+        limit: bound of the bias relative to the scale of the block's norm, > 0.
+
+    Raises:
+        ValueError: a setting is not positive.
+
+    Source: arXiv 2605.25612, zeroth biases. (The authors' scripts add it to the block's output; the
+    paper, and steppe, to the input.)
+    """
+
+    key: ClassVar[str] = "zeroth_bias"
+
+    max_tokens: int | None = None
+    limit: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse settings that mean nothing."""
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"ZerothBias: expected max_tokens ≥ 1, got {self.max_tokens}")
+        if self.limit <= 0:
+            raise ValueError(f"ZerothBias: expected limit > 0, got {self.limit}")
+
+    def resolve(self, model: nn.Module, blocks: Sequence[MLPBlock]) -> ZerothBias:
+        """The same with `max_tokens` decided."""
+        if self.max_tokens is not None:
+            return self
+        max_tokens = max_tokens_of(model)
+        if max_tokens is None:
+            raise UnfitBlockError(
+                f"ZerothBias: {type(model).__name__} does not say how long its sequences can be."
+                " Say it: ZerothBias(max_tokens=512)"
+            )
+        return replace(self, max_tokens=max_tokens)
+
+    def check(self, block: MLPBlock) -> None:
+        """Refuse a block without a norm scale, or one that is sharded already."""
+        if not isinstance(getattr(block.norm, "weight", None), nn.Parameter):
+            raise UnfitBlockError(
+                f"{block.name}: ZerothBias is bounded by the scale of the block's norm, and"
+                f" {_kind(block.norm)} has none. Leave the block out: sparsify_(..., where=...)"
+            )
+        if isinstance(linear_weight(block.up), DTensor):
+            raise UnfitBlockError(
+                f"{block.name}: the model is sharded already; call sparsify_ before fully_shard"
+            )
+        if hasattr(block.up, PARAMETER_NAME):
+            raise UnfitBlockError(
+                f"{block.name}: {_kind(block.up)} has an attribute {PARAMETER_NAME!r} of its own"
+            )
+
+    def apply(
+        self, model: nn.Module, blocks: Sequence[MLPBlock], journal: Journal
+    ) -> list[Constraint]:
+        """Add the parameter and the hooks that add it to the input."""
+        assert self.max_tokens is not None
+        contexts, hooks = listen(model, blocks)
+        for module, hook in hooks:
+            journal.add_forward_pre_hook(module, hook, with_kwargs=True)
+        constraints: list[Constraint] = []
+        for block, context in zip(blocks, contexts, strict=True):
+            weight = linear_weight(block.up)
+            bias = nn.Parameter(
+                torch.zeros(
+                    self.max_tokens, block.d_model, dtype=weight.dtype, device=weight.device
+                )
+            )
+            journal.add_parameter(Slot(block.up, PARAMETER_NAME), bias)
+            hook = _AddZerothBias(block, context)
+            journal.add_forward_pre_hook(block.up, hook)
+            if block.gate is not None:
+                journal.add_forward_pre_hook(block.gate, hook)
+            constraints.append(_Clipped(block, self.limit))
+        return constraints
+
+
+class _AddZerothBias:
+    """The forward pre-hook on `up` and `gate`."""
+
+    def __init__(self, block: MLPBlock, context: TokenContext) -> None:
+        self._block = block
+        self._context = context
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Add to x the bias at each position; x is [B, T, D], [T, B, D] or [B·T, D]."""
+        x, *rest = args
+        bias: Tensor = getattr(self._block.up, PARAMETER_NAME)
+        tokens = self._context.tokens_per_sequence(x, self._block)
+        by_token = self._at_positions(bias.to(x.dtype), tokens)  # [T, D] or [B, T, D]
+        if x.dim() == 3:
+            if self._block.token_dim == 0:
+                by_token = by_token.unsqueeze(1) if by_token.dim() == 2 else by_token.mT
+            return (x + by_token, *rest)
+        return ((x.unflatten(0, (-1, tokens)) + by_token).flatten(0, 1), *rest)
+
+    def _at_positions(self, bias: Tensor, tokens: int) -> Tensor:
+        """Rows of the table for the current call."""
+        positions, offset = self._context.positions, self._context.offset
+        if isinstance(offset, Tensor):
+            if positions is None:
+                positions = (torch.arange(tokens, device=bias.device) + offset).unsqueeze(0)
+        elif offset + tokens > bias.shape[0]:
+            raise self._too_long(offset + tokens, bias.shape[0])
+        if positions is None:
+            assert isinstance(offset, int)
+            return bias[offset : offset + tokens]
+        # Reading the largest position on an accelerator would wait for it; the lookup fails there.
+        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+            largest = int(positions.max())
+            if largest >= bias.shape[0]:
+                raise self._too_long(largest + 1, bias.shape[0])
+        return F.embedding(positions, bias)
+
+    def _too_long(self, length: int, max_tokens: int) -> TokenPositionError:
+        return TokenPositionError(
+            f"{self._block.name}: a sequence of {length} tokens, but the zeroth bias has"
+            f" {max_tokens} positions. Truncate the input, or train with"
+            f" ZerothBias(max_tokens={length})."
+        )
+
+
+class _Clipped(Constraint):
+    """|bias| ≤ limit · |norm scale|, per column."""
+
+    def __init__(self, block: MLPBlock, limit: float) -> None:
+        self._block = block
+        self._limit = limit
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Clip in place."""
+        assert self._block.norm is not None
+        scale = self._block.norm.weight
+        bias = getattr(self._block.up, PARAMETER_NAME)
+        bound = self._limit * (scale.full_tensor() if isinstance(scale, DTensor) else scale).abs()
+        bound = bound.to(bias.dtype)
+        if isinstance(bias, DTensor):
+            if not all(p in (Shard(0), Replicate()) for p in bias.placements):
+                raise UnfitBlockError(
+                    f"{self._block.name}: the zeroth bias is sharded as {bias.placements};"
+                    " supported are FSDP2's Shard(0) and Replicate()"
+                )
+            bias = bias.to_local()
+        bias.clamp_(min=-bound, max=bound)
+
+
+def _kind(module: object) -> str:
+    return type(module).__name__

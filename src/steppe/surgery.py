@@ -1,0 +1,109 @@
+"""Journalled, reversible in-place edits of a model.
+
+Every edit goes through a `Journal`, which can take all of them back in reverse order. Nothing here
+copies or replaces a Parameter: an optimizer that holds them goes on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from steppe.blocks import Slot
+
+
+class _Edit(ABC):
+    """One change that can be taken back."""
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Take the change back."""
+
+
+@dataclass
+class _AttributeEdit(_Edit):
+    slot: Slot
+    old: object
+
+    def undo(self) -> None:
+        _set(self.slot, self.old)
+
+
+@dataclass
+class _ParameterEdit(_Edit):
+    slot: Slot
+
+    def undo(self) -> None:
+        delattr(self.slot.module, self.slot.name)
+
+
+@dataclass
+class _HookEdit(_Edit):
+    handle: RemovableHandle
+
+    def undo(self) -> None:
+        self.handle.remove()
+
+
+@dataclass
+class _FreezeEdit(_Edit):
+    parameter: nn.Parameter
+    required_grad: bool
+
+    def undo(self) -> None:
+        self.parameter.requires_grad_(self.required_grad)
+
+
+class Journal:
+    """The edits made to a model, in order."""
+
+    def __init__(self) -> None:
+        self._edits: list[_Edit] = []
+
+    def set_attribute(self, slot: Slot, value: object) -> None:
+        """Give an attribute another value; a module may take the place of a function."""
+        old = getattr(slot.module, slot.name)
+        _set(slot, value)
+        self._edits.append(_AttributeEdit(slot, old))
+
+    def add_parameter(self, slot: Slot, parameter: nn.Parameter) -> None:
+        """Register a new parameter beside the existing ones."""
+        slot.module.register_parameter(slot.name, parameter)
+        self._edits.append(_ParameterEdit(slot))
+
+    def add_forward_pre_hook(
+        self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False
+    ) -> None:
+        """Register a forward pre-hook."""
+        handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+        self._edits.append(_HookEdit(handle))
+
+    def add_forward_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Register a forward hook."""
+        self._edits.append(_HookEdit(module.register_forward_hook(hook)))
+
+    def freeze(self, parameter: nn.Parameter) -> None:
+        """Take a parameter out of training."""
+        self._edits.append(_FreezeEdit(parameter, parameter.requires_grad))
+        parameter.requires_grad_(False)
+
+    def extend(self, other: Journal) -> None:
+        """Take over the edits of another journal, as the later ones."""
+        self._edits += other._edits
+
+    def undo(self) -> None:
+        """Take all edits back, last one first."""
+        while self._edits:
+            self._edits.pop().undo()
+
+
+def _set(slot: Slot, value: object) -> None:
+    """setattr that lets a plain function follow a module, which nn.Module refuses."""
+    if not isinstance(value, nn.Module):
+        slot.module._modules.pop(slot.name, None)
+    setattr(slot.module, slot.name, value)

@@ -1,0 +1,185 @@
+"""What a forward pass says of its tokens: their absolute positions, and which are padding.
+
+A block sees hidden states only. The module above it that takes ``input_ids`` (its stack) is told
+the attention mask, the position ids and the cache; a `TokenContext` listens there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steppe.blocks import MLPBlock, decoder_stack, forward_parameters, unwrap
+from steppe.errors import TokenPositionError
+
+IGNORED_LABEL = -100  # what Hugging Face's losses skip
+
+
+class TokenContext:
+    """A forward pre-hook on a stack that keeps what the current call says of its tokens.
+
+    It is kept after the call, since gradient checkpointing runs the blocks again in the backward
+    pass. With two forward passes before one checkpointed backward, both must have equal masks.
+
+    Attributes:
+        shape: ``(B, T)`` of the current call, or None where nothing tells it.
+        mask: bool ``[B, T]``, False for padding, or None where all tokens count.
+        positions: int64 ``[B or 1, T]`` absolute positions, or None if they are ``offset + 0..T-1``.
+        offset: number of tokens in the cache.
+    """
+
+    def __init__(self, parameters: Sequence[str]) -> None:
+        self._parameters = tuple(parameters)
+        self.shape: tuple[int, int] | None = None
+        self.mask: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.offset: int | Tensor = 0
+        self.decoder_labels: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the arguments of the stack's forward."""
+        told = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        ids, embeds = told.get("input_ids"), told.get("inputs_embeds")
+        if ids is not None:
+            self.shape = (ids.numel() // ids.shape[-1], ids.shape[-1])
+        else:
+            self.shape = None if embeds is None else (embeds.shape[0], embeds.shape[1])
+        cache = told.get("past_key_values")
+        self.offset = 0 if cache is None else cache.get_seq_length()
+        self.mask = self.positions = None
+        mask = _counted_tokens(told)
+        if self.shape is not None:
+            tokens = self.shape[1]
+            position_ids = told.get("position_ids")
+            if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+                # OPT numbers left padding -1; padding may have any position.
+                self.positions = position_ids.clamp(min=0)
+            elif mask is not None:
+                self.positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+            if mask is None and self.decoder_labels is not None:
+                mask = self.decoder_labels != IGNORED_LABEL
+            # With a cache the mask covers the cached tokens too.
+            mask = None if mask is None else mask[:, -tokens:]
+        self.mask = mask
+        self.decoder_labels = None
+
+    def tokens_per_sequence(self, x: Tensor, block: MLPBlock) -> int:
+        """T of a block's input.
+
+        Args:
+            x: ``[B, T, D]``, ``[T, B, D]``, or flattened ``[B·T, D]``.
+            block: the block that x is the input of.
+
+        Raises:
+            TokenPositionError: x is not the stack's tokens, so their positions are unknown.
+        """
+        if x.dim() == 3:
+            tokens = x.shape[block.token_dim]
+        elif block.stack is not None and "input_ids" in self._parameters:
+            if self.shape is None:
+                raise TokenPositionError(
+                    f"{block.name}: got flattened tokens {list(x.shape)} and nothing says how many"
+                    f" belong to one sequence. Call {type(block.stack).__name__} (or the model),"
+                    " not the layer by itself."
+                )
+            tokens = self.shape[1]
+        else:
+            tokens = x.shape[0]
+        if self.shape is not None and self.shape[0] * self.shape[1] != x.numel() // x.shape[-1]:
+            raise TokenPositionError(
+                f"{block.name}: the model was called with {self.shape[0]} × {self.shape[1]} tokens,"
+                f" the MLP got {list(x.shape)}. Chunked feed-forward layers are not supported: set"
+                " config.chunk_size_feed_forward = 0."
+            )
+        return tokens
+
+    def flat_mask(self, x: Tensor, block: MLPBlock) -> Tensor | None:
+        """Which tokens of a block's input count.
+
+        Args:
+            x: the input or any hidden tensor of the block, ``[B, T, *]``, ``[T, B, *]``, ``[B·T, *]``.
+            block: the block.
+
+        Returns:
+            bool ``[B·T]`` in the order of x's tokens, or None if all count.
+
+        Raises:
+            TokenPositionError: the mask has another number of tokens than x.
+        """
+        if self.mask is None:
+            return None
+        mask = self.mask.T if block.token_dim == 0 else self.mask
+        flat = mask.reshape(-1)
+        if flat.shape[0] * x.shape[-1] != x.numel():
+            raise TokenPositionError(
+                f"{block.name}: the padding mask has {list(self.mask.shape)} tokens, the hidden"
+                f" tensor is {list(x.shape)}"
+            )
+        return flat
+
+
+class DecoderLabels:
+    """A forward pre-hook on an encoder-decoder model that hands its labels to the decoder's context.
+
+    Trainers pass no decoder mask; the decoder's padding is where the labels are ignored.
+    """
+
+    def __init__(self, parameters: Sequence[str], context: TokenContext) -> None:
+        self._parameters = tuple(parameters)
+        self._context = context
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the labels."""
+        told = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        self._context.decoder_labels = told.get("labels")
+
+
+PreHook = TokenContext | DecoderLabels
+
+
+def listen(
+    model: nn.Module, blocks: Sequence[MLPBlock]
+) -> tuple[list[TokenContext], list[tuple[nn.Module, PreHook]]]:
+    """Contexts for some blocks, and the hooks that keep them current.
+
+    Args:
+        model: the model that the blocks are of.
+        blocks: the blocks.
+
+    Returns:
+        One context per block (shared by the blocks of a stack), and the hooks to register with
+        ``module.register_forward_pre_hook(hook, with_kwargs=True)``.
+    """
+    by_stack: dict[int, TokenContext] = {}
+    contexts: list[TokenContext] = []
+    hooks: list[tuple[nn.Module, PreHook]] = []
+    decoder = decoder_stack(model)
+    for block in blocks:
+        if block.stack is None:
+            contexts.append(TokenContext(()))
+            continue
+        if id(block.stack) not in by_stack:
+            context = TokenContext(forward_parameters(block.stack))
+            by_stack[id(block.stack)] = context
+            hooks.append((block.stack, context))
+            root = unwrap(model)
+            if block.stack is decoder and decoder is not root:
+                hooks.append((root, DecoderLabels(forward_parameters(root), context)))
+        contexts.append(by_stack[id(block.stack)])
+    return contexts, hooks
+
+
+def _counted_tokens(told: dict[str, Any]) -> Tensor | None:
+    """bool ``[B, S]``, True where a token counts, or None where nothing is said."""
+    mask = told.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask != 0
+    padding = told.get("src_key_padding_mask")
+    if isinstance(padding, Tensor):
+        # bool: True is padding. float: added to the attention scores, -inf is padding.
+        counted = ~padding if padding.dtype == torch.bool else padding == 0
+        return counted if counted.dim() == 2 else counted.unsqueeze(0)
+    return None
