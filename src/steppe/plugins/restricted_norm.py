@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from steppe.blocks import MLPBlock
 from steppe.errors import UnfitBlockError
 from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
+from steppe.sharding import is_sharded, local_rows
 from steppe.surgery import Journal
 
 
@@ -122,8 +122,8 @@ class _Floor(Constraint):
     def project(self) -> None:
         """Clamp in place."""
         scale = self._norm.weight
-        local = scale.to_local() if isinstance(scale, DTensor) else scale
-        assert isinstance(local, Tensor)
+        assert isinstance(scale, Tensor)
+        local = local_rows(scale)
         if self._ramp == 0:
             local.clamp_(min=self._floor)
         else:
@@ -136,7 +136,7 @@ def _multiplies_by_weight(norm: nn.Module) -> bool:
         return True
     weight = norm.weight
     assert isinstance(weight, Tensor)
-    if weight.is_meta or isinstance(weight, DTensor):
+    if weight.is_meta or is_sharded(weight):
         return True  # nothing to compute with; the class was accepted when it had values
     probe = copy.deepcopy(norm).to(device="cpu", dtype=torch.float32)
     x = torch.linspace(-1.0, 2.0, weight.shape[0]).unsqueeze(0)

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F  # noqa: N812
 
 from steppe.blocks import MLPBlock, Slot, linear_weight, max_tokens_of
 from steppe.errors import TokenPositionError, UnfitBlockError
 from steppe.plugins.base import Constraint, Plugin
+from steppe.sharding import full, is_sharded, local_rows
 from steppe.surgery import Journal
 from steppe.tokens import TokenContext, listen
 
@@ -70,7 +70,7 @@ class ZerothBias(Plugin):
                 f"{block.name}: ZerothBias is bounded by the scale of the block's norm, and"
                 f" {_kind(block.norm)} has none. Leave the block out: sparsify_(..., where=...)"
             )
-        if isinstance(linear_weight(block.up), DTensor):
+        if is_sharded(linear_weight(block.up)):
             raise UnfitBlockError(
                 f"{block.name}: the model is sharded already; call sparsify_ before fully_shard"
             )
@@ -161,17 +161,10 @@ class _Clipped(Constraint):
         """Clip in place."""
         assert self._block.norm is not None
         scale = self._block.norm.weight
-        bias = getattr(self._block.up, PARAMETER_NAME)
-        bound = self._limit * (scale.full_tensor() if isinstance(scale, DTensor) else scale).abs()
-        bound = bound.to(bias.dtype)
-        if isinstance(bias, DTensor):
-            if not all(p in (Shard(0), Replicate()) for p in bias.placements):
-                raise UnfitBlockError(
-                    f"{self._block.name}: the zeroth bias is sharded as {bias.placements};"
-                    " supported are FSDP2's Shard(0) and Replicate()"
-                )
-            bias = bias.to_local()
-        bias.clamp_(min=-bound, max=bound)
+        assert isinstance(scale, Tensor)
+        rows = local_rows(getattr(self._block.up, PARAMETER_NAME))
+        bound = (self._limit * full(scale).abs()).to(rows.dtype)
+        rows.clamp_(min=-bound, max=bound)
 
 
 def _kind(module: object) -> str:

@@ -1,0 +1,60 @@
+# Each target makes what it needs first; a second call is quick.
+#
+#   make PYTHON=python3.12 …             another interpreter for the virtual environment
+#   make PIP_ARGS="…" install            more arguments for pip
+#   make PYTEST_ARGS="-k blocks -x" test more arguments for pytest
+#   make DEMO_ARGS="--seeds 3" demo      more arguments for the demo
+
+PYTHON      ?= python3
+PIP_ARGS    ?=
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+WORKERS     ?= 2
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed-demo
+
+# One torch thread a worker: two workers with all cores each are slower than one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format clean
+
+help: ## show the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+install: $(STAMP) ## make the virtual environment in .venv
+
+demo: $(STAMP) ## train the demo models and print the table
+	$(BIN)/steppe demo $(DEMO_ARGS)
+
+test: $(STAMP) ## run the tests, without the slow ones
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## run the slow tests
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy src
+
+format: $(STAMP) ## rewrite the files as lint wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove everything that is not source
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted install is taken up again by the next call. A
+# half-made environment has no working pip and is made anew.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "steppe needs Python >= 3.10 with the venv module, and '$(PYTHON)' is not that:" \
+	       "install it (on Debian and Ubuntu: apt install python3-venv)," \
+	       "or name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.[demo,peft,test,dev]'
+	@touch $@
