@@ -1,0 +1,277 @@
+"""The callback that brings steppe into a stock Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from steppe.errors import NonFiniteLossError
+from steppe.measures.density import report_from_counts
+from steppe.measures.watch import Monitor, sum_over, watch
+from steppe.plugins.sparsify import (
+    advance_,
+    project_,
+    require_sparsification,
+    sparsification_of,
+)
+
+
+class SteppeCallback(TrainerCallback, ExportableState):
+    """Constraints, schedules and metrics of steppe in a stock ``transformers.Trainer``.
+
+    If the model carries plug-ins, their schedules follow ``global_step / max_steps`` and they are
+    projected after every optimizer step. Every `every` steps the forward passes of one step are
+    counted. Each log gets ``density`` and ``derivative_density`` of the steps counted since the
+    last one, ``training_density`` (the mean over all steps counted so far, the paper's training
+    density) and the same per block, in ``trainer.state.log_history``, in TensorBoard and in W&B
+    where ``report_to`` names them. All survive resuming from a checkpoint. Counts are summed over
+    processes, once per log.
+
+    Args:
+        every: count one optimizer step in so many, ≥ 1.
+        per_block: log each block too, not only the whole model.
+
+    Raises:
+        ValueError: `every` is below 1.
+
+    Example:
+        ``Trainer(model=model, args=args, train_dataset=data, callbacks=[SteppeCallback()])``
+    """
+
+    def __init__(self, every: int = 50, per_block: bool = True) -> None:
+        if every < 1:
+            raise ValueError(f"SteppeCallback: expected every ≥ 1, got {every}")
+        self.every = every
+        self.per_block = per_block
+        self.history: list[dict[str, Any]] = []
+        """One entry per counted step, up to the last log: ``step``, ``density``,
+        ``derivative_density``, and lists of both per block."""
+        self._pending: list[tuple[int, list[Tensor]]] = []
+        self._watching: AbstractContextManager[Monitor] | None = None
+        self._monitor: Monitor | None = None
+        self._writer: SummaryWriter | None = None
+
+    @property
+    def training_density(self) -> float:
+        """Mean over the counted training steps of the density; NaN before the first log."""
+        return _mean([entry["density"] for entry in self.history])
+
+    @property
+    def training_density_per_block(self) -> list[float]:
+        """The same per block, in forward order."""
+        per_step = [entry["density_per_block"] for entry in self.history]
+        return [_mean(list(column)) for column in zip(*per_step, strict=True)]
+
+    def state(self) -> dict[str, Any]:
+        """What ``trainer_state.json`` keeps of this callback."""
+        self._settle()
+        return {
+            "args": {"every": self.every, "per_block": self.per_block},
+            "attributes": {"history": self.history},
+        }
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hang the counters into the model; take up what a checkpoint kept."""
+        assert model is not None
+        self._stop_watching()
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        self.history = list(saved.get("attributes", {}).get("history", []))
+        self._pending = []
+        self._watching = watch(model)
+        self._monitor = self._watching.__enter__()
+        self._monitor.enabled = False
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set the schedules; count this step if it is its turn."""
+        assert model is not None
+        assert self._monitor is not None
+        if sparsification_of(model) is not None:
+            advance_(model, min(1.0, state.global_step / max(1, state.max_steps)))
+        self._monitor.enabled = state.global_step % self.every == 0
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Project, also after a step that AMP skipped: then it changes nothing."""
+        assert model is not None
+        if sparsification_of(model) is not None:
+            project_(model)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Put the counts of this step aside; nothing waits for the device."""
+        assert self._monitor is not None
+        if self._monitor.enabled:
+            self._monitor.enabled = False
+            self._pending.append((state.global_step, self._monitor.take()))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the metrics to this log.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+        """
+        logs = {} if logs is None else logs
+        loss = logs.get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the training loss is {loss} at step {state.global_step}. Lower the learning rate"
+                " (--lr), clip gradients (max_grad_norm=1.0), or warm up longer."
+            )
+        if self._monitor is None:
+            return
+        metrics = self._metrics(self._settle())
+        if not metrics:
+            return
+        logs.update(metrics)  # for callbacks after this one
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(metrics)
+        if state.is_world_process_zero:
+            self._report(args, state, metrics)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """End the schedules and leave the model without hooks."""
+        if model is not None and sparsification_of(model) is not None:
+            advance_(model, min(1.0, state.global_step / max(1, state.max_steps)))
+            if require_sparsification(model).has_schedule:
+                project_(model)
+        self._settle()
+        self._stop_watching()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _settle(self) -> list[dict[str, Any]]:
+        """Turn pending counts into history; the only place that waits for the device."""
+        if not self._pending or self._monitor is None:
+            return []
+        counts = torch.stack(
+            [torch.stack([block.cpu() for block in blocks]) for _, blocks in self._pending]
+        )
+        if dist.is_available() and dist.is_initialized():
+            device = self._pending[0][1][0].device
+            assert dist.group.WORLD is not None
+            counts = sum_over(counts, device, dist.group.WORLD)
+        new = []
+        for (step, _), step_counts in zip(self._pending, counts, strict=True):
+            report = report_from_counts(self._monitor.names, step_counts)
+            new.append(
+                {
+                    "step": step,
+                    "density": report.density,
+                    "derivative_density": report.derivative_density,
+                    "density_per_block": [block.density for block in report.blocks],
+                    "derivative_density_per_block": [
+                        block.derivative_density for block in report.blocks
+                    ],
+                }
+            )
+        self._pending = []
+        self.history += new
+        return new
+
+    def _metrics(self, new: list[dict[str, Any]]) -> dict[str, float]:
+        """The metrics of one log from the steps counted since the last one."""
+        if not new:
+            return {}
+        assert self._monitor is not None
+        metrics = {
+            "density": _mean([entry["density"] for entry in new]),
+            "derivative_density": _mean([entry["derivative_density"] for entry in new]),
+            "training_density": self.training_density,
+        }
+        if self.per_block:
+            for index, name in enumerate(self._monitor.names):
+                for key in ("density", "derivative_density"):
+                    metrics[f"{key}/{name}"] = _mean([e[f"{key}_per_block"][index] for e in new])
+        return metrics
+
+    def _report(
+        self, args: TrainingArguments, state: TrainerState, metrics: dict[str, float]
+    ) -> None:
+        """Write to the reporters that ran before this callback and have not seen the metrics."""
+        named = {f"train/{key}": value for key, value in metrics.items()}
+        if "tensorboard" in args.report_to:
+            if self._writer is None:
+                self._writer = SummaryWriter(_tensorboard_folder(args))
+            for key, value in named.items():
+                self._writer.add_scalar(key, value, state.global_step)
+            self._writer.flush()
+        if "wandb" in args.report_to:
+            import wandb  # noqa: PLC0415  (only where the user trains with it)
+
+            if wandb.run is not None:
+                wandb.log({**named, "train/global_step": state.global_step})
+
+    def _stop_watching(self) -> None:
+        if self._watching is not None:
+            self._watching.__exit__(None, None, None)
+        self._watching = self._monitor = None
+
+
+def _tensorboard_folder(args: TrainingArguments) -> str:
+    """The folder that Transformers' own TensorBoard callback has just opened."""
+    asked = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    if asked:
+        return str(Path(asked).expanduser())
+    runs = Path(str(args.output_dir)) / "runs"
+    opened = sorted(runs.glob("*/events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
+    return str(opened[-1].parent if opened else runs)
+
+
+def _mean(values: list[float]) -> float:
+    """The mean; NaN if there are none."""
+    return sum(values) / len(values) if values else float("nan")
