@@ -1,0 +1,19 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Nothing may be downloaded, and a test must not depend on how many cores there are.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers for every test, whichever ran before."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,56 @@
+"""The definitions of design.md, section 2, as slow float64 loops; imports torch only."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rectifier(p: float, alpha: float, beta: float) -> float:
+    """α r + β r²."""
+    r = max(p, 0.0)
+    return alpha * r + beta * r * r
+
+
+def rectifier_derivative(p: float, alpha: float, beta: float) -> float:
+    """α + 2 β p for p > 0, else 0."""
+    return alpha + 2.0 * beta * p if p > 0.0 else 0.0
+
+
+def s_shaped(p: float, shift_x: float, shift_y: float, h: float) -> float:
+    """s(p − shift_x) + shift_y."""
+    q = p - shift_x
+    return max(q - h, 0.0) ** 2 - max(-q - h, 0.0) ** 2 + shift_y
+
+
+def gelu(p: float) -> float:
+    """The exact GELU."""
+    return 0.5 * p * (1.0 + math.erf(p / math.sqrt(2.0)))
+
+
+def counts(a: Tensor, slope: Tensor, counted: Tensor) -> tuple[int, int, int, int]:
+    """Active entries, entries with a slope, entries, tokens; one entry at a time.
+
+    a and slope are ``[N, F]``, counted is bool ``[N]``.
+    """
+    active = slopes = entries = tokens = 0
+    for token in range(a.shape[0]):
+        if not counted[token]:
+            continue
+        tokens += 1
+        for unit in range(a.shape[1]):
+            entries += 1
+            active += a[token, unit].item() != 0.0
+            slopes += slope[token, unit].item() != 0.0
+    return active, slopes, entries, tokens
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension, float64."""
+    x = x.to(torch.float64)
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    scaled = scaled * weight.to(torch.float64)
+    return scaled if bias is None else scaled + bias.to(torch.float64)
