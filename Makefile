@@ -1,9 +1,9 @@
 # Each target makes what it needs first; a second call is quick.
 #
-#   make PYTHON=python3.12 …             another interpreter for the virtual environment
-#   make PIP_ARGS="…" install            more arguments for pip
-#   make PYTEST_ARGS="-k blocks -x" test more arguments for pytest
-#   make DEMO_ARGS="--seeds 3" demo      more arguments for the demo
+#   make PYTHON=python3.12 install        another interpreter for the virtual environment
+#   make PIP_ARGS="..." install           more arguments for pip
+#   make PYTEST_ARGS="-k blocks -x" test  more arguments for pytest
+#   make DEMO_ARGS="--seeds 3" demo       more arguments for the demo
 
 PYTHON      ?= python3
 PIP_ARGS    ?=
@@ -11,9 +11,10 @@ PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 WORKERS     ?= 2
 
-VENV  := .venv
-BIN   := $(VENV)/bin
-STAMP := $(VENV)/.installed-demo
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed-demo
+PENDING := $(VENV)/.installing
 
 # One torch thread a worker: two workers with all cores each are slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
@@ -22,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 .PHONY: help install demo test test-slow lint format clean
 
 help: ## show the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## make the virtual environment in .venv
 
@@ -48,13 +49,18 @@ clean: ## remove everything that is not source
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so an interrupted install is taken up again by the next call. A
-# half-made environment has no working pip and is made anew.
+# The stamp is written last, so an interrupted install is taken up again by the next call. What a
+# killed pip leaves behind looks installed and is not, and a half-made environment lets pip into the
+# base interpreter: both are made anew.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "steppe needs Python >= 3.10 with the venv module, and '$(PYTHON)' is not that:" \
 	       "install it (on Debian and Ubuntu: apt install python3-venv)," \
 	       "or name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
-	$(BIN)/python -m pip install -c constraints.txt $(PIP_ARGS) -e '.[demo,peft,test,dev]'
-	@touch $@
+	@test ! -e $(PENDING) \
+	  && $(BIN)/python -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null \
+	  || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	@touch $(PENDING)
+	$(BIN)/python -m pip --require-virtualenv install -c constraints.txt $(PIP_ARGS) \
+	  -e '.[demo,peft,test,dev]' || { rm -f $(PENDING); exit 1; }
+	@mv $(PENDING) $@

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from steppe.ops.rectifier import (
     rectifier,
@@ -28,9 +28,9 @@ class HasDerivative(Protocol):
 
 
 class Rectifier(nn.Module):
-    """``σ(p) = α r + β r²`` with ``r = max(p, 0)``: ReLU (1, 0), J-SquaredReLU (1, ½), SquaredReLU (0, 1).
+    """``σ(p) = α r + β r²`` with ``r = max(p, 0)``, wherever an elementwise activation stands.
 
-    It can stand wherever an elementwise activation stands.
+    ReLU is (1, 0), J-SquaredReLU (1, ½), SquaredReLU (0, 1).
 
     Args:
         alpha: slope of the jump at zero, ≥ 0.
@@ -69,7 +69,9 @@ class Rectifier(nn.Module):
 
 
 class SShapedSquaredReLU(nn.Module):
-    """``s(p − shift_x) + shift_y``, ``s(q) = relu(q − h)² − relu(−q − h)²``, for the stability study.
+    """``s(p − shift_x) + shift_y`` with ``s(q) = relu(q − h)² − relu(−q − h)²``.
+
+    For the stability study: density stays 1 while the derivative density falls.
 
     Args:
         shift_x: shift of the flat part; the paper uses −1.6 and 1.6.
@@ -82,9 +84,7 @@ class SShapedSquaredReLU(nn.Module):
     Source: arXiv 2605.25612, stability study.
     """
 
-    def __init__(
-        self, shift_x: float = 0.0, shift_y: float = 0.0, half_width: float = 1.5
-    ) -> None:
+    def __init__(self, shift_x: float = 0.0, shift_y: float = 0.0, half_width: float = 1.5) -> None:
         super().__init__()
         if half_width <= 0:
             raise ValueError(f"SShapedSquaredReLU: expected half_width > 0, got {half_width}")
@@ -144,6 +144,6 @@ def derivative(act: Activation, p: Tensor) -> Tensor:
     if isinstance(act, HasDerivative):
         with torch.no_grad():
             return act.derivative(p)
-    _, pull_back = torch.func.vjp(lambda q: evaluate(act, q), p)
-    (slope,) = pull_back(torch.ones_like(p))
-    return slope.detach()
+    # torch.func, not torch.autograd.grad, which torch.compile does not trace.
+    gradient: Tensor = torch.func.grad(lambda q: evaluate(act, q).sum())(p)
+    return gradient.detach()

@@ -33,8 +33,9 @@ class BlockPattern:
         gate: path of the activated linear layer of a gated block, or None.
         norm_is_shared: others (the residual stream, attention) read the norm's output too.
         when: further condition on the owner, for families that differ by a flag only.
-        sequence_first: says of the owner that tokens are dimension 0 of its input, not dimension 1.
-        act_flags: attributes of the owner that describe `act` and must be overridden when it changes.
+        sequence_first: says of the owner that tokens are dimension 0 of its input, not 1.
+        act_flags: attributes of the owner that describe `act`, with what they must be when it
+            changes.
     """
 
     family: str
@@ -66,7 +67,8 @@ class MLPBlock:
     """One MLP block: ``x → p = up(x) → a = act(p) → z = down(a)``, or ``a = act(gate(x)) ⊙ up(x)``.
 
     Attributes:
-        name: dotted name of the owner below the unwrapped model; unique, stable under wrapping.
+        name: dotted name of the owner below the unwrapped model (its class, if it is the model);
+            unique, stable under wrapping.
         norm: the norm whose output the block reads, or None.
         up: first linear layer ``[d_model → d_hidden]``.
         gate: the activated linear layer of a gated block, or None.
@@ -76,7 +78,8 @@ class MLPBlock:
         d_hidden: width of the hidden layer.
         family: name of the pattern that matched.
         norm_is_shared: whether others read the norm's output too.
-        token_dim: dimension of the tokens in a batched input, 1 for ``[B, T, D]``, 0 for ``[T, B, D]``.
+        token_dim: dimension of the tokens in a batched input: 1 in ``[B, T, D]``, 0 in
+            ``[T, B, D]``.
         act_slot: the attribute that holds `act`.
         act_flags: attributes of the owner to override when `act` changes.
         stack: what tells the token positions and the padding, or None.
@@ -99,7 +102,7 @@ class MLPBlock:
 
     @property
     def activated(self) -> nn.Module:
-        """The linear layer whose output p the activation reads: `gate` if there is one, else `up`."""
+        """The linear layer whose output the activation reads: `gate`, or `up` if there is none."""
         return self.up if self.gate is None else self.gate
 
 
@@ -236,7 +239,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         ) and isinstance(model.module, nn.Module):
             model = model.module
         elif hasattr(model, "peft_config") and callable(getattr(model, "get_base_model", None)):
-            model = model.get_base_model()
+            model = model.get_base_model()  # type: ignore[operator]  # a PeftModel's
         elif (inner := _wrapped(model)) is not None:
             model = inner
         else:
@@ -329,7 +332,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     Returns:
         ``(in, out)``, or None if the module is no linear layer.
     """
-    base = getattr(module, "base_layer", module)
+    base: Any = getattr(module, "base_layer", module)
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return int(base.in_features), int(base.out_features)
     if hasattr(base, "nx") and hasattr(base, "nf"):
@@ -374,8 +377,8 @@ def decoder_stack(model: nn.Module) -> nn.Module | None:
     root = unwrap(model)
     if not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
         return None
-    get_decoder = getattr(root, "get_decoder", None)
-    return get_decoder() if callable(get_decoder) else None
+    get_decoder: Any = getattr(root, "get_decoder", None)
+    return get_decoder() if get_decoder is not None else None
 
 
 def forward_parameters(module: nn.Module) -> list[str]:
@@ -383,9 +386,7 @@ def forward_parameters(module: nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
 
 
-def _match(
-    root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern
-) -> MLPBlock | None:
+def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) -> MLPBlock | None:
     """The block that hangs below `owner` by `pattern`, or None."""
     act_slot = _slot(owner, pattern.act)
     up, down = _part(owner, pattern.up), _part(owner, pattern.down)
@@ -404,7 +405,7 @@ def _match(
         return None
     sequence_first = pattern.sequence_first is not None and pattern.sequence_first(owner)
     return MLPBlock(
-        name=_plain_name(name),
+        name=_plain_name(name) or type(owner).__name__,
         norm=norm,
         up=up,
         gate=gate,

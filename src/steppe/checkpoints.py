@@ -217,7 +217,7 @@ def _find(folder: str, file: str) -> Path | None:
         path = Path(folder) / file
         return path if path.is_file() else None
     # Here, not above: half of what `import steppe` would take, for what a local folder never needs.
-    from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415
+    from huggingface_hub import errors, hf_hub_download
 
     try:
         return Path(hf_hub_download(folder, file))

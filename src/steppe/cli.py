@@ -45,7 +45,9 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Measure why Transformer MLP activations are sparse, and train them sparser."""
@@ -64,8 +66,8 @@ def demo(
     """Train a tiny Transformer on two real data sets: vanilla, control, and with the plug-ins."""
     _quieten_libraries()
     try:
-        from steppe.report import demo_table, plot_training_density  # noqa: PLC0415
-        from steppe.training.demo import labels_of_runs, run_demo  # noqa: PLC0415
+        from steppe.report import demo_table, plot_training_density
+        from steppe.training.demo import labels_of_runs, run_demo
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"`steppe demo` needs {error.name}: pip install 'steppe[demo]'"

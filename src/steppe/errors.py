@@ -1,8 +1,8 @@
 """Every error that steppe raises on purpose.
 
-Each class is also the builtin that a caller would catch, so ``except ValueError`` goes on working in
-code that has never heard of steppe. A message says where, what was expected, what was found and what
-to type instead.
+Each class is also the builtin that a caller would catch, so ``except ValueError`` goes on working
+in code that has never heard of steppe. A message says where, what was expected, what was found and
+what to type instead.
 """
 
 from __future__ import annotations

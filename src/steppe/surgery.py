@@ -103,7 +103,7 @@ class Journal:
 
 
 def _set(slot: Slot, value: object) -> None:
-    """setattr that lets a plain function follow a module, which nn.Module refuses."""
+    """Setattr that lets a plain function follow a module, which nn.Module refuses."""
     if not isinstance(value, nn.Module):
         slot.module._modules.pop(slot.name, None)
     setattr(slot.module, slot.name, value)

@@ -27,7 +27,7 @@ class TokenContext:
     Attributes:
         shape: ``(B, T)`` of the current call, or None where nothing tells it.
         mask: bool ``[B, T]``, False for padding, or None where all tokens count.
-        positions: int64 ``[B or 1, T]`` absolute positions, or None if they are ``offset + 0..T-1``.
+        positions: int64 ``[B or 1, T]``, absolute, or None if they are ``offset + 0 … T − 1``.
         offset: number of tokens in the cache.
     """
 
@@ -100,7 +100,8 @@ class TokenContext:
         """Which tokens of a block's input count.
 
         Args:
-            x: the input or any hidden tensor of the block, ``[B, T, *]``, ``[T, B, *]``, ``[B·T, *]``.
+            x: the input or a hidden tensor of the block, ``[B, T, *]``, ``[T, B, *]`` or
+                ``[B·T, *]``.
             block: the block.
 
         Returns:
@@ -122,7 +123,7 @@ class TokenContext:
 
 
 class DecoderLabels:
-    """A forward pre-hook on an encoder-decoder model that hands its labels to the decoder's context.
+    """A forward pre-hook on an encoder-decoder model: hands its labels to the decoder's context.
 
     Trainers pass no decoder mask; the decoder's padding is where the labels are ignored.
     """
@@ -173,7 +174,7 @@ def listen(
 
 
 def _counted_tokens(told: dict[str, Any]) -> Tensor | None:
-    """bool ``[B, S]``, True where a token counts, or None where nothing is said."""
+    """Bool ``[B, S]``, True where a token counts, or None where nothing is said."""
     mask = told.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask != 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,8 +42,7 @@ class Monitor:
         self.enabled = True
         self.names = tuple(block.name for block in blocks)
         self._observers = [
-            _Observer(self, block, context)
-            for block, context in zip(blocks, contexts, strict=True)
+            _Observer(self, block, context) for block, context in zip(blocks, contexts, strict=True)
         ]
 
     def counts(self, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -203,11 +201,15 @@ def sum_over(counts: Tensor, device: torch.device, group: dist.ProcessGroup) -> 
     return total.cpu()
 
 
-@functools.cache
+_WATCHED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _watched_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass that differs by identity only.
+    """A subclass that differs by identity only, the same one every time.
 
     torch.compile does not guard on hooks and would run its old code, but it guards on types: with
     another class it traces the hooks, and with the old one back it runs the old code again.
     """
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__})
+    if kind not in _WATCHED:
+        _WATCHED[kind] = type(kind.__name__, (kind,), {"__module__": kind.__module__})
+    return _WATCHED[kind]

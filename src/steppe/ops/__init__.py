@@ -1,0 +1,1 @@
+"""Exact arithmetic on tensors; knows no nn.Module."""

@@ -22,7 +22,7 @@ class _Rectifier(torch.autograd.Function):
 
     @staticmethod
     def forward(p: Tensor, alpha: Coefficient, beta: Coefficient) -> Tensor:
-        """a = r (α + β r)."""
+        """A = r (α + β r)."""
         r = torch.relu(p)
         return r * (alpha + beta * r)
 

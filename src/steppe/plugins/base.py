@@ -104,9 +104,7 @@ def plugin_from_settings(settings: dict[str, Any], kinds: Sequence[type[Plugin]]
     try:
         return by_key[key](**arguments)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"config.json: the settings of {key!r} are wrong: {error}"
-        ) from None
+        raise CheckpointError(f"config.json: the settings of {key!r} are wrong: {error}") from None
 
 
 def ramp_progress(progress: float, ramp: float) -> float:

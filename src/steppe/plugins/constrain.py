@@ -93,7 +93,9 @@ def constrain_(
     if total_steps is not None and total_steps < 1:
         raise ScheduleError(f"constrain_: expected total_steps ≥ 1, got {total_steps}")
     if total_steps is None and sparsification.has_schedule:
-        ramps = ", ".join(repr(plugin) for plugin, _ in sparsification.applied if plugin.has_schedule)
+        ramps = ", ".join(
+            repr(plugin) for plugin, _ in sparsification.applied if plugin.has_schedule
+        )
         raise ScheduleError(
             f"constrain_: {ramps} needs the length of the run:"
             " constrain_(model, optimizer, total_steps=10_000)"

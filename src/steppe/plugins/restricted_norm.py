@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ class RestrictedNorm(Plugin):
     """A floor under the norm's scale: a larger input to the MLP, so fewer active units.
 
     From scratch (``ramp=0``): the norm's bias, which must be zero, is frozen there, and the scale
-    is clamped to ≥ `floor` after every optimizer step. Finetuning (``ramp > 0``): the bias is frozen
-    as it is, and |scale| is raised to the floor linearly over the first `ramp` of the run, signs
-    kept. LayerNorm and RMSNorm alike.
+    is clamped to ≥ `floor` after every optimizer step. Finetuning (``ramp > 0``): the bias is
+    frozen as it is, and |scale| is raised to the floor linearly over the first `ramp` of the run,
+    signs kept. LayerNorm and RMSNorm alike.
 
     Args:
         floor: lower bound of the scale, > 0.
@@ -138,7 +138,7 @@ def _multiplies_by_weight(norm: nn.Module) -> bool:
     assert isinstance(weight, Tensor)
     if weight.is_meta or is_sharded(weight):
         return True  # nothing to compute with; the class was accepted when it had values
-    probe = copy.deepcopy(norm).to(device="cpu", dtype=torch.float32)
+    probe: Any = copy.deepcopy(norm).to(device="cpu", dtype=torch.float32)
     x = torch.linspace(-1.0, 2.0, weight.shape[0]).unsqueeze(0)
     outputs = []
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from steppe.blocks import MLPBlock, Slot, linear_weight, max_tokens_of
 from steppe.errors import TokenPositionError, UnfitBlockError
@@ -96,10 +96,10 @@ class ZerothBias(Plugin):
                 )
             )
             journal.add_parameter(Slot(block.up, PARAMETER_NAME), bias)
-            hook = _AddZerothBias(block, context)
-            journal.add_forward_pre_hook(block.up, hook)
+            add = _AddZerothBias(block, context)
+            journal.add_forward_pre_hook(block.up, add)
             if block.gate is not None:
-                journal.add_forward_pre_hook(block.gate, hook)
+                journal.add_forward_pre_hook(block.gate, add)
             constraints.append(_Clipped(block, self.limit))
         return constraints
 

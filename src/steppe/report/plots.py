@@ -28,7 +28,7 @@ def plot_training_density(summary: dict[str, Any], path: Path) -> Path:
         OutputError: the file cannot be written.
     """
     try:
-        from matplotlib.figure import Figure  # noqa: PLC0415  (an extra)
+        from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("plots need matplotlib: pip install 'steppe[demo]'") from None
     data_sets = summary["data_sets"]

@@ -54,6 +54,30 @@ def demo_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def demo_markdown(summary: dict[str, Any]) -> str:
+    """The result of `steppe demo` as a Markdown table, for the README.
+
+    Args:
+        summary: what `steppe.training.demo.run_demo` returned or wrote.
+
+    Returns:
+        The lines of the table, each ended.
+    """
+    lines = [
+        "| data | arm | quality | inference density | training density | derivative density |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, data_set in summary["data_sets"].items():
+        baseline = data_set["arms"][BASELINE]
+        for arm, result in data_set["arms"].items():
+            cells = [name, arm, _quality(data_set["quality"], result)]
+            for key in ("density", "training_density", "derivative_density"):
+                change = "" if arm == BASELINE else f" ({_reduction(result, baseline, key)})"
+                cells.append(f"{_percent(result, key)} %{change}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _quality(kind: str, result: dict[str, Any]) -> str:
     if kind == "accuracy":
         return f"{_percent(result, 'accuracy')} % right"

@@ -96,7 +96,8 @@ class SteppeCallback(TrainerCallback, ExportableState):
         """Hang the counters into the model; take up what a checkpoint kept."""
         assert model is not None
         self._stop_watching()
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        kept: Any = state.stateful_callbacks  # by class name, once it has been through a file
+        saved = kept.get(type(self).__name__, {}) if isinstance(kept, dict) else {}
         self.history = list(saved.get("attributes", {}).get("history", []))
         self._pending = []
         self._watching = watch(model)
@@ -244,14 +245,15 @@ class SteppeCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Write to the reporters that ran before this callback and have not seen the metrics."""
         named = {f"train/{key}": value for key, value in metrics.items()}
-        if "tensorboard" in args.report_to:
+        reporters = args.report_to or []
+        if "tensorboard" in reporters:
             if self._writer is None:
                 self._writer = SummaryWriter(_tensorboard_folder(args))
             for key, value in named.items():
                 self._writer.add_scalar(key, value, state.global_step)
             self._writer.flush()
-        if "wandb" in args.report_to:
-            import wandb  # noqa: PLC0415  (only where the user trains with it)
+        if "wandb" in reporters:
+            import wandb  # an optional reporter, already loaded by Transformers
 
             if wandb.run is not None:
                 wandb.log({**named, "train/global_step": state.global_step})

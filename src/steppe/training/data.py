@@ -56,16 +56,14 @@ def load_digits_split(held_out: float = 0.2, seed: int = 0) -> Split:
         MissingExtraError: scikit-learn is not installed.
     """
     try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415  (an extra)
-        from sklearn.model_selection import train_test_split  # noqa: PLC0415
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
     except ImportError:
         raise MissingExtraError(
             "the digits come with scikit-learn: pip install 'steppe[demo]'"
         ) from None
     images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(
-        images, labels, test_size=held_out, random_state=seed, stratify=labels
-    )
+    parts = train_test_split(images, labels, test_size=held_out, random_state=seed, stratify=labels)
     train_x, test_x, train_y, test_y = (torch.as_tensor(part) for part in parts)
     return Split(_digits(train_x, train_y), _digits(test_x, test_y))
 

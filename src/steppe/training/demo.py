@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -139,7 +139,9 @@ def run_demo(
     Source: arXiv 2605.25612, scaled down.
     """
     if seeds < 1 or (max_steps is not None and max_steps < 1):
-        raise ValueError(f"run_demo: expected at least one seed and step, got {seeds=} {max_steps=}")
+        raise ValueError(
+            f"run_demo: expected at least one seed and step, got {seeds=} {max_steps=}"
+        )
     out = prepare_folder(out)
     start = time.perf_counter()
     data_sets: dict[str, Any] = {}
@@ -174,9 +176,7 @@ def run_demo(
 
 def labels_of_runs(seeds: int) -> list[str]:
     """The labels that `run_demo` gives its runs, in order."""
-    return [
-        _label(task.name, arm, seed) for task in TASKS for arm in ARMS for seed in range(seeds)
-    ]
+    return [_label(task.name, arm, seed) for task in TASKS for arm in ARMS for seed in range(seeds)]
 
 
 def _label(task: str, arm: str, seed: int) -> str:
@@ -202,11 +202,8 @@ def _train_arm(
         sparsify_(model, [ZerothBias(), RestrictedNorm(), JumpingSquaredReLU()])
     for parameter in model.parameters():
         (spared if arm == "control" and id(parameter) in norms else decayed).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": spared, "weight_decay": 0.0}],
-        lr=task.lr,
-        weight_decay=task.weight_decay,
-    )
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=task.lr, weight_decay=task.weight_decay)
     label = _label(task.name, arm, seed)
     folder = out / label
     callback = SteppeCallback(every=_COUNT_EVERY)
@@ -314,7 +311,7 @@ def _vision_model() -> nn.Module:
             image_size=8,
             patch_size=2,
             num_channels=1,
-            num_labels=10,
+            num_labels=10,  # type: ignore[call-arg]  # handled by PreTrainedConfig
         )
     )
     for module in model.modules():
