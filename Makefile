@@ -51,7 +51,7 @@ clean: ## remove everything that is not source
 
 # The stamp is written last, so an interrupted install is taken up again by the next call. What a
 # killed pip leaves behind looks installed and is not, and a half-made environment lets pip into the
-# base interpreter: both are made anew.
+# base interpreter: both are made anew. After Ctrl-C the trap keeps bash from going on to the `rm`.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "steppe needs Python >= 3.10 with the venv module, and '$(PYTHON)' is not that:" \
@@ -61,6 +61,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  && $(BIN)/python -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null \
 	  || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	@touch $(PENDING)
-	$(BIN)/python -m pip --require-virtualenv install -c constraints.txt $(PIP_ARGS) \
-	  -e '.[demo,peft,test,dev]' || { rm -f $(PENDING); exit 1; }
+	trap 'exit 130' INT; $(BIN)/python -m pip --require-virtualenv install \
+	  -c constraints.txt $(PIP_ARGS) -e '.[demo,peft,test,dev]' || { rm -f $(PENDING); exit 1; }
 	@mv $(PENDING) $@

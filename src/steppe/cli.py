@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -73,14 +75,17 @@ def demo(
             f"`steppe demo` needs {error.name}: pip install 'steppe[demo]'"
         ) from None
     labels = labels_of_runs(seeds)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=_console,
-    ) as progress:
+    with (
+        _interruptible("no summary was written"),
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=_console,
+        ) as progress,
+    ):
         bars = {label: progress.add_task(label, total=None, start=False) for label in labels}
 
         def show(label: str, step: int, total: int) -> None:
@@ -106,9 +111,16 @@ def main() -> None:
     except SteppeError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
         sys.exit(USAGE_ERROR)
+
+
+@contextmanager
+def _interruptible(consequence: str) -> Iterator[None]:
+    """Let Ctrl-C end a command with one line that says what it left."""
+    try:
+        yield
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; no summary was written")
-        sys.exit(INTERRUPTED)
+        Console(stderr=True).print(f"interrupted; {consequence}")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _escape(text: str) -> str:

@@ -1,0 +1,75 @@
+"""Tables and plots say what the summary says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from steppe.errors import OutputError
+from steppe.report import demo_markdown, demo_table, plot_training_density
+
+
+def arm(quality: str, value: float, density: float, **more: object) -> dict:
+    return {
+        quality: value,
+        "density": density,
+        "training_density": density + 0.1,
+        "derivative_density": density,
+        "seconds": 12.3,
+        "runs": [{"history": [(0, 0.5), (10, density)]}],
+        **more,
+    }
+
+
+SUMMARY = {
+    "seeds": 1,
+    "data_sets": {
+        "digits": {
+            "quality": "accuracy",
+            "arms": {"vanilla": arm("accuracy", 0.975, 0.2), "steppe": arm("accuracy", 0.98, 0.15)},
+        },
+        "pydoc": {
+            "quality": "loss",
+            "arms": {"vanilla": arm("loss", 1.9, 0.25), "steppe": arm("loss", 1.8, 0.3)},
+        },
+    },
+}
+
+
+def text_of(summary: dict) -> str:
+    console = Console(width=140, record=True, file=None, quiet=True)
+    with console.capture() as capture:
+        console.quiet = False
+        console.print(demo_table(summary))
+    return capture.get()
+
+
+def test_table_has_quality_percent_and_signed_change() -> None:
+    text = text_of(SUMMARY)
+    assert "97.5 % right" in text
+    assert "loss 1.800" in text
+    assert "-25 %" in text  # 0.15 / 0.2
+    assert "+20 %" in text  # 0.3 / 0.25: a worse density is shown as it is
+
+
+def test_several_seeds_show_their_spread() -> None:
+    spread = arm("accuracy", 0.975, 0.2, std={"accuracy": 0.01, "density": 0.02})
+    text = text_of(
+        {"seeds": 3, "data_sets": {"digits": {"quality": "accuracy", "arms": {"vanilla": spread}}}}
+    )
+    assert "20.0 ± 2.0" in text
+    assert "3 seeds" in text
+
+
+def test_markdown_agrees_with_the_table() -> None:
+    assert "| digits | steppe | 98.0 % right | 15.0 % (-25 %) |" in demo_markdown(SUMMARY)
+
+
+def test_plot_is_a_png_and_an_unwritable_path_is_an_error(tmp_path: Path) -> None:
+    path = plot_training_density(SUMMARY, tmp_path / "density.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OutputError, match="cannot write"):
+        plot_training_density(SUMMARY, tmp_path / "nowhere" / "density.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["density.png"]

@@ -1,0 +1,86 @@
+"""The demo's arms: what differs between them, and what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from steppe.errors import NonFiniteLossError
+from steppe.training import demo
+from steppe.training.data import load_digits_split, load_pydoc_split
+
+
+def test_digits_are_all_there_once() -> None:
+    split = load_digits_split()
+    assert len(split.train) + len(split.held_out) == 1797
+    image = split.train[0]["pixel_values"]
+    assert image.shape == (1, 8, 8)
+    seen = {tuple(split.train[i]["pixel_values"].flatten().tolist()) for i in range(1437)}
+    held_out = [
+        tuple(split.held_out[i]["pixel_values"].flatten().tolist())
+        for i in range(len(split.held_out))
+    ]
+    assert not seen.intersection(held_out)
+
+
+def test_pydoc_is_text_in_disjoint_windows() -> None:
+    split = load_pydoc_split(context=64)
+    ids = split.train[100]["input_ids"]
+    assert ids.shape == (64,)
+    assert torch.equal(ids, split.train[100]["labels"])
+    assert bytes(ids.tolist()).decode("utf-8", errors="replace").isprintable() or b"\n" in bytes(
+        ids.tolist()
+    )
+    share = len(split.held_out) / (len(split.train) + len(split.held_out))
+    assert 0.1 <= share < 0.25
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    torch.set_num_threads(1)
+    return demo.run_demo(tmp_path_factory.mktemp("demo"), seeds=2, max_steps=11)
+
+
+def test_all_arms_start_from_the_same_weights_and_batches(summary: dict) -> None:
+    for data_set in summary["data_sets"].values():
+        for seed in range(2):
+            # The first step is counted before any update, so it differs by the activation alone:
+            # J-SquaredReLU of the first block has the support of ReLU.
+            firsts = [arm["runs"][seed]["history"][0] for arm in data_set["arms"].values()]
+            assert firsts[0] == firsts[1]
+            assert firsts[0][0] == 1
+        seeds = {tuple(run["history"][0]) for run in data_set["arms"]["vanilla"]["runs"]}
+        assert len(seeds) == 2
+
+
+def test_means_and_deviations_are_those_of_the_runs(summary: dict) -> None:
+    arm = summary["data_sets"]["digits"]["arms"]["steppe"]
+    values = torch.tensor([run["density"] for run in arm["runs"]], dtype=torch.float64)
+    assert arm["density"] == pytest.approx(values.mean().item(), rel=1e-12)
+    assert arm["std"]["density"] == pytest.approx(values.std().item(), rel=1e-9)
+    assert set(arm["std"]) >= {"accuracy", "density", "training_density", "derivative_density"}
+
+
+def test_a_run_that_diverges_is_an_error_and_leaves_no_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode() -> torch.nn.Module:
+        model = demo._vision_model()
+        with torch.no_grad():
+            model.classifier.weight.fill_(float("nan"))
+        return model
+
+    task = demo.TASKS[0]
+    broken = demo.Task(**{**vars(task), "build": explode})
+    monkeypatch.setattr(demo, "TASKS", (broken,))
+    with pytest.raises(NonFiniteLossError, match="nan"):
+        demo.run_demo(tmp_path, max_steps=2)
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"seeds": 0}, {"max_steps": 0}])
+def test_nothing_to_do_is_an_error(tmp_path: Path, arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        demo.run_demo(tmp_path, **arguments)
