@@ -19,8 +19,9 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.training_args import ParallelMode
 
-from steppe.errors import NonFiniteLossError
+from steppe.errors import NonFiniteLossError, ScheduleError
 from steppe.measures.density import report_from_counts
 from steppe.measures.watch import Monitor, sum_over, watch
 from steppe.plugins.sparsify import (
@@ -59,8 +60,9 @@ class SteppeCallback(TrainerCallback, ExportableState):
         self.every = every
         self.per_block = per_block
         self.history: list[dict[str, Any]] = []
-        """One entry per counted step, up to the last log: ``step``, ``density``,
+        """One entry per counted step, complete when training ends: ``step``, ``density``,
         ``derivative_density``, and lists of both per block."""
+        self._logged = 0  # entries of the history that a log has had
         self._pending: list[tuple[int, list[Tensor]]] = []
         self._watching: AbstractContextManager[Monitor] | None = None
         self._monitor: Monitor | None = None
@@ -78,11 +80,10 @@ class SteppeCallback(TrainerCallback, ExportableState):
         return [_mean(list(column)) for column in zip(*per_step, strict=True)]
 
     def state(self) -> dict[str, Any]:
-        """What ``trainer_state.json`` keeps of this callback."""
-        self._settle()
+        """What ``trainer_state.json`` keeps of this callback; asked of the first process only."""
         return {
             "args": {"every": self.every, "per_block": self.per_block},
-            "attributes": {"history": self.history},
+            "attributes": {"history": self.history, "_logged": self._logged},
         }
 
     def on_train_begin(
@@ -93,12 +94,23 @@ class SteppeCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Hang the counters into the model; take up what a checkpoint kept."""
+        """Hang the counters into the model; take up what a checkpoint kept.
+
+        Raises:
+            ScheduleError: several GPUs in one process, which ``nn.DataParallel`` would share out.
+        """
         assert model is not None
+        if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
+            raise ScheduleError(
+                f"SteppeCallback: one process for {args.n_gpu} GPUs runs the hooks in racing threads"
+                f" (nn.DataParallel). Start with: torchrun --nproc_per_node {args.n_gpu} ..."
+            )
         self._stop_watching()
         kept: Any = state.stateful_callbacks  # by class name, once it has been through a file
         saved = kept.get(type(self).__name__, {}) if isinstance(kept, dict) else {}
-        self.history = list(saved.get("attributes", {}).get("history", []))
+        attributes = saved.get("attributes", {})
+        self.history = list(attributes.get("history", []))
+        self._logged = int(attributes.get("_logged", 0))
         self._pending = []
         self._watching = watch(model)
         self._monitor = self._watching.__enter__()
@@ -139,11 +151,25 @@ class SteppeCallback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Put the counts of this step aside; nothing waits for the device."""
+        """Put the counts of this step aside; wait for the device only before a log or a save."""
         assert self._monitor is not None
         if self._monitor.enabled:
             self._monitor.enabled = False
             self._pending.append((state.global_step, self._monitor.take()))
+        # All processes pass here with the same control; logs and saves may be the first one's only.
+        if control.should_log or control.should_save:
+            self._settle()
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Wait for the device before a log or a save."""
+        if control.should_log or control.should_save:
+            self._settle()
 
     def on_log(
         self,
@@ -165,9 +191,8 @@ class SteppeCallback(TrainerCallback, ExportableState):
                 f"the training loss is {loss} at step {state.global_step}. Lower the learning rate"
                 " (--lr), clip gradients (max_grad_norm=1.0), or warm up longer."
             )
-        if self._monitor is None:
-            return
-        metrics = self._metrics(self._settle())
+        metrics = self._metrics(self.history[self._logged :])
+        self._logged = len(self.history)
         if not metrics:
             return
         logs.update(metrics)  # for callbacks after this one
@@ -195,10 +220,10 @@ class SteppeCallback(TrainerCallback, ExportableState):
             self._writer.close()
             self._writer = None
 
-    def _settle(self) -> list[dict[str, Any]]:
-        """Turn pending counts into history; the only place that waits for the device."""
+    def _settle(self) -> None:
+        """Turn pending counts into history; the only place that waits for device and processes."""
         if not self._pending or self._monitor is None:
-            return []
+            return
         counts = torch.stack(
             [torch.stack([block.cpu() for block in blocks]) for _, blocks in self._pending]
         )
@@ -206,10 +231,9 @@ class SteppeCallback(TrainerCallback, ExportableState):
             device = self._pending[0][1][0].device
             assert dist.group.WORLD is not None
             counts = sum_over(counts, device, dist.group.WORLD)
-        new = []
         for (step, _), step_counts in zip(self._pending, counts, strict=True):
             report = report_from_counts(self._monitor.names, step_counts)
-            new.append(
+            self.history.append(
                 {
                     "step": step,
                     "density": report.density,
@@ -221,14 +245,11 @@ class SteppeCallback(TrainerCallback, ExportableState):
                 }
             )
         self._pending = []
-        self.history += new
-        return new
 
     def _metrics(self, new: list[dict[str, Any]]) -> dict[str, float]:
         """The metrics of one log from the steps counted since the last one."""
-        if not new:
+        if not new or self._monitor is None:
             return {}
-        assert self._monitor is not None
         metrics = {
             "density": _mean([entry["density"] for entry in new]),
             "derivative_density": _mean([entry["derivative_density"] for entry in new]),
