@@ -459,23 +459,17 @@ def test_an_interruption_in_the_middle_leaves_the_model_untouched(
         self: Plugin, model: nn.Module, blocks: Sequence[MLPBlock], journal: Journal
     ) -> list[Constraint]:
         apply(self, model, blocks[:1], journal)
-        edited.assert_same(model)  # raises: there is something to take back
-        return []
-
-    def interrupted_for_sure(
-        self: Plugin, model: nn.Module, blocks: Sequence[MLPBlock], journal: Journal
-    ) -> list[Constraint]:
-        with pytest.raises(AssertionError):
-            interrupted(self, model, blocks, journal)
+        with pytest.raises(AssertionError):  # there is something to take back
+            before.assert_same(model)
         raise KeyboardInterrupt
 
     model = models.torch_encoder(norm_first=False)
     if has_some_already:
         steppe.sparsify_(model, [MIXED if kind is not JumpingSquaredReLU else ZEROTH])
         randomise_(model)
-    edited = before = Snapshot.of(model)
+    before = Snapshot.of(model)
     old = logits(model)
-    monkeypatch.setattr(kind, "apply", interrupted_for_sure)
+    monkeypatch.setattr(kind, "apply", interrupted)
     have = {plugin.key for plugin, _ in getattr(sparsification_of(model), "applied", [])}
     with pytest.raises(KeyboardInterrupt):
         steppe.sparsify_(model, [p for p in (ZEROTH, NORM, MIXED) if p.key not in have])

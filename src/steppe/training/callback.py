@@ -102,8 +102,8 @@ class SteppeCallback(TrainerCallback, ExportableState):
         assert model is not None
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
             raise ScheduleError(
-                f"SteppeCallback: one process for {args.n_gpu} GPUs runs the hooks in racing threads"
-                f" (nn.DataParallel). Start with: torchrun --nproc_per_node {args.n_gpu} ..."
+                f"SteppeCallback: one process for {args.n_gpu} GPUs runs the hooks in threads that"
+                f" race (nn.DataParallel). Start with: torchrun --nproc_per_node {args.n_gpu} ..."
             )
         self._stop_watching()
         kept: Any = state.stateful_callbacks  # by class name, once it has been through a file

@@ -315,8 +315,9 @@ def _vision_model() -> nn.Module:
         )
     )
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            # The patch embedding is a linear layer on flattened patches.
+            nn.init.xavier_uniform_(module.weight.data.flatten(1))
     return model
 
 
@@ -347,9 +348,9 @@ TASKS = (
         build=_vision_model,
         load=load_digits_split,
         batch=64,
-        steps=1200,
+        steps=2000,
         lr=1e-2,
-        weight_decay=0.5,
+        weight_decay=1.0,
     ),
     Task(
         name="pydoc",
