@@ -31,6 +31,15 @@ VOCABULARY = 64
 D_MODEL = 16
 D_HIDDEN = 32
 MAX_TOKENS = 32
+SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+SIZES = {
+    "hidden_size": D_MODEL,
+    "intermediate_size": D_HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+TEXT = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": MAX_TOKENS}
+IMAGES = {**SIZES, "image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
 
 
 def t5(act: str = "relu", gated: bool = False, dropout: float = 0.0) -> nn.Module:
@@ -83,9 +92,8 @@ def gpt2(act: str = "relu") -> nn.Module:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            bos_token_id=1,
-            eos_token_id=2,
             pad_token_id=0,
+            **SPECIAL_TOKENS,
         )
     )
 
@@ -93,53 +101,19 @@ def gpt2(act: str = "relu") -> nn.Module:
 def gpt_neox(act: str = "relu", parallel: bool = True) -> nn.Module:
     """GPT-NeoX."""
     return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=D_MODEL,
-            intermediate_size=D_HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            hidden_act=act,
-            use_parallel_residual=parallel,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
+        GPTNeoXConfig(**TEXT, hidden_act=act, use_parallel_residual=parallel, **SPECIAL_TOKENS)
     )
 
 
 def llama(act: str = "relu") -> nn.Module:
     """Llama, gated."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=D_MODEL,
-            intermediate_size=D_HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            hidden_act=act,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**TEXT, hidden_act=act, **SPECIAL_TOKENS))
 
 
 def qwen2(act: str = "relu") -> nn.Module:
     """Qwen 2, gated."""
     return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=D_MODEL,
-            intermediate_size=D_HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=MAX_TOKENS,
-            hidden_act=act,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
+        Qwen2Config(**TEXT, num_key_value_heads=2, hidden_act=act, **SPECIAL_TOKENS)
     )
 
 
@@ -147,51 +121,19 @@ def bert(act: str = "relu") -> nn.Module:
     """BERT, post-norm."""
     return BertForMaskedLM(
         BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=D_MODEL,
-            intermediate_size=D_HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            hidden_act=act,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
+            **TEXT, hidden_act=act, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         )
     )
 
 
 def vit(act: str = "relu") -> nn.Module:
     """ViT with a class token: 4 patches and 1."""
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=D_MODEL,
-            intermediate_size=D_HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=8,
-            patch_size=4,
-            num_channels=1,
-            num_labels=10,
-            hidden_act=act,
-        )
-    )
+    return ViTForImageClassification(ViTConfig(**IMAGES, hidden_act=act))
 
 
 def ijepa(act: str = "relu") -> nn.Module:
     """I-JEPA: a ViT with mean pooling, 4 patches."""
-    return IJepaForImageClassification(
-        IJepaConfig(
-            hidden_size=D_MODEL,
-            intermediate_size=D_HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=8,
-            patch_size=4,
-            num_channels=1,
-            num_labels=10,
-            hidden_act=act,
-        )
-    )
+    return IJepaForImageClassification(IJepaConfig(**IMAGES, hidden_act=act))
 
 
 def torch_encoder(norm_first: bool = True, batch_first: bool = True) -> nn.Module:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
-import models
-import oracles
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+import models
+import oracles
 from steppe import (
     BlockPattern,
     JumpingSquaredReLU,
+    MLPBlock,
     SShapedSquaredReLU,
     ZerothBias,
     advance_,
@@ -32,7 +34,9 @@ from steppe.surgery import Journal
 
 pytestmark = [
     # Deprecated in Transformers 5, but the only name that the oldest supported version has.
-    pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning"
+    ),
     # What nn.TransformerEncoder says of itself.
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
@@ -57,32 +61,20 @@ GATED = ("t5_gated", "llama", "qwen2")
 class Recorder:
     """p and a of every block, one tensor ``[N, F]`` a call, as plain hooks see them.
 
-    a is what `down` receives, or with `before_dropout` what the activation (times `up`) gives.
+    a is what the block's `down` receives, or another module that `receiver` names.
     """
 
-    def __init__(self, model: nn.Module, before_dropout: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, receiver: Callable[[MLPBlock], nn.Module] = attrgetter("down")
+    ) -> None:
         blocks = find_blocks(model)
         self.p: list[list[Tensor]] = [[] for _ in blocks]
-        self._acts: list[list[Tensor]] = [[] for _ in blocks]
-        self._ups: list[list[Tensor]] = [[] for _ in blocks]
+        self.a: list[list[Tensor]] = [[] for _ in blocks]
         self._handles = []
-        for block, p, act, up in zip(blocks, self.p, self._acts, self._ups, strict=True):
-            self._handles.append(block.activated.register_forward_hook(partial(_keep_output, p)))
-            if not before_dropout:
-                self._handles.append(block.down.register_forward_pre_hook(partial(_keep_input, act)))
-                continue
-            assert isinstance(block.act, nn.Module)
-            self._handles.append(block.act.register_forward_hook(partial(_keep_output, act)))
-            if block.gate is not None:
-                self._handles.append(block.up.register_forward_hook(partial(_keep_output, up)))
-
-    @property
-    def a(self) -> list[list[Tensor]]:
-        """Activations per block and call."""
-        return [
-            [act * up for act, up in zip(acts, ups, strict=True)] if ups else acts
-            for acts, ups in zip(self._acts, self._ups, strict=True)
-        ]
+        for block, p, a in zip(blocks, self.p, self.a, strict=True):
+            see_a = receiver(block).register_forward_pre_hook(partial(_keep_input, a))
+            see_p = block.activated.register_forward_hook(partial(_keep_output, p))
+            self._handles += [see_p, see_a]
 
     def remove(self) -> None:
         """Take the hooks out."""
@@ -151,39 +143,19 @@ def hanging_on(model: nn.Module) -> list[tuple[Any, ...]]:
     return [
         (
             type(module),
-            {key for key in module.__dict__ if not key.startswith("_compiled")},
-            *(len(v) for key, v in sorted(module.__dict__.items()) if "hooks" in key and v is not None),
+            set(module.__dict__),
+            *(
+                len(v)
+                for key, v in sorted(module.__dict__.items())
+                if "hooks" in key and v is not None
+            ),
         )
         for module in model.modules()
     ]
 
 
-class Stack(nn.Module):
-    """Two torch layers, with or without gradient checkpointing: what compiles quickest."""
-
-    def __init__(self, reentrant: bool | None = None) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                models.D_MODEL, 2, models.D_HIDDEN, 0.0, norm_first=True, batch_first=True
-            )
-            for _ in range(2)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            if self.reentrant is None:
-                x = layer(x)
-            else:
-                x = checkpoint(layer, x, use_reentrant=self.reentrant)
-        return x
-
-
 class Bare(nn.Module):
-    """One MLP block and nothing else."""
-
-    PATTERN = BlockPattern(family="bare", norm="norm", up="up", act="act", down="down")
+    """One MLP block and nothing else, which compiles quickly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,6 +166,26 @@ class Bare(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(self.act(self.up(self.norm(x))))
+
+
+BARE = BlockPattern(family="bare", norm="norm", up="up", act="act", down="down")
+
+
+class Stack(nn.Module):
+    """Two bare blocks, with or without gradient checkpointing."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.layers = nn.ModuleList(Bare() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.reentrant is None:
+                x = layer(x)
+            else:
+                x = checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x
 
 
 # ---- the counts
@@ -326,7 +318,7 @@ def test_nested_tensors_are_set_aside_while_watching_and_come_back() -> None:
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_a_torch_layer_by_itself_reads_either_kind_of_mask(kind: torch.dtype) -> None:
-    layer = Stack().layers[0]
+    layer = nn.TransformerEncoderLayer(models.D_MODEL, 2, models.D_HIDDEN, batch_first=True).eval()
     counted = padding("left").bool()
     mask = ~counted if kind == torch.bool else torch.zeros(2, 7).masked_fill(~counted, -torch.inf)
     recorder = Recorder(layer)
@@ -441,9 +433,8 @@ def test_t5_generation_counts_the_encoder_once_without_padding() -> None:
 @pytest.mark.parametrize("gated", [False, True])
 def test_dropout_is_not_seen(gated: bool) -> None:
     model = models.t5(gated=gated, dropout=0.5).train()
-    for block in find_blocks(model):  # T5's blocks share one activation, which no hook tells apart
-        setattr(block.act_slot.module, block.act_slot.name, nn.ReLU())
-    before, after = Recorder(model, before_dropout=True), Recorder(model)
+    before = Recorder(model, lambda b: model.get_submodule(b.name).DenseReluDense.dropout)
+    after = Recorder(model)
     with watch(model) as monitor:
         model(**models.inputs_for(model))
     want = expected(before, relu_slope)
@@ -494,7 +485,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def count_steps(model: nn.Module, batch: Tensor, steps: int = 1) -> Tensor:
-    with watch(model) as monitor:
+    with watch(model, patterns=[BARE]) as monitor:
         for _ in range(steps):
             model(batch).sum().backward()
     return monitor.counts()
@@ -511,7 +502,7 @@ def test_a_compiled_model_counts_as_eager_and_forgets_the_counters(reentrant: bo
     compiled(x).sum().backward()
     assert backend.frame_count == 1
 
-    with watch(compiled) as monitor:
+    with watch(compiled, patterns=[BARE]) as monitor:
         compiled(x).sum().backward()
         compiled(x).sum().backward()
     assert torch.equal(monitor.counts(), 2 * want)
@@ -557,7 +548,7 @@ def test_wrapped_compiled_blocks_are_watched_under_their_plain_names() -> None:
     for index in range(2):
         model.layers[index] = torch.compile(model.layers[index], backend="aot_eager")
     model(x)
-    with watch(model) as monitor:
+    with watch(model, patterns=[BARE]) as monitor:
         model(x)
     assert monitor.names == ("layers.0", "layers.1")
     assert torch.equal(monitor.counts(), want)
@@ -569,6 +560,7 @@ def test_padding_counts_nowhere_in_a_compiled_model(name: str) -> None:
     model = ARCHITECTURES[name]().eval()
     batch = {"input_ids": models.token_ids(), "attention_mask": padding("right")}
     if name == "t5":
+        model.encoder.block, model.decoder.block = model.encoder.block[:1], model.decoder.block[:1]
         batch["labels"] = models.token_ids(2, 5, seed=1)
         batch["labels"][1, 2:] = -100
     with torch.no_grad():
@@ -589,11 +581,11 @@ def test_inductor_counts_as_eager() -> None:
     model = Bare()
     x = torch.randn(2, 5, models.D_MODEL)
     with torch.no_grad():
-        with watch(model, patterns=[Bare.PATTERN]) as monitor:
+        with watch(model, patterns=[BARE]) as monitor:
             model(x)
         want = monitor.counts()
         compiled = torch.compile(model, fullgraph=True)
-        with watch(compiled, patterns=[Bare.PATTERN]) as monitor:
+        with watch(compiled, patterns=[BARE]) as monitor:
             compiled(x)
             compiled(x)
     assert torch.equal(monitor.counts(), 2 * want)
@@ -659,6 +651,18 @@ def test_hooks_of_the_user_stay_where_they_were() -> None:
     model(**models.inputs_for(model))
     assert len(recorder.p[0]) == 1
     recorder.remove()
+
+
+# Fails: supports() calls the activation module to see a, and with it the hooks on it.
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_hooks_of_the_user_on_the_activation_run_as_often_as_without(act: str) -> None:
+    model = models.gpt2(act).eval()
+    seen: list[Tensor] = []
+    handle = find_blocks(model)[0].act.register_forward_hook(partial(_keep_output, seen))
+    with watch(model):
+        model(**models.inputs_for(model))
+    handle.remove()
+    assert len(seen) == 1
 
 
 def test_nested_watches_count_each_for_itself() -> None:
@@ -752,9 +756,7 @@ def test_a_torch_encoder_sparsified_while_watching_still_runs_afterwards() -> No
     with watch(model):
         sparsify_(model, [ZerothBias(max_tokens=8), JumpingSquaredReLU()])
     with torch.no_grad():
-        model(
-            torch.randn(2, 7, models.D_MODEL), src_key_padding_mask=~padding("right").bool()
-        )
+        model(torch.randn(2, 7, models.D_MODEL), src_key_padding_mask=~padding("right").bool())
     restore_(model)
     assert model.use_nested_tensor
 
@@ -823,6 +825,5 @@ def test_counts_go_with_a_model_that_changes_its_precision() -> None:
         model(**models.inputs_for(model))
         model.to(torch.float64)
         model(**models.inputs_for(model))
-    assert as_rows(monitor.counts()) == expected(
-        recorder, lambda p: p > 0
-    ), "the test concatenates dtypes upwards, which keeps zeros"
+    # Concatenated, the three precisions become float64, which keeps every zero.
+    assert as_rows(monitor.counts()) == expected(recorder, relu_slope)

@@ -1,0 +1,343 @@
+"""The layout of design.md, section 3: imports point downwards, and `import steppe` stays light."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+import steppe
+
+PACKAGE = Path(steppe.__file__).parent
+
+# A module imports from lines above its own only. A new file gets a place here.
+ORDER: tuple[tuple[str, ...], ...] = (
+    ("steppe.errors",),
+    ("steppe.files", "steppe.sharding"),
+    ("steppe.ops.rectifier",),
+    ("steppe.ops",),
+    ("steppe.activations",),
+    ("steppe.blocks",),
+    ("steppe.surgery", "steppe.tokens"),
+    ("steppe.measures.density", "steppe.plugins.base"),
+    (
+        "steppe.measures.watch",
+        "steppe.plugins.jumping_relu",
+        "steppe.plugins.restricted_norm",
+        "steppe.plugins.zeroth_bias",
+    ),
+    ("steppe.measures.measure", "steppe.plugins.sparsify"),
+    ("steppe.plugins.constrain",),
+    ("steppe.measures", "steppe.plugins"),
+    ("steppe.checkpoints",),
+    ("steppe",),
+    (
+        "steppe.report.plots",
+        "steppe.report.tables",
+        "steppe.training.callback",
+        "steppe.training.data",
+    ),
+    ("steppe.report", "steppe.training", "steppe.training.demo"),
+    ("steppe.cli",),
+)
+# Neither of a pair sees the other.
+STRANGERS = (("steppe.measures", "steppe.plugins"), ("steppe.report", "steppe.training"))
+# Who may import what is heavy, or belongs to one job.
+HOMES: dict[str, tuple[str, ...]] = {
+    "accelerate": ("steppe.training",),
+    "datasets": ("steppe.training",),
+    "huggingface_hub": ("steppe.checkpoints",),
+    "matplotlib": ("steppe.report",),
+    "peft": (),
+    "rich": ("steppe.cli", "steppe.report"),
+    "safetensors": ("steppe.checkpoints",),
+    "sklearn": ("steppe.training",),
+    "torch._dynamo": (),
+    "torch.distributed.tensor": (),
+    "torch.utils.tensorboard": ("steppe.training",),
+    "transformers": ("steppe.training",),
+    "typer": ("steppe.cli",),
+    "wandb": ("steppe.training",),
+}
+HEAVY = (
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "matplotlib",
+    "peft",
+    "pandas",
+    "rich",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "transformers",
+    "typer",
+)
+PUBLIC = [
+    "BlockDensity",
+    "BlockPattern",
+    "DensityReport",
+    "JumpingSquaredReLU",
+    "MLPBlock",
+    "Monitor",
+    "Plugin",
+    "Rectifier",
+    "RestrictedNorm",
+    "SShapedSquaredReLU",
+    "SteppeError",
+    "ZerothBias",
+    "added_parameters",
+    "advance_",
+    "constrain_",
+    "find_blocks",
+    "load_pretrained",
+    "measure",
+    "project_",
+    "restore_",
+    "sparsify_",
+    "watch",
+]
+
+
+def name_of(path: Path) -> str:
+    """Dotted name of a module of the package."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    name_of(path): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def is_below(name: str, package: str) -> bool:
+    """Whether a dotted name is a package or something in it."""
+    return name == package or name.startswith(package + ".")
+
+
+def imports_of(source: str, modules: Mapping[str, object] = SOURCES) -> set[str]:
+    """What a source imports, at its top, in functions and under TYPE_CHECKING.
+
+    ``from steppe import blocks`` is the module ``steppe.blocks`` if `modules` has it. Relative
+    imports are given as ``.``.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found.add(".")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            if is_below(node.module, "steppe"):
+                found |= {name if name in modules else node.module for name in inner}
+            else:
+                found |= {node.module} | inner  # `from torch import distributed` too
+    return found
+
+
+def dynamic_imports_of(source: str) -> set[str]:
+    """Calls that can import what no checker of imports sees."""
+    calls = {
+        ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
+    }
+    hidden = {"__import__", "exec", "eval", "import_module", "importlib.import_module"}
+    return calls & hidden
+
+
+def wrong_imports(sources: Mapping[str, str]) -> list[str]:
+    """Every import that breaks `ORDER`, `STRANGERS` or `HOMES`, as ``importer → imported``."""
+    rank = {name: line for line, names in enumerate(ORDER) for name in names}
+    wrong = []
+    for importer, source in sources.items():
+        for imported in sorted(imports_of(source)):
+            if is_below(imported, "steppe"):
+                bad = imported not in rank or rank[imported] >= rank[importer]
+                bad |= any(
+                    (is_below(importer, one) and is_below(imported, other))
+                    or (is_below(importer, other) and is_below(imported, one))
+                    for one, other in STRANGERS
+                )
+            else:
+                bad = imported == "." or any(
+                    is_below(imported, foreign) and not any(is_below(importer, h) for h in homes)
+                    for foreign, homes in HOMES.items()
+                )
+            if bad:
+                wrong.append(f"{importer} → {imported}")
+    return wrong
+
+
+def unsafe_loads(source: str) -> list[str]:
+    """Imports of unpicklers, and ``torch.load`` without ``weights_only=True``."""
+    unsafe = [
+        name
+        for name in sorted(imports_of(source))
+        if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve")
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if called == "torch.load" and keywords.get("weights_only") != "True":
+            unsafe.append(ast.unparse(node))
+        if keywords.get("allow_pickle", "False") != "False":
+            unsafe.append(ast.unparse(node))
+    # torch.load under another name.
+    return unsafe + [name for name in imports_of(source) if name == "torch.load"]
+
+
+def loaded_by(statement: str) -> set[str]:
+    """What a fresh interpreter loads for a statement beyond what `import torch` loads."""
+    program = (
+        "import json, sys, torch\n"
+        "before = set(sys.modules)\n"
+        f"{statement}\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(done.stdout))
+
+
+def heavy(loaded: set[str]) -> list[str]:
+    return sorted(name for name in loaded if any(is_below(name, package) for package in HEAVY))
+
+
+def test_every_module_has_one_place_in_the_order() -> None:
+    listed = [name for names in ORDER for name in names]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set(SOURCES)
+
+
+def test_imports_only_point_downwards() -> None:
+    assert wrong_imports(SOURCES) == []
+
+
+@pytest.mark.parametrize(
+    ("importer", "line", "shown"),
+    [
+        ("steppe.errors", "import steppe.files", "steppe.files"),
+        ("steppe.blocks", "from steppe.surgery import Journal", "steppe.surgery"),
+        ("steppe.blocks", "from steppe import surgery", "steppe.surgery"),
+        ("steppe.blocks", "from steppe import find_blocks", "steppe"),
+        ("steppe.blocks", "def f():\n    from steppe.cli import main", "steppe.cli"),
+        ("steppe.tokens", "from steppe.surgery import Journal", "steppe.surgery"),
+        ("steppe.errors", "import steppe.errors", "steppe.errors"),
+        ("steppe.errors", "from steppe.nowhere import thing", "steppe.nowhere"),
+        ("steppe.errors", "from .files import write_file", "."),
+        ("steppe.measures.watch", "import steppe.plugins.base", "steppe.plugins.base"),
+        ("steppe.plugins.constrain", "from steppe.measures import density", "steppe.measures.d"),
+        ("steppe.training.demo", "from steppe.report import demo_table", "steppe.report"),
+        ("steppe.report", "import steppe.training.data", "steppe.training.data"),
+        ("steppe.blocks", "import transformers.models.opt", "transformers.models.opt"),
+        ("steppe.blocks", "from transformers import OPTModel", "transformers"),
+        ("steppe.cli", "def f():\n    if TYPE_CHECKING:\n        import transformers", "transf"),
+        ("steppe.sharding", "from torch.distributed import tensor", "torch.distributed.tensor"),
+        ("steppe.training", "import torch._dynamo.config", "torch._dynamo.config"),
+    ],
+)
+def test_the_check_of_imports_can_fail(importer: str, line: str, shown: str) -> None:
+    wrong = wrong_imports({importer: line})
+    assert wrong
+    assert wrong[0].startswith(f"{importer} → {shown}")
+
+
+def test_the_check_of_imports_lets_pass_what_is_right() -> None:
+    right = {
+        "steppe.cli": "import steppe\nfrom steppe.training import demo",
+        "steppe.training.demo": "from transformers import Trainer\nfrom steppe.files import x",
+        "steppe.plugins.sparsify": "from steppe.plugins.base import Plugin\nimport torch",
+        "steppe.measures.watch": "from torch import distributed as dist",
+    }
+    assert wrong_imports(right) == []
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_nothing_is_imported_behind_the_checkers_back(name: str) -> None:
+    assert dynamic_imports_of(SOURCES[name]) == set()
+
+
+def test_the_check_for_dynamic_imports_can_fail() -> None:
+    source = "importlib.import_module('steppe.cli'); model.eval(); exec('import steppe.cli')"
+    assert dynamic_imports_of(source) == {"importlib.import_module", "exec"}
+
+
+def test_ops_know_no_module() -> None:
+    for name, source in SOURCES.items():
+        if is_below(name, "steppe.ops"):
+            assert not {i for i in imports_of(source) if is_below(i, "torch.nn")}, name
+
+
+def test_importing_steppe_loads_nothing_heavy() -> None:
+    loaded = loaded_by("import steppe")
+    assert set(SOURCES) & loaded >= {"steppe", "steppe.plugins.sparsify"}
+    assert heavy(loaded) == []
+
+
+def test_the_check_of_what_is_loaded_can_fail() -> None:
+    assert "torch._dynamo" in heavy({"torch._dynamo", "torch._dynamo_not", "json"})
+    assert heavy(loaded_by("import rich.table"))
+
+
+def test_the_public_names_are_these() -> None:
+    assert steppe.__all__ == PUBLIC
+    assert sorted(PUBLIC) == PUBLIC
+    assert all(hasattr(steppe, name) for name in PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_and_their_public_members_have_docstrings(name: str) -> None:
+    thing = getattr(steppe, name)
+    undocumented = []
+    # A dataclass without a docstring is given its signature for one.
+    if not thing.__doc__ or thing.__doc__.startswith(f"{name}("):
+        undocumented.append(name)
+    for member, value in vars(thing).items() if inspect.isclass(thing) else []:
+        is_code = inspect.isfunction(value) or isinstance(value, property)
+        if is_code and not member.startswith("_") and not value.__doc__:
+            undocumented.append(f"{name}.{member}")
+    assert undocumented == []
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_nothing_is_ever_unpickled(name: str) -> None:
+    assert unsafe_loads(SOURCES[name]) == []
+    assert not re.search(r"\bpickle\b", SOURCES[name])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import joblib",
+        "torch.load('model.bin')",
+        "torch.load('model.bin', weights_only=False)",
+        "from torch import load",
+        "numpy.load('a.npy', allow_pickle=True)",
+    ],
+)
+def test_the_check_for_unpickling_can_fail(source: str) -> None:
+    assert unsafe_loads(source)
+
+
+def test_the_check_for_unpickling_lets_weights_pass() -> None:
+    assert unsafe_loads("torch.load('model.bin', weights_only=True)") == []
