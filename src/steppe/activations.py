@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -48,7 +49,7 @@ class Rectifier(nn.Module):
 
     def __init__(self, alpha: float = 1.0, beta: float = 0.0) -> None:
         super().__init__()
-        if alpha < 0 or beta < 0 or alpha + beta == 0:
+        if not (alpha >= 0 and beta >= 0 and 0 < alpha + beta < math.inf):
             raise ValueError(
                 f"Rectifier: expected alpha ≥ 0 and beta ≥ 0, not both zero; got {alpha=}, {beta=}"
             )
@@ -86,7 +87,7 @@ class SShapedSquaredReLU(nn.Module):
 
     def __init__(self, shift_x: float = 0.0, shift_y: float = 0.0, half_width: float = 1.5) -> None:
         super().__init__()
-        if half_width <= 0:
+        if not half_width > 0:  # NaN too
             raise ValueError(f"SShapedSquaredReLU: expected half_width > 0, got {half_width}")
         self.shift_x = float(shift_x)
         self.shift_y = float(shift_y)
@@ -118,8 +119,10 @@ def is_relu(act: Activation) -> bool:
 
 
 def evaluate(act: Activation, p: Tensor) -> Tensor:
-    """``act(p)`` that leaves p as it was, also for ``nn.ReLU(inplace=True)``."""
-    return act(p.clone() if getattr(act, "inplace", False) else p)
+    """``act(p)`` that leaves p as it was and runs no hook, also for ``nn.ReLU(inplace=True)``."""
+    apply = act.forward if isinstance(act, nn.Module) else act
+    value: Tensor = apply(p.clone() if getattr(act, "inplace", False) else p)
+    return value
 
 
 def derivative(act: Activation, p: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from steppe.blocks import Slot
 
+_HOLDS = "_steppe_holds"  # on a module: attribute → (number of holders, old value)
+
 
 class _Edit(ABC):
     """One change that can be taken back."""
@@ -59,6 +61,21 @@ class _FreezeEdit(_Edit):
         self.parameter.requires_grad_(self.required_grad)
 
 
+@dataclass
+class _HoldEdit(_Edit):
+    slot: Slot
+
+    def undo(self) -> None:
+        holds = self.slot.module.__dict__[_HOLDS]
+        holders, old = holds[self.slot.name]
+        holds[self.slot.name] = (holders - 1, old)
+        if holders == 1:
+            del holds[self.slot.name]
+            setattr(self.slot.module, self.slot.name, old)
+        if not holds:
+            del self.slot.module.__dict__[_HOLDS]
+
+
 class Journal:
     """The edits made to a model, in order."""
 
@@ -70,6 +87,21 @@ class Journal:
         old = getattr(slot.module, slot.name)
         _set(slot, value)
         self._edits.append(_AttributeEdit(slot, old))
+
+    def hold_attribute(self, slot: Slot, value: object) -> None:
+        """Give an attribute another value for as long as any journal wants it so.
+
+        All must want the same value; the last one to let go brings the old one back.
+        """
+        holds = slot.module.__dict__.setdefault(_HOLDS, {})
+        holders, old = holds.get(slot.name, (0, getattr(slot.module, slot.name)))
+        setattr(slot.module, slot.name, value)
+        holds[slot.name] = (holders + 1, old)
+        self._edits.append(_HoldEdit(slot))
+
+    def added_parameters(self) -> list[Slot]:
+        """Where the registered parameters are."""
+        return [edit.slot for edit in self._edits if isinstance(edit, _ParameterEdit)]
 
     def add_parameter(self, slot: Slot, parameter: nn.Parameter) -> None:
         """Register a new parameter beside the existing ones."""
@@ -88,8 +120,12 @@ class Journal:
         self._edits.append(_HookEdit(module.register_forward_hook(hook)))
 
     def freeze(self, parameter: nn.Parameter) -> None:
-        """Take a parameter out of training."""
+        """Take a parameter out of training.
+
+        Its gradient goes: an optimizer with momentum would move it even by zeros.
+        """
         self._edits.append(_FreezeEdit(parameter, parameter.requires_grad))
+        parameter.grad = None
         parameter.requires_grad_(False)
 
     def extend(self, other: Journal) -> None:

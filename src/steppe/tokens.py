@@ -48,7 +48,9 @@ class TokenContext:
         else:
             self.shape = None if embeds is None else (embeds.shape[0], embeds.shape[1])
         cache = told.get("past_key_values")
-        self.offset = 0 if cache is None else cache.get_seq_length()
+        offset = 0 if cache is None else cache.get_seq_length()
+        # A static cache hands out its own counter and moves it on during the call.
+        self.offset = offset.clone() if isinstance(offset, Tensor) else offset
         self.mask = self.positions = None
         mask = _counted_tokens(told)
         if self.shape is not None:

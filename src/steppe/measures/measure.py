@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -72,9 +73,7 @@ def measure(
     """
     batches = 0
     with watch(model, where, patterns) as monitor, _evaluating(model), torch.no_grad():
-        for batch in loader:
-            if max_batches is not None and batches >= max_batches:
-                break
+        for batch in islice(loader, max_batches):
             forward(model, batch)
             batches += 1
         counts = monitor.counts(group)

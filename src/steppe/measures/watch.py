@@ -174,7 +174,7 @@ def watch(
     journal = Journal()
     try:
         for encoder in find_nested_tensor_encoders(model):
-            journal.set_attribute(Slot(encoder, "use_nested_tensor"), False)
+            journal.hold_attribute(Slot(encoder, "use_nested_tensor"), False)
         for module, hook in context_hooks:
             journal.add_forward_pre_hook(module, hook, with_kwargs=True)
         for module, see in monitor.hooks():

@@ -56,10 +56,8 @@ def rectifier(p: Tensor, alpha: Coefficient = 1.0, beta: Coefficient = 0.0) -> T
         >>> rectifier(torch.tensor([-1.0, 0.0, 2.0]), 1.0, 0.5).tolist()
         [0.0, 0.0, 4.0]
     """
-    if isinstance(beta, float | int) and beta == 0.0 and isinstance(alpha, float | int):
-        # torch's own ReLU keeps its output only, too.
-        r = torch.relu(p)
-        return r if alpha == 1.0 else alpha * r
+    if not isinstance(alpha, Tensor) and not isinstance(beta, Tensor) and (alpha, beta) == (1, 0):
+        return torch.relu(p)  # which keeps its output only, too
     out: Tensor = _Rectifier.apply(p, _as_dtype(alpha, p), _as_dtype(beta, p))
     return out
 
@@ -133,8 +131,10 @@ def s_shaped_squared_relu_derivative(
 
 def _slope_from_output(a: Tensor, alpha: Coefficient, beta: Coefficient) -> Tensor:
     """σ′ from a = σ(p): √(α² + 4 β a) where a ≠ 0, else 0. Non-finite a stays non-finite."""
-    slope = torch.sqrt(alpha * alpha + 4.0 * beta * a)
-    return torch.where(a == 0, torch.zeros_like(slope), slope)
+    zero = a == 0
+    # The root of 0 has no derivative, and 4 β a would overflow float16 where σ′ does not.
+    slope = 2.0 * torch.sqrt(alpha * alpha / 4.0 + beta * a.masked_fill(zero, 1.0))
+    return slope.masked_fill(zero, 0.0)
 
 
 def _as_dtype(coefficient: Coefficient, p: Tensor) -> Coefficient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,6 @@ class Sparsification:
     progress: float = 0.0
     journal: Journal = field(default_factory=Journal, repr=False)
     constraints: list[Constraint] = field(default_factory=list, repr=False)
-    parameters_before: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def has_schedule(self) -> bool:
@@ -113,17 +113,17 @@ def sparsify_(
 
     journal = Journal()
     constraints: list[Constraint] = []
-    before = frozenset(name for name, _ in root.named_parameters())
     try:
         for encoder in find_nested_tensor_encoders(root):
-            journal.set_attribute(Slot(encoder, "use_nested_tensor"), False)
+            journal.hold_attribute(Slot(encoder, "use_nested_tensor"), False)
         for plugin in resolved:
             constraints += plugin.apply(root, blocks, journal)
     except BaseException:  # also Ctrl-C: never half a model
         journal.undo()
         raise
     if old is None:
-        old = Sparsification(parameters_before=before)
+        old = Sparsification()
+        _own_config(root)
         setattr(root, _ATTRIBUTE, old)
     old.applied += [(plugin, names) for plugin in resolved]
     old.constraints += constraints
@@ -185,12 +185,12 @@ def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     ``optimizer.add_param_group({"params": list(added_parameters(model).values())})``.
     """
     sparsification = sparsification_of(model)
-    if sparsification is None:
-        return {}
+    slots = [] if sparsification is None else sparsification.journal.added_parameters()
+    # By place: PEFT renames modules, FSDP2 replaces parameters.
+    names = {module: name for name, module in unwrap(model).named_modules()}
     return {
-        name: parameter
-        for name, parameter in unwrap(model).named_parameters()
-        if name not in sparsification.parameters_before
+        f"{names[slot.module]}.{slot.name}".lstrip("."): getattr(slot.module, slot.name)
+        for slot in slots
     }
 
 
@@ -251,6 +251,17 @@ def _refuse_duplicates(
                 f"{again[0]}: has {type(plugin).__name__} already; the model is unchanged. To"
                 " start over: steppe.restore_(model)"
             )
+
+
+def _own_config(root: nn.Module) -> None:
+    """Give a model a config of its own: models built from one config object share it."""
+    shared = getattr(root, "config", None)
+    if shared is None:
+        return
+    own = copy.deepcopy(shared)
+    for module in root.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own
 
 
 def _note_in_config(root: nn.Module, sparsification: Sparsification) -> None:

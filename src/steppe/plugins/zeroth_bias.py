@@ -70,6 +70,12 @@ class ZerothBias(Plugin):
                 f"{block.name}: ZerothBias is bounded by the scale of the block's norm, and"
                 f" {_kind(block.norm)} has none. Leave the block out: sparsify_(..., where=...)"
             )
+        if any(hasattr(layer, "base_layer") for layer in (block.up, block.gate)):
+            raise UnfitBlockError(
+                f"{block.name}: PEFT adapts the first layer of the MLP, and merging would throw the"
+                " zeroth bias away. Name the attention alone in target_modules, or leave the block"
+                " out: sparsify_(..., where=...)"
+            )
         if is_sharded(linear_weight(block.up)):
             raise UnfitBlockError(
                 f"{block.name}: the model is sharded already; call sparsify_ before fully_shard"
