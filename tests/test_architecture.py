@@ -63,7 +63,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch._dynamo": (),
     "torch.distributed.tensor": (),
     "torch.utils.tensorboard": ("steppe.training",),
-    "transformers": ("steppe.training",),
+    "transformers": ("steppe.training", "steppe.checkpoints"),
     "typer": ("steppe.cli",),
     "wandb": ("steppe.training",),
 }

@@ -106,25 +106,48 @@ class MLPBlock:
         return self.up if self.gate is None else self.gate
 
 
+# nn.TransformerEncoderLayer decides by this attribute whether it may run its fused kernel;
+# nn.TransformerDecoderLayer, whose norms have other places, does not have it.
+_FUSED_FLAG = "activation_relu_or_gelu"
+_ENCODER_LAYER_FLAGS = ((_FUSED_FLAG, 0),)
+
+
 def _norm_first(layer: Any) -> bool:
-    return bool(layer.norm_first)
+    return hasattr(layer, _FUSED_FLAG) and layer.norm_first
 
 
 def _norm_last(layer: Any) -> bool:
-    return not layer.norm_first
+    return hasattr(layer, _FUSED_FLAG) and not layer.norm_first
 
 
 def _sequence_first(layer: Any) -> bool:
     return not layer.self_attn.batch_first
 
 
-def _has_no_feedforward_norm(layer: Any) -> bool:
-    # Gemma 2 and its kin put a further norm between this one and the MLP.
-    return not hasattr(layer, "pre_feedforward_layernorm")
+def _opt_norm_first(layer: Any) -> bool:
+    # BART and its kin have the same parts in another order, and no such flag.
+    return getattr(layer, "do_layer_norm_before", None) is True
 
 
-# nn.TransformerEncoderLayer decides by this attribute whether it may run its fused kernel.
-_ENCODER_LAYER_FLAGS = (("activation_relu_or_gelu", 0),)
+def _opt_norm_last(layer: Any) -> bool:
+    return getattr(layer, "do_layer_norm_before", None) is False
+
+
+# Where a layer has one of these, its post_attention_layernorm is not what the MLP reads (Gemma 2,
+# OLMo 2, AFMoE) or not by the MLP alone (nomic-bert).
+_OTHER_MLP_NORMS = (
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "pre_mlp_layernorm",
+    "post_mlp_layernorm",
+)
+
+
+def _reads_post_attention_norm(layer: Any) -> bool:
+    return hasattr(layer, "input_layernorm") and not any(
+        hasattr(layer, name) for name in _OTHER_MLP_NORMS
+    )
+
 
 PATTERNS: tuple[BlockPattern, ...] = (
     BlockPattern(
@@ -170,7 +193,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="fc1",
         act="activation_fn",
         down="fc2",
-        when=lambda layer: layer.do_layer_norm_before,
+        when=_opt_norm_first,
     ),
     BlockPattern(
         family="OPT (post-norm)",
@@ -179,7 +202,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="fc1",
         act="activation_fn",
         down="fc2",
-        when=lambda layer: not layer.do_layer_norm_before,
+        when=_opt_norm_last,
     ),
     BlockPattern(family="GPT-2", norm="ln_2", up="mlp.c_fc", act="mlp.act", down="mlp.c_proj"),
     BlockPattern(
@@ -196,7 +219,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.up_proj",
         act="mlp.act_fn",
         down="mlp.down_proj",
-        when=_has_no_feedforward_norm,
+        when=_reads_post_attention_norm,
     ),
     BlockPattern(
         family="nn.TransformerEncoderLayer (norm first)",
@@ -305,7 +328,7 @@ def find_blocks(
 
 
 def find_nested_tensor_encoders(model: nn.Module) -> list[nn.Module]:
-    """The ``nn.TransformerEncoder`` modules that may hand nested tensors to their layers.
+    """The ``nn.TransformerEncoder`` modules, which may hand nested tensors to their layers.
 
     In evaluation they drop the padding that way, for a fused kernel that runs no hook; a layer with
     a hook then fails on the nested tensor. Whoever adds hooks sets ``use_nested_tensor`` to False.
@@ -314,12 +337,12 @@ def find_nested_tensor_encoders(model: nn.Module) -> list[nn.Module]:
         model: any module.
 
     Returns:
-        The encoders with ``use_nested_tensor`` set.
+        The encoders that have ``use_nested_tensor``, on or off.
     """
     return [
         module
         for module in unwrap(model).modules()
-        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
+        if isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor")
     ]
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from steppe.blocks import BlockPattern, find_blocks, unwrap
-from steppe.errors import CheckpointError
+from steppe.errors import CheckpointError, SteppeError
 from steppe.plugins.base import Plugin, plugin_from_settings
 from steppe.plugins.sparsify import (
     CONFIG_KEY,
@@ -54,6 +54,7 @@ def load_pretrained(
     """
     folder = str(folder)
     applied, progress = _read_record(folder)
+    weight_files = _weight_files(folder)
     with _held_load_reports() as reports:
         model = load(folder)
     root = unwrap(model)
@@ -61,15 +62,20 @@ def load_pretrained(
         delattr(root.config, CONFIG_KEY)
     before = set(root.state_dict())
     to_model = _renaming(root, applied, patterns)
-    for plugin, names in applied:
-        _sparsify_blocks(root, plugin, {to_model(name) for name in names}, patterns)
+    try:
+        for plugin, names in applied:
+            _sparsify_blocks(root, plugin, {to_model(name) for name in names}, patterns)
+    except SteppeError as error:
+        raise CheckpointError(f"{folder}: the record cannot be applied: {error}") from None
     advance_(root, progress)
     state = root.state_dict()
-    files = {to_model(name): (name, file) for name, file in _weight_files(folder).items()}
-    _copy_tensors(folder, {name: state[name] for name in state if name not in before}, files)
+    saved_as = _saved_names(root, state)
+    files = {to_model(name): (name, file) for name, file in weight_files.items()}
+    ours = {saved_as[name]: state[name] for name in state if name not in before}
+    _copy_tensors(folder, ours, files)
     for report in reports:
         # Transformers calls our tensors unexpected; let it speak if there is anything else.
-        if "MISSING" in report.getMessage() or set(files) - set(state):
+        if "MISSING" in report.getMessage() or set(files) - {*saved_as.values(), *state}:
             logging.getLogger(report.name).handle(report)
     return model
 
@@ -104,6 +110,10 @@ def _read_record(folder: str) -> tuple[_Applied, float]:
         raise CheckpointError(
             f"{path}: expected a record of version {RECORD_VERSION} with progress in 0 … 1, got"
             f" version {version!r}, progress {progress}. A newer steppe may have written it."
+        )
+    if not entries or not all(names):
+        raise CheckpointError(
+            f"{path}: the record under {CONFIG_KEY!r} is damaged (no plug-in, or one for no block)"
         )
     plugins = [plugin_from_settings(entry, PLUGINS) for entry in entries]
     return list(zip(plugins, names, strict=True)), progress
@@ -151,22 +161,52 @@ def _sparsify_blocks(
     sparsify_(root, [plugin], where=lambda block: block.name in names, patterns=patterns)
 
 
+def _saved_names(root: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name in the checkpoint of each tensor of the model.
+
+    Transformers 5 keeps the names of older versions in the file for some architectures (ViT).
+    """
+    if not hasattr(root, "save_pretrained"):
+        return {name: name for name in state}
+    # Here, not above: `load` has imported transformers, `import steppe` does not.
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved_as: dict[str, str] = {}
+    for name, tensor in state.items():
+        # One by one: the result does not say which name became which.
+        names = list(revert_weight_conversion(root, {name: tensor}))  # type: ignore[arg-type]
+        saved_as[name] = names[0] if len(names) == 1 else name
+    return saved_as
+
+
 def _weight_files(folder: str) -> dict[str, str]:
-    """The file of each tensor in a checkpoint."""
+    """The file of each tensor in a checkpoint, every file opened once to see that it is whole."""
     index = _find(folder, _INDEX)
-    if index is not None:
-        try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{index}: damaged ({type(error).__name__}: {error})") from None
     path = _find(folder, _WEIGHTS)
-    if path is None:
+    if path is not None:
+        with _opened(path) as tensors:
+            return dict.fromkeys(tensors.keys(), _WEIGHTS)
+    if index is None:
         raise CheckpointError(
             f"{folder}: found no {_WEIGHTS}. steppe reads safetensors only; save the model with"
             " save_pretrained"
         )
-    with _opened(path) as tensors:
-        return dict.fromkeys(tensors.keys(), _WEIGHTS)
+    try:
+        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{index}: damaged ({type(error).__name__}: {error})") from None
+    for file in sorted(set(files.values())):
+        with _opened(_named_by_index(folder, file)):
+            pass
+    return files
+
+
+def _named_by_index(folder: str, file: str) -> Path:
+    """A file of weights that the index names."""
+    path = _find(folder, file)
+    if path is None:
+        raise CheckpointError(f"{folder}: found no {file}, which the index names")
+    return path
 
 
 def _copy_tensors(
@@ -181,10 +221,7 @@ def _copy_tensors(
         )
     values: dict[str, Tensor] = {}
     for file in sorted({files[name][1] for name in wanted}):
-        path = _find(folder, file)
-        if path is None:
-            raise CheckpointError(f"{folder}: found no {file}, which the index names")
-        with _opened(path) as tensors:
+        with _opened(_named_by_index(folder, file)) as tensors:
             values |= {
                 name: tensors.get_tensor(files[name][0])
                 for name in wanted
@@ -240,5 +277,10 @@ def _held_load_reports() -> Iterator[list[logging.LogRecord]]:
     logger.addFilter(hold)
     try:
         yield held
+    except BaseException:
+        logger.removeFilter(hold)
+        for record in held:
+            logger.handle(record)
+        raise
     finally:
         logger.removeFilter(hold)

@@ -133,7 +133,6 @@ def test_max_batches_stops_early(wanted: int) -> None:
     assert measure(model, batches, max_batches=wanted) == watched(model, batches[:wanted])
 
 
-# Fails: the loop asks the loader for one batch more than it uses.
 def test_max_batches_takes_no_batch_it_does_not_use() -> None:
     loader = iter(token_batches((1, 2, 3)))
     measure(models.opt(), loader, max_batches=2)

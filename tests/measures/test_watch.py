@@ -653,7 +653,6 @@ def test_hooks_of_the_user_stay_where_they_were() -> None:
     recorder.remove()
 
 
-# Fails: supports() calls the activation module to see a, and with it the hooks on it.
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 def test_hooks_of_the_user_on_the_activation_run_as_often_as_without(act: str) -> None:
     model = models.gpt2(act).eval()
@@ -749,8 +748,6 @@ def test_plug_ins_put_in_while_watching_are_seen_and_change_nothing_else(name: s
     assert hanging_on(model) == before
 
 
-# Fails: watch and sparsify_ both set use_nested_tensor of nn.TransformerEncoder and take it back
-# by what it was before, so the one that ends first undoes it for the other.
 def test_a_torch_encoder_sparsified_while_watching_still_runs_afterwards() -> None:
     model = models.torch_encoder(norm_first=False).eval()
     with watch(model):

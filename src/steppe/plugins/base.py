@@ -16,7 +16,13 @@ from steppe.surgery import Journal
 
 
 class Constraint:
-    """What a plug-in goes on doing to one block during training; by default nothing."""
+    """What a plug-in goes on doing to one block during training; by default nothing.
+
+    Attributes:
+        reads_norm: the bounds depend on the norm's scale, so it is projected after the norm.
+    """
+
+    reads_norm: ClassVar[bool] = False
 
     def advance(self, progress: float) -> None:
         """Set schedules.
@@ -96,7 +102,7 @@ def plugin_from_settings(settings: dict[str, Any], kinds: Sequence[type[Plugin]]
     by_key = {kind.key: kind for kind in kinds}
     arguments = dict(settings)
     key = arguments.pop("plugin", None)
-    if key not in by_key:
+    if not isinstance(key, str) or key not in by_key:
         raise CheckpointError(
             f"config.json names the plug-in {key!r}; this version of steppe knows"
             f" {', '.join(sorted(by_key))}. Update steppe, or check the file."

@@ -126,7 +126,7 @@ def sparsify_(
         _own_config(root)
         setattr(root, _ATTRIBUTE, old)
     old.applied += [(plugin, names) for plugin in resolved]
-    old.constraints += constraints
+    old.constraints = sorted(old.constraints + constraints, key=lambda c: c.reads_norm)
     old.journal.extend(journal)
     _note_in_config(root, old)
     _forget_compiled_code()

@@ -46,8 +46,9 @@ class ZerothBias(Plugin):
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"ZerothBias: expected max_tokens ≥ 1, got {self.max_tokens}")
+        tokens = self.max_tokens
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+            raise ValueError(f"ZerothBias: expected max_tokens ≥ 1, a whole number, got {tokens}")
         if self.limit <= 0:
             raise ValueError(f"ZerothBias: expected limit > 0, got {self.limit}")
 
@@ -157,6 +158,8 @@ class _AddZerothBias:
 
 class _Clipped(Constraint):
     """|bias| ≤ limit · |norm scale|, per column."""
+
+    reads_norm = True
 
     def __init__(self, block: MLPBlock, limit: float) -> None:
         self._block = block
