@@ -115,7 +115,7 @@ def test_rectifier_is_relu_by_default_and_has_no_state() -> None:
         (0.0, -1.0),
         (2.0, -1.0),
         (0.0, 0.0),
-        # BUG: every comparison with NaN is false, so the check in Rectifier.__init__ lets it pass.
+        # Every comparison with NaN is false.
         (math.nan, 0.0),
         (0.0, math.nan),
     ],
@@ -145,7 +145,6 @@ def test_s_shaped_tells_the_two_densities_apart() -> None:
     assert repr(module) == "SShapedSquaredReLU(shift_x=0.0, shift_y=1.6, half_width=1.5)"
 
 
-# BUG (nan): as in Rectifier.
 @pytest.mark.parametrize("half_width", [0.0, -1.5, math.nan])
 def test_s_shaped_refuses_a_flat_part_without_width(half_width: float) -> None:
     with pytest.raises(ValueError, match="half_width > 0"):

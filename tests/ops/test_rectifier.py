@@ -112,7 +112,6 @@ def test_backward_from_the_output_alone_equals_the_loop(alpha: float, beta: floa
 
 @pytest.mark.parametrize(("alpha", "beta"), FAMILY)
 def test_gradcheck_and_gradgradcheck_away_from_zero(alpha: float, beta: float) -> None:
-    # BUG (0.0, 1.0): NaN for p ≤ 0; see the next test.
     p = away_from_zero(3, 4)
     assert torch.autograd.gradcheck(lambda q: rectifier(q, alpha, beta), p)
     assert torch.autograd.gradgradcheck(lambda q: rectifier(q, alpha, beta), p)
@@ -122,8 +121,7 @@ def test_gradcheck_and_gradgradcheck_away_from_zero(alpha: float, beta: float) -
 def test_second_derivative_is_twice_beta_where_active_and_zero_elsewhere(
     alpha: float, beta: float
 ) -> None:
-    # BUG (0.0, 1.0): ops/rectifier.py::_slope_from_output differentiates √ at 0 in the branch that
-    # torch.where drops, and 0 · inf is NaN.
+    # The backward pass takes a root of the output, and the root of 0 has no derivative.
     p = torch.tensor([-1.0, -0.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(rectifier(p, alpha, beta).sum(), p, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), p)
@@ -177,8 +175,7 @@ def test_dtype_is_kept(alpha: Coefficient, beta: Coefficient, dtype: torch.dtype
 def test_a_finite_half_precision_activation_has_a_finite_gradient(
     p: float, alpha: float, beta: float
 ) -> None:
-    # BUG: ops/rectifier.py::_slope_from_output computes 4 β a, which overflows float16 although
-    # a and σ′ are finite.
+    # 4 β a overflows float16 here, a and σ′ do not.
     a, gradient = value_and_gradient(torch.tensor([p], dtype=torch.float16), alpha, beta)
     assert a.isfinite().all()
     assert gradient.item() == pytest.approx(alpha + 2.0 * beta * p, rel=1e-3)
@@ -274,7 +271,6 @@ def test_a_tensor_beta_hides_no_nan_and_no_infinity() -> None:
 def test_the_output_is_the_only_hidden_tensor_kept_for_backward(
     alpha: float, beta: Coefficient
 ) -> None:
-    # BUG (2.0, 0.0): the short cut for β = 0 keeps torch.relu's output beside α times it.
     p = torch.randn(8, 64, requires_grad=True)
     a, saved = saved_storages(lambda: rectifier(p, alpha, beta), hidden=64)
     assert saved == {a.untyped_storage().data_ptr()}
