@@ -141,7 +141,7 @@ def torch_encoder(norm_first: bool = True, batch_first: bool = True) -> nn.Modul
     layer = nn.TransformerEncoderLayer(
         D_MODEL, 4, D_HIDDEN, dropout=0.0, norm_first=norm_first, batch_first=batch_first
     )
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first and not norm_first)
 
 
 LANGUAGE_MODELS: dict[str, Callable[[], nn.Module]] = {

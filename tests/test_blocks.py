@@ -183,28 +183,28 @@ t5_names = (
     "decoder.block.0.layer.2",
     "decoder.block.1.layer.2",
 )
-vit_parts = {
+vit_parts: dict[str, Any] = {
     "norm": "layernorm_after",
     "up": "mlp.fc1",
     "act": "mlp.activation_fn",
     "down": "mlp.fc2",
 }
 opt_names = ("model.decoder.layers.0", "model.decoder.layers.1")
-opt_parts = {"up": "fc1", "act": "activation_fn", "down": "fc2"}
-neox_parts = {
+opt_parts: dict[str, Any] = {"up": "fc1", "act": "activation_fn", "down": "fc2"}
+neox_parts: dict[str, Any] = {
     "norm": "post_attention_layernorm",
     "up": "mlp.dense_h_to_4h",
     "act": "mlp.act",
     "down": "mlp.dense_4h_to_h",
 }
-llama_parts = {
+llama_parts: dict[str, Any] = {
     "norm": "post_attention_layernorm",
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
     "act": "mlp.act_fn",
     "down": "mlp.down_proj",
 }
-torch_parts = {"up": "linear1", "act": "activation", "down": "linear2"}
+torch_parts: dict[str, Any] = {"up": "linear1", "act": "activation", "down": "linear2"}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "t5": Architecture(
@@ -567,8 +567,8 @@ whisper = WhisperConfig(
 )
 
 
-# BUG: the OPT rows' `when` reads do_layer_norm_before, which the layers of BART, mBART, Marian,
-# Pegasus, M2M100, XGLM, BioGPT and Whisper do not have: AttributeError.
+# BART, mBART, Marian, Pegasus, M2M100, XGLM, BioGPT and Whisper have the parts of OPT's layers and
+# no do_layer_norm_before.
 @pytest.mark.parametrize(
     "build",
     [partial(BartModel, bart), partial(WhisperModel, whisper)],
@@ -596,13 +596,12 @@ class NormalizeBefore(nn.Module):
         self.normalize_before = True
 
 
-# BUG: as above, with norm_first.
 def test_a_layer_like_torchs_without_its_flag_raises_nothing_but_not_found() -> None:
     with pytest.raises(BlocksNotFoundError):
         find_blocks(NormalizeBefore())
 
 
-small = {
+small: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": D_MODEL,
     "intermediate_size": D_HIDDEN,
@@ -615,8 +614,8 @@ small = {
 }
 
 
-# BUG: the Llama row matches layers whose post_attention_layernorm is a post-norm. In OLMo 2 and 3,
-# EXAONE 4 and AFMoE the MLP does not read it; in nomic-bert and GTE the residual stream does too.
+# In OLMo 2 and 3, EXAONE 4 and AFMoE the MLP does not read post_attention_layernorm; in nomic-bert
+# and GTE the residual stream reads it too.
 @pytest.mark.parametrize(
     "build",
     [
@@ -638,8 +637,8 @@ def test_a_post_norm_under_llamas_names_is_not_taken_for_a_pre_norm(
         assert others_read_the_norm(model, block) is block.norm_is_shared
 
 
-# BUG: nn.TransformerDecoderLayer has the parts of both encoder rows, but norm2 (norm1 behind a
-# post-norm) is that of the cross-attention, and it has no activation_relu_or_gelu to override.
+# Its norm2 (norm1 behind a post-norm) is that of the cross-attention, and it has no flag
+# activation_relu_or_gelu to override.
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_torchs_decoder_layer_is_not_taken_for_an_encoder_layer(norm_first: bool) -> None:
     layer = nn.TransformerDecoderLayer(
@@ -707,7 +706,13 @@ def test_a_pattern_of_the_user_goes_before_the_table() -> None:
 def test_a_pattern_with_a_part_missing_or_of_another_kind_does_not_match(
     part: dict[str, str],
 ) -> None:
-    parts = {"norm": "scale", "up": "fc_in", "act": "sigma", "down": "fc_out", **part}
+    parts: dict[str, Any] = {
+        "norm": "scale",
+        "up": "fc_in",
+        "act": "sigma",
+        "down": "fc_out",
+        **part,
+    }
     with pytest.raises(BlocksNotFoundError):
         find_blocks(OddNames(), patterns=[BlockPattern(family="wrong", **parts)])
 
@@ -764,7 +769,10 @@ def replace_owners(
     return model
 
 
-compiled = partial(torch.compile, backend="eager")
+def compiled(model: nn.Module) -> nn.Module:
+    wrapper = torch.compile(model, backend="eager")
+    assert isinstance(wrapper, nn.Module)
+    return wrapper
 
 
 def compiled_in_place(model: nn.Module) -> nn.Module:

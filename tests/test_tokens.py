@@ -87,7 +87,7 @@ def test_ids_alone_tell_the_shape_and_nothing_else() -> None:
 
 def test_a_call_that_says_nothing_leaves_everything_open() -> None:
     context = told()
-    assert context.shape is context.mask is context.positions is None
+    assert (context.shape, context.mask, context.positions) == (None, None, None)
     assert context.offset == 0
 
 

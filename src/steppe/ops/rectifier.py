@@ -78,7 +78,7 @@ def rectifier_derivative(p: Tensor, alpha: Coefficient = 1.0, beta: Coefficient 
         [0.0, 0.0, 3.0]
     """
     slope = _as_dtype(alpha, p) + 2.0 * _as_dtype(beta, p) * p
-    return torch.where(p > 0, slope, torch.zeros_like(p))
+    return torch.where(p <= 0, torch.zeros_like(p), slope)
 
 
 def s_shaped_squared_relu(

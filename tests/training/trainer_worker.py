@@ -1,0 +1,68 @@
+"""What each process of test_callback_distributed.py runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+import models
+from steppe import JumpingSquaredReLU, RestrictedNorm, ZerothBias, sparsify_
+from steppe.training import SteppeCallback
+from steppe.training.data import TensorDataset
+
+BATCH = 4  # of all processes together
+
+
+def train(folder: Path, world: int) -> dict[str, Any]:
+    """Train with logs and saves that fall on different steps; what the callback made of it."""
+    torch.manual_seed(0)
+    model = sparsify_(models.gpt2(), [ZerothBias(), RestrictedNorm(), JumpingSquaredReLU(ramp=0.5)])
+    ids = models.token_ids(32, 8)
+    callback = SteppeCallback(every=2)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            max_steps=8,
+            per_device_train_batch_size=BATCH // world,
+            learning_rate=1e-2,
+            logging_steps=4,
+            save_steps=3,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            ddp_backend="gloo" if world > 1 else None,
+        ),
+        train_dataset=TensorDataset(input_ids=ids, labels=ids),
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    kept = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())
+    return {
+        "history": callback.history,
+        "training_density": callback.training_density,
+        "saved_at_6": kept["stateful_callbacks"]["SteppeCallback"]["attributes"]["history"],
+        "logged": [log["density"] for log in trainer.state.log_history if "density" in log],
+    }
+
+
+def work(rank: int, folder: Path, port: int, world: int) -> None:
+    """One process, as torchrun would start it."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    result = train(folder / "run", world)
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
