@@ -17,6 +17,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -86,12 +87,13 @@ def demo(
             console=_console,
         ) as progress,
     ):
-        bars = {label: progress.add_task(label, total=None, start=False) for label in labels}
+        bars: dict[str, TaskID] = {}
 
         def show(label: str, step: int, total: int) -> None:
-            if step == 1:
-                progress.start_task(bars[label])
-            progress.update(bars[label], completed=step, total=total)
+            if label not in bars:
+                place = f"[{labels.index(label) + 1}/{len(labels)}]"
+                bars[label] = progress.add_task(f"{_escape(place)} {label}", total=total)
+            progress.update(bars[label], completed=step)
 
         summary = run_demo(out, seeds=seeds, max_steps=max_steps, on_step=show)
     plot = plot_training_density(summary, out / "density.png")

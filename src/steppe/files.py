@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from steppe.errors import OutputError
 
@@ -25,15 +28,52 @@ def prepare_folder(folder: str | Path) -> Path:
         OutputError: it is a file, read-only or full.
     """
     path = Path(folder)
-    try:
+    with writing_to(path):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"\0" * 4096)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {path}: {error.strerror or error}. Name another folder: --out FOLDER"
-        ) from None
     return path
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Tell errors of the file system, also those of safetensors, by the name of what is written.
+
+    Args:
+        path: the file or folder.
+
+    Raises:
+        OutputError: something could not be written.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"cannot write to {path}: {reason}. Name another folder: --out FOLDER"
+        ) from None
+
+
+def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a folder under a temporary name, then rename it.
+
+    Args:
+        path: the folder; one that is there already is replaced.
+        write: fills the folder it is given.
+
+    Raises:
+        OutputError: it cannot be written; an older folder of the name is still whole.
+    """
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as temporary:
+            new, old = Path(temporary) / "new", Path(temporary) / "old"
+            write(new)
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -61,10 +101,9 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         OutputError: it cannot be written; an older file of the name is still whole.
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing_to(path):
+        try:
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

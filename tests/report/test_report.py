@@ -70,6 +70,6 @@ def test_markdown_agrees_with_the_table() -> None:
 def test_plot_is_a_png_and_an_unwritable_path_is_an_error(tmp_path: Path) -> None:
     path = plot_training_density(SUMMARY, tmp_path / "density.png")
     assert path.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="cannot write to"):
         plot_training_density(SUMMARY, tmp_path / "nowhere" / "density.png")
     assert [file.name for file in tmp_path.iterdir()] == ["density.png"]

@@ -39,7 +39,7 @@ from transformers import (
 
 from steppe.blocks import find_blocks
 from steppe.errors import NonFiniteLossError
-from steppe.files import prepare_folder, write_json
+from steppe.files import prepare_folder, write_folder, write_json, writing_to
 from steppe.measures import measure
 from steppe.plugins import (
     JumpingSquaredReLU,
@@ -133,7 +133,7 @@ def run_demo(
         The summary, as it was written.
 
     Raises:
-        OutputError: the folder cannot be written; nothing was trained.
+        OutputError: the folder cannot be written (then nothing was trained), or it is full.
         NonFiniteLossError: a loss became NaN or infinite; no summary was written.
         ValueError: `seeds` or `max_steps` is below 1.
 
@@ -149,7 +149,7 @@ def run_demo(
     for task in TASKS:
         split = task.load()
         steps = task.steps if max_steps is None else min(task.steps, max_steps)
-        with _one_thread():
+        with _one_thread(), writing_to(out):
             arms = {
                 arm: [
                     _train_arm(task, split, arm, seed, steps, out, on_step) for seed in range(seeds)
@@ -259,7 +259,7 @@ def _train_arm(
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"{label}: the held-out loss is {loss} after {steps} steps")
     held_out = measure(model, trainer.get_eval_dataloader())
-    trainer.save_model(str(folder / "model"))
+    write_folder(folder / "model", lambda temporary: trainer.save_model(str(temporary)))
     return ArmRun(
         seed=seed,
         quality=metrics["eval_accuracy"] if task.quality == "accuracy" else loss,
