@@ -20,7 +20,7 @@ PENDING := $(VENV)/.installing
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo results test test-slow lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,11 @@ install: $(STAMP) ## make the virtual environment in .venv
 
 demo: $(STAMP) ## train the demo models and print the table
 	$(BIN)/steppe demo $(DEMO_ARGS)
+
+results: $(STAMP) ## measure the README's table and plot anew (ten minutes)
+	$(BIN)/steppe demo --seeds 3 --out runs/results
+	cp runs/results/summary.json docs/results/demo.json
+	$(BIN)/python docs/render.py
 
 test: $(STAMP) ## run the tests, without the slow ones
 	$(PYTEST) $(PYTEST_ARGS)
