@@ -58,7 +58,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "matplotlib": ("steppe.report",),
     "peft": (),
     "rich": ("steppe.cli", "steppe.report"),
-    "safetensors": ("steppe.checkpoints",),
+    "safetensors": ("steppe.checkpoints", "steppe.files"),
     "sklearn": ("steppe.training",),
     "torch._dynamo": (),
     "torch.distributed.tensor": (),

@@ -99,6 +99,7 @@ def demo(
     plot = plot_training_density(summary, out / "density.png")
     _console.print(demo_table(summary))
     _console.print(
+        "In brackets: the change against vanilla.\n"
         "control: vanilla without weight decay on the norm scales, which alone gives much of the"
         " effect.\nsteppe: zeroth bias + restricted norm + J-SquaredReLU, the paper's three.",
         style="dim",

@@ -128,9 +128,11 @@ class Journal:
         parameter.grad = None
         parameter.requires_grad_(False)
 
-    def extend(self, other: Journal) -> None:
-        """Take over the edits of another journal, as the later ones."""
-        self._edits += other._edits
+    def followed_by(self, later: Journal) -> Journal:
+        """A journal of these edits and then those of another."""
+        joined = Journal()
+        joined._edits = self._edits + later._edits
+        return joined
 
     def undo(self) -> None:
         """Take all edits back, last one first."""

@@ -382,7 +382,11 @@ def test_labels_of_one_call_do_not_mask_the_next() -> None:
         model(input_ids=models.token_ids(), labels=labels)
         monitor.reset()
         model(input_ids=models.token_ids(), decoder_input_ids=models.token_ids(2, 5))
-    assert [row[3] for row in as_rows(monitor.counts())] == [14, 14, 10, 10]
+        assert [row[3] for row in as_rows(monitor.counts())] == [14, 14, 10, 10]
+        model(input_ids=models.token_ids(), labels=labels)
+        monitor.reset()
+        model.get_decoder()(input_ids=models.token_ids(2, 5))
+    assert [row[3] for row in as_rows(monitor.counts())] == [0, 0, 10, 10]
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])

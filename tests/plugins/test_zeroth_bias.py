@@ -278,8 +278,7 @@ def test_generation_with_and_without_cache_gives_the_same_tokens(
         assert not torch.equal(cached, generate(model, ids, use_cache=use_cache))
 
 
-# t5 fails: TokenContext.offset is the static cache's own counter, a tensor that the block's
-# attention has moved on in place by the time its MLP reads it.
+# A static cache counts in a tensor, which a block's attention moves on before its MLP runs.
 @each(GENERATORS)
 def test_generation_with_a_static_cache_gives_the_same_tokens(
     make: Callable[[], nn.Module],

@@ -33,10 +33,10 @@ class Constrained:
         self._handle = inner.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # GradScaler calls a fused optimizer in any case and tells it on the device whether to skip;
-        # a skipped step moves nothing, so only the schedules need to know, and wait for it.
+        # GradScaler calls a fused optimizer in any case and tells it on the device whether to skip.
+        # Reading it waits for the device, as GradScaler does for every other optimizer.
         skipped = getattr(optimizer, "found_inf", None)
-        if self._total_steps is None or skipped is None or not bool(skipped):
+        if skipped is None or not bool(skipped):
             self._step += 1
         self._advance()
         project_(self._model)

@@ -144,6 +144,6 @@ def _is_elementwise(act: Activation) -> bool:
         with torch.no_grad():
             together = evaluate(act, p)
             alone = torch.cat([evaluate(act, q) for q in p.split(1)])
-    except (IndexError, RuntimeError):
+    except (IndexError, RuntimeError, ValueError):
         return False  # it asks for dimensions that an elementwise function does not need
     return together.shape == p.shape and torch.allclose(together, alone)

@@ -118,17 +118,20 @@ def sparsify_(
             journal.hold_attribute(Slot(encoder, "use_nested_tensor"), False)
         for plugin in resolved:
             constraints += plugin.apply(root, blocks, journal)
+        if old is None:
+            _own_config(root)
+        before = old or Sparsification()
+        after = Sparsification(
+            applied=[*before.applied, *((plugin, names) for plugin in resolved)],
+            progress=before.progress,
+            journal=before.journal.followed_by(journal),
+            constraints=sorted(before.constraints + constraints, key=lambda c: c.reads_norm),
+        )
+        _keep(root, after)
     except BaseException:  # also Ctrl-C: never half a model
         journal.undo()
+        _keep(root, old)
         raise
-    if old is None:
-        old = Sparsification()
-        _own_config(root)
-        setattr(root, _ATTRIBUTE, old)
-    old.applied += [(plugin, names) for plugin in resolved]
-    old.constraints = sorted(old.constraints + constraints, key=lambda c: c.reads_norm)
-    old.journal.extend(journal)
-    _note_in_config(root, old)
     _forget_compiled_code()
     return model
 
@@ -148,12 +151,8 @@ def restore_(model: nn.Module) -> nn.Module:
         SparsificationError: the model carries no plug-in.
     """
     root = unwrap(model)
-    sparsification = require_sparsification(root)
-    sparsification.journal.undo()
-    delattr(root, _ATTRIBUTE)
-    config = getattr(root, "config", None)
-    if hasattr(config, CONFIG_KEY):
-        delattr(config, CONFIG_KEY)
+    require_sparsification(root).journal.undo()
+    _keep(root, None)
     _forget_compiled_code()
     return model
 
@@ -215,7 +214,7 @@ def advance_(model: nn.Module, progress: float) -> nn.Module:
     sparsification.progress = progress
     for constraint in sparsification.constraints:
         constraint.advance(progress)
-    _note_in_config(root, sparsification)
+    _keep(root, sparsification)
     return model
 
 
@@ -256,19 +255,29 @@ def _refuse_duplicates(
 def _own_config(root: nn.Module) -> None:
     """Give a model a config of its own: models built from one config object share it."""
     shared = getattr(root, "config", None)
-    if shared is None:
+    if not _is_hugging_face(shared):
         return
     own = copy.deepcopy(shared)
     for module in root.modules():
         if module.__dict__.get("config") is shared:
-            module.config = own
+            module.__dict__["config"] = own
 
 
-def _note_in_config(root: nn.Module, sparsification: Sparsification) -> None:
-    """Keep the record in a Hugging Face config, which save_pretrained writes."""
+def _keep(root: nn.Module, sparsification: Sparsification | None) -> None:
+    """Keep what was done on the model and in the config that save_pretrained writes."""
     config = getattr(root, "config", None)
-    if callable(getattr(config, "to_dict", None)):
-        setattr(config, CONFIG_KEY, sparsification.record())
+    if sparsification is not None:
+        setattr(root, _ATTRIBUTE, sparsification)
+        if _is_hugging_face(config):
+            setattr(config, CONFIG_KEY, sparsification.record())
+        return
+    root.__dict__.pop(_ATTRIBUTE, None)
+    if _is_hugging_face(config) and hasattr(config, CONFIG_KEY):
+        delattr(config, CONFIG_KEY)
+
+
+def _is_hugging_face(config: object) -> bool:
+    return callable(getattr(config, "to_dict", None))
 
 
 def _forget_compiled_code() -> None:
