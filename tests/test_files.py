@@ -269,7 +269,6 @@ def test_a_folder_that_cannot_be_filled_leaves_the_older_one_whole(
     assert names(tmp_path) == ["model", "model/old.json"]
 
 
-# Fails: the older folder has been moved into the temporary one by then, and goes with it.
 def test_a_folder_that_cannot_be_renamed_leaves_the_older_one_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

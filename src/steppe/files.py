@@ -73,7 +73,12 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
             write(new)
             if path.exists():
                 path.rename(old)
-            new.rename(path)
+            try:
+                new.rename(path)
+            except BaseException:
+                if old.exists():
+                    old.rename(path)
+                raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -482,7 +482,6 @@ def test_an_interruption_in_the_middle_leaves_the_model_untouched(
 def test_an_interruption_at_the_very_end_leaves_the_model_untouched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Fails: what comes after the edits is outside the `try` of sparsify_.
     def interrupted(self: Sparsification) -> dict[str, Any]:
         raise KeyboardInterrupt
 
@@ -497,8 +496,6 @@ def test_an_interruption_at_the_very_end_leaves_the_model_untouched(
 
 
 def test_a_config_that_is_not_hugging_faces_is_none_of_our_business() -> None:
-    # Fails: sparsify_ copies whatever the model calls its config, though it notes nothing there;
-    # what cannot be copied raises a TypeError, after the edits.
     model = models.torch_encoder()
     model.config = config = {"lock": threading.Lock()}
     steppe.sparsify_(model, [ZEROTH, NORM, MIXED])

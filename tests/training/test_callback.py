@@ -240,7 +240,6 @@ def test_a_counted_step_is_what_watch_counts_on_its_batches(
         assert accumulate == 1 or alone[0] != alone[1], "pooling and averaging would be the same"
 
 
-# Fails: the steps after the last regular log are settled after the last log of all.
 def test_the_last_log_has_the_steps_after_the_last_regular_one(tmp_path: Path) -> None:
     callback = SteppeCallback(every=1)
     trainer = train(tmp_path, gpt2(), callback, max_steps=3)
@@ -250,7 +249,6 @@ def test_the_last_log_has_the_steps_after_the_last_regular_one(tmp_path: Path) -
     assert last["training_density"] == callback.training_density
 
 
-# Fails: for the same reason the metrics are in no log at all.
 def test_a_run_shorter_than_the_logging_interval_logs_its_density(tmp_path: Path) -> None:
     callback = SteppeCallback()
     trainer = train(tmp_path, gpt2(), callback, max_steps=2, logging_steps=500)
@@ -388,7 +386,7 @@ def test_the_floor_rises_with_the_run(tmp_path: Path) -> None:
         layer.ln_2.weight.data.fill_(-0.01)
     snapshots = Snapshots()
     train(tmp_path, model, SteppeCallback(), snapshots, learning_rate=1e-6)
-    for step, state in enumerate(snapshots.after):
+    for step, state in enumerate(snapshots.after, start=1):
         floor = min(1.0, step / STEPS / 0.5)
         scale = state[f"{BLOCKS[0]}.ln_2.weight"]
         assert scale.abs().min() >= floor
@@ -396,7 +394,6 @@ def test_the_floor_rises_with_the_run(tmp_path: Path) -> None:
         assert (scale < 0).all(), "signs are kept"
 
 
-# Fails: on_train_end moves the schedules of the best model to the end of the run.
 def test_the_best_model_keeps_the_mix_it_was_evaluated_with(tmp_path: Path) -> None:
     evaluations = itertools.count()
     trainer = train(
@@ -504,7 +501,6 @@ def test_a_model_that_returns_nan_ends_the_run_at_the_first_log(tmp_path: Path) 
         train(tmp_path, model, SteppeCallback())
 
 
-# Fails: hooks and classes stay when on_log raises.
 def test_after_a_diverged_run_the_model_is_clean_and_trains_again(tmp_path: Path) -> None:
     model = gpt2()
     callback = SteppeCallback(every=1)
@@ -523,7 +519,6 @@ def test_after_a_diverged_run_the_model_is_clean_and_trains_again(tmp_path: Path
 # ---- nothing stays behind
 
 
-# Fails: a fresh run takes up the history of the one before.
 def test_no_hook_and_no_class_is_left_and_a_second_run_starts_anew(tmp_path: Path) -> None:
     model = all_three()
     callback = SteppeCallback(every=1)
@@ -538,7 +533,6 @@ def test_no_hook_and_no_class_is_left_and_a_second_run_starts_anew(tmp_path: Pat
     assert callback.training_density == mean([entry["density"] for entry in callback.history])
 
 
-# Fails: for the same reason.
 def test_a_callback_can_serve_another_trainer(tmp_path: Path) -> None:
     callback = SteppeCallback(every=1)
     train(tmp_path / "a", all_three(), callback)

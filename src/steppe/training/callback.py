@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -27,7 +26,6 @@ from steppe.measures.watch import Monitor, sum_over, watch
 from steppe.plugins.sparsify import (
     advance_,
     project_,
-    require_sparsification,
     sparsification_of,
 )
 
@@ -66,7 +64,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
         self._pending: list[tuple[int, list[Tensor]]] = []
         self._watching: AbstractContextManager[Monitor] | None = None
         self._monitor: Monitor | None = None
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None  # TensorBoard's
 
     @property
     def training_density(self) -> float:
@@ -106,9 +104,8 @@ class SteppeCallback(TrainerCallback, ExportableState):
                 f" race (nn.DataParallel). Start with: torchrun --nproc_per_node {args.n_gpu} ..."
             )
         self._stop_watching()
-        kept: Any = state.stateful_callbacks  # by class name, once it has been through a file
-        saved = kept.get(type(self).__name__, {}) if isinstance(kept, dict) else {}
-        attributes = saved.get("attributes", {})
+        # Of a run that starts anew the state holds what this object had from the last one.
+        attributes = self._kept_by(state) if state.global_step > 0 else {}
         self.history = list(attributes.get("history", []))
         self._logged = int(attributes.get("_logged", 0))
         self._pending = []
@@ -127,8 +124,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
         """Set the schedules; count this step if it is its turn."""
         assert model is not None
         assert self._monitor is not None
-        if sparsification_of(model) is not None:
-            advance_(model, min(1.0, state.global_step / max(1, state.max_steps)))
+        _advance(model, state, state.global_step)
         self._monitor.enabled = state.global_step % self.every == 0
 
     def on_optimizer_step(
@@ -142,6 +138,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
         """Project, also after a step that AMP skipped: then it changes nothing."""
         assert model is not None
         if sparsification_of(model) is not None:
+            _advance(model, state, state.global_step + 1)  # it counts this step only later
             project_(model)
 
     def on_step_end(
@@ -157,7 +154,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
             self._monitor.enabled = False
             self._pending.append((state.global_step, self._monitor.take()))
         # All processes pass here with the same control; logs and saves may be the first one's only.
-        if control.should_log or control.should_save:
+        if control.should_log or control.should_save or control.should_training_stop:
             self._settle()
 
     def on_epoch_end(
@@ -187,6 +184,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
         logs = {} if logs is None else logs
         loss = logs.get("loss")
         if loss is not None and not math.isfinite(loss):
+            self._stop_watching()
             raise NonFiniteLossError(
                 f"the training loss is {loss} at step {state.global_step}. Lower the learning rate"
                 " (--lr), clip gradients (max_grad_norm=1.0), or warm up longer."
@@ -209,16 +207,23 @@ class SteppeCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """End the schedules and leave the model without hooks."""
-        if model is not None and sparsification_of(model) is not None:
-            advance_(model, min(1.0, state.global_step / max(1, state.max_steps)))
-            if require_sparsification(model).has_schedule:
-                project_(model)
+        """Leave the model without hooks, and at the schedule of the weights that it has."""
+        if model is not None and args.load_best_model_at_end and state.best_global_step:
+            _advance(model, state, state.best_global_step)
         self._settle()
         self._stop_watching()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _kept_by(self, state: TrainerState) -> dict[str, Any]:
+        """The attributes that a checkpoint kept of a callback with these arguments."""
+        by_class: Any = state.stateful_callbacks  # Transformers: a dict, of lists if there are two
+        entries = by_class.get(type(self).__name__, [])
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if entry["args"] == self.state()["args"]:
+                return dict(entry["attributes"])
+        return {}
 
     def _settle(self) -> None:
         """Turn pending counts into history; the only place that waits for device and processes."""
@@ -269,6 +274,8 @@ class SteppeCallback(TrainerCallback, ExportableState):
         reporters = args.report_to or []
         if "tensorboard" in reporters:
             if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # an optional reporter, too
+
                 self._writer = SummaryWriter(_tensorboard_folder(args))
             for key, value in named.items():
                 self._writer.add_scalar(key, value, state.global_step)
@@ -283,6 +290,12 @@ class SteppeCallback(TrainerCallback, ExportableState):
         if self._watching is not None:
             self._watching.__exit__(None, None, None)
         self._watching = self._monitor = None
+
+
+def _advance(model: nn.Module, state: TrainerState, step: int) -> None:
+    """Set the schedules of the model's plug-ins, if it has any, to a step of the run."""
+    if sparsification_of(model) is not None:
+        advance_(model, min(1.0, step / max(1, state.max_steps)))
 
 
 def _tensorboard_folder(args: TrainingArguments) -> str:
