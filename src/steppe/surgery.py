@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from steppe.blocks import Slot
+from steppe.blocks import Slot, find_nested_tensor_encoders
 
 _HOLDS = "_steppe_holds"  # on a module: attribute → (number of holders, old value)
 
@@ -98,6 +98,11 @@ class Journal:
         setattr(slot.module, slot.name, value)
         holds[slot.name] = (holders + 1, old)
         self._edits.append(_HoldEdit(slot))
+
+    def hold_nested_tensors_off(self, model: nn.Module) -> None:
+        """Keep ``nn.TransformerEncoder`` from nested tensors, on which layers with hooks fail."""
+        for encoder in find_nested_tensor_encoders(model):
+            self.hold_attribute(Slot(encoder, "use_nested_tensor"), False)
 
     def added_parameters(self) -> list[Slot]:
         """Where the registered parameters are."""

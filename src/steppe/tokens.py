@@ -41,7 +41,7 @@ class TokenContext:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of the stack's forward."""
-        told = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        told = _by_name(self._parameters, args, kwargs)
         ids, embeds = told.get("input_ids"), told.get("inputs_embeds")
         if ids is not None:
             self.shape = (ids.numel() // ids.shape[-1], ids.shape[-1])
@@ -136,7 +136,7 @@ class DecoderLabels:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the labels."""
-        told = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        told = _by_name(self._parameters, args, kwargs)
         self._context.decoder_labels = told.get("labels")
 
 
@@ -173,6 +173,13 @@ def listen(
                 hooks.append((root, DecoderLabels(forward_parameters(root), context)))
         contexts.append(by_stack[id(block.stack)])
     return contexts, hooks
+
+
+def _by_name(
+    parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by the names of the parameters."""
+    return {**dict(zip(parameters, args, strict=False)), **kwargs}
 
 
 def _counted_tokens(told: dict[str, Any]) -> Tensor | None:

@@ -16,7 +16,6 @@ from steppe.blocks import (
     MLPBlock,
     Slot,
     find_blocks,
-    find_nested_tensor_encoders,
     linear_weight,
 )
 from steppe.measures.density import (
@@ -173,8 +172,7 @@ def watch(
     monitor = Monitor(blocks, contexts)
     journal = Journal()
     try:
-        for encoder in find_nested_tensor_encoders(model):
-            journal.hold_attribute(Slot(encoder, "use_nested_tensor"), False)
+        journal.hold_nested_tensors_off(model)
         for module, hook in context_hooks:
             journal.add_forward_pre_hook(module, hook, with_kwargs=True)
         for module, see in monitor.hooks():

@@ -14,9 +14,7 @@ from torch import nn
 from steppe.blocks import (
     BlockPattern,
     MLPBlock,
-    Slot,
     find_blocks,
-    find_nested_tensor_encoders,
     unwrap,
 )
 from steppe.errors import SparsificationError
@@ -114,8 +112,7 @@ def sparsify_(
     journal = Journal()
     constraints: list[Constraint] = []
     try:
-        for encoder in find_nested_tensor_encoders(root):
-            journal.hold_attribute(Slot(encoder, "use_nested_tensor"), False)
+        journal.hold_nested_tensors_off(root)
         for plugin in resolved:
             constraints += plugin.apply(root, blocks, journal)
         if old is None:

@@ -112,19 +112,17 @@ class SteppeCallback(TrainerCallback, ExportableState):
         self._watching = watch(model)
         self._monitor = self._watching.__enter__()
         self._monitor.enabled = False
+        _advance(model, state, state.global_step)
 
     def on_step_begin(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Set the schedules; count this step if it is its turn."""
-        assert model is not None
+        """Count this step if it is its turn."""
         assert self._monitor is not None
-        _advance(model, state, state.global_step)
         self._monitor.enabled = state.global_step % self.every == 0
 
     def on_optimizer_step(
@@ -135,7 +133,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Project, also after a step that AMP skipped: then it changes nothing."""
+        """Set the schedules and project, also after a step that AMP skipped: it changed nothing."""
         assert model is not None
         if sparsification_of(model) is not None:
             _advance(model, state, state.global_step + 1)  # it counts this step only later
