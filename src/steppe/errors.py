@@ -44,6 +44,18 @@ class NonFiniteLossError(SteppeError, ArithmeticError):
     """The training loss became NaN or infinite."""
 
 
+class RunError(SteppeError, ValueError):
+    """The record of a run is missing, damaged, or of another version."""
+
+
+class LossError(SteppeError, ValueError):
+    """A loss is no scalar, its labels are missing, or no gradient came from it."""
+
+
+class DataError(SteppeError, ValueError):
+    """A data set is not there, cannot be read, or does not fit the model."""
+
+
 class OutputError(SteppeError, OSError):
     """A result cannot be written where it was asked for."""
 

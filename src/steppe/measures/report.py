@@ -1,0 +1,201 @@
+"""What was measured of each block, and how the numbers follow from sums over samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAN = float("nan")
+FREQUENCY_EDGES = tuple(10.0 ** (k / 4 - 4) for k in range(17))  # 1e-4, 1.8e-4, …, 0.56, 1
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What was measured of one block.
+
+    E_s is the mean over samples s, ℓ_s is that sample's own loss, and t runs over its tokens.
+    Padding counts nowhere. What was not measured is NaN: everything from `AF_up` on where there was
+    no backward pass, what is of the gate where there is none.
+
+    Attributes:
+        name: name of the block.
+        d_model: D, width of the input.
+        d_hidden: F, width of the hidden layer.
+        samples: number of samples counted.
+        tokens: number of tokens counted.
+        density: share of entries with a ≠ 0, in [0, 1].
+        derivative_density: share of entries with σ′(p) ≠ 0, in [0, 1].
+        dead_neurons: number of hidden units that were never active.
+        neuron_frequency: number of hidden units by the share of tokens on which they are active:
+            never, then up to each of `FREQUENCY_EDGES`; sums to `d_hidden`.
+        AF_up: E_s Σ_t ‖∂ℓ_s/∂p_t‖² ‖x_t‖², the paper's AF_K; with p = up(x).
+        AF_gate: the same for the gate of a gated block, NaN in others.
+        AF_down: E_s Σ_t ‖∂ℓ_s/∂z_t‖² ‖a_t‖², the paper's AF_V; a as `down` receives it.
+        active_gain: mean over the entries with σ′(p) ≠ 0 of ‖x_t‖² (∂ℓ_s/∂p_ti)².
+        squared_input_norm: mean over tokens of ‖x_t‖².
+        squared_activation_gradient: mean over the entries with σ′(p) ≠ 0 of (∂ℓ_s/∂p_ti)².
+        squared_gradient_norm_up: E_s ‖∂ℓ_s/∂W‖² for the weight W of `up`, one for all tokens.
+        squared_gradient_norm_gate: the same for the gate.
+        squared_gradient_norm_down: the same for `down`.
+        standard_errors: standard error over samples of the means above, by their names.
+    """
+
+    name: str
+    d_model: int
+    d_hidden: int
+    samples: int
+    tokens: int
+    density: float
+    derivative_density: float
+    dead_neurons: int
+    neuron_frequency: tuple[int, ...]
+    AF_up: float
+    AF_gate: float
+    AF_down: float
+    active_gain: float
+    squared_input_norm: float
+    squared_activation_gradient: float
+    squared_gradient_norm_up: float
+    squared_gradient_norm_gate: float
+    squared_gradient_norm_down: float
+    standard_errors: dict[str, float]
+
+    @property
+    def AF_activated(self) -> float:  # noqa: N802  # the paper's symbol
+        """AF of the layer that the activation reads: of the gate, or of `up` where there is none."""
+        return self.AF_up if math.isnan(self.AF_gate) else self.AF_gate
+
+    @property
+    def AF_per_entry(self) -> float:  # noqa: N802
+        """AF of the activated layer per hidden entry: AF / (T̄ F), T̄ tokens a sample."""
+        entries = self.tokens * self.d_hidden
+        return self.AF_activated * self.samples / entries if entries else NAN
+
+    @property
+    def weighted_activation_gradient(self) -> float:
+        """`active_gain` / `squared_input_norm`: the mean of (∂ℓ_s/∂p_ti)² weighted by ‖x_t‖²."""
+        return _divide(self.active_gain, self.squared_input_norm)
+
+    @property
+    def derivative_density_by_identity(self) -> float:
+        """AF / (T̄ F · active_gain), which equals `derivative_density` exactly.
+
+        Source: arXiv 2605.25612, the ratio of augmented flatness.
+        """
+        return _divide(self.AF_per_entry, self.active_gain)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured of a model.
+
+    Attributes:
+        density: share of entries with a ≠ 0, pooled over the blocks, in [0, 1].
+        derivative_density: share of entries with σ′(p) ≠ 0, pooled over the blocks, in [0, 1].
+        blocks: the same and more per block, in forward order.
+    """
+
+    density: float
+    derivative_density: float
+    blocks: tuple[BlockReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values.
+
+        Returns:
+            ``density``, ``derivative_density``, and for each attribute of `BlockReport` a list over
+            the blocks under its name with ``_per_block``.
+        """
+        lists = {
+            f"{field.name}_per_block": [getattr(block, field.name) for block in self.blocks]
+            for field in fields(BlockReport)
+        }
+        return {
+            "density": self.density,
+            "derivative_density": self.derivative_density,
+            **lists,
+        }
+
+
+def report_from_dict(values: dict[str, Any]) -> Report:
+    """The report that `Report.to_dict` described.
+
+    Raises:
+        KeyError: a measure is missing.
+        TypeError: a measure is not a list.
+        ValueError: the lists have different lengths.
+    """
+    columns = [values[f"{field.name}_per_block"] for field in fields(BlockReport)]
+    names = [field.name for field in fields(BlockReport)]
+    return Report(
+        density=values["density"],
+        derivative_density=values["derivative_density"],
+        blocks=tuple(
+            BlockReport(**{**dict(zip(names, row, strict=True)), "neuron_frequency": tuple(row[8])})
+            for row in zip(*columns, strict=True)
+        ),
+    )
+
+
+def ratio_of_sums(moments: Tensor, numerator: int, denominator: int) -> tuple[float, float]:
+    """Σ_s u_s / Σ_s v_s and its standard error over samples.
+
+    The error is that of a ratio estimator, √(n/(n−1) · Σ (u_s − R v_s)²) / |Σ v_s|; with v_s = 1 it
+    is the standard error of the mean.
+
+    Args:
+        moments: float64 ``[K, K]``, Σ_s w_s w_sᵀ for vectors w_s whose first entry is 1.
+        numerator: column of u.
+        denominator: column of v.
+
+    Returns:
+        The ratio, NaN if the denominator is 0, and its error, NaN for fewer than two samples.
+
+    Source: Cochran, Sampling Techniques, 3rd ed. (1977), section 6.4.
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 2.0], [1.0, 4.0]], dtype=torch.float64)
+        >>> ratio_of_sums(rows.T @ rows, 1, 0)
+        (3.0, 1.0)
+    """
+    samples, whole = moments[0, 0].item(), moments[0, denominator].item()
+    ratio = _divide(moments[0, numerator].item(), whole)
+    if samples < 2 or math.isnan(ratio):
+        return ratio, NAN
+    squares = (
+        moments[numerator, numerator]
+        - 2.0 * ratio * moments[numerator, denominator]
+        + ratio**2 * moments[denominator, denominator]
+    ).item()
+    # Rounding may leave a little less than nothing where all samples agree.
+    return ratio, math.sqrt(max(0.0, squares) * samples / (samples - 1.0)) / abs(whole)
+
+
+def frequency_histogram(active_tokens: Tensor, tokens: int) -> tuple[int, ...]:
+    """Number of hidden units by the share of tokens on which they are active.
+
+    Args:
+        active_tokens: int64 ``[F]``, on how many tokens each unit was active.
+        tokens: number of tokens counted.
+
+    Returns:
+        Units that were never active, then those up to each of `FREQUENCY_EDGES`.
+
+    Example:
+        >>> counts = frequency_histogram(torch.tensor([0, 1, 4]), tokens=4)
+        >>> counts[0], counts[-1], sum(counts)
+        (1, 1, 3)
+    """
+    if tokens == 0:
+        return (len(active_tokens),) + (0,) * len(FREQUENCY_EDGES)
+    edges = torch.tensor((0.0, *FREQUENCY_EDGES), dtype=torch.float64)
+    bins = torch.bucketize(active_tokens.to(torch.float64) / tokens, edges)
+    return tuple(torch.bincount(bins, minlength=len(edges)).tolist())
+
+
+def _divide(part: float, whole: float) -> float:
+    return part / whole if whole else NAN
