@@ -256,28 +256,29 @@ def test_an_input_that_is_not_the_stacks_tokens_is_an_error(shape: tuple[int, ..
     [(True, (B, T, 32)), (True, (B * T, 32)), (False, (T, B, 32))],
     ids=["batch first", "flattened", "sequence first"],
 )
-def test_the_flat_mask_is_in_the_order_of_the_hidden_tensor(
-    batch_first: bool, shape: tuple[int, ...]
-) -> None:
+def test_samples_are_counted_in_every_layout(batch_first: bool, shape: tuple[int, ...]) -> None:
+    context = told(input_ids=ids())
+    assert context.samples(torch.zeros(shape), encoder_block(batch_first)) == B
+
+
+def test_the_mask_goes_by_sample() -> None:
     mask = torch.tensor([[False, True, True, False], [True, True, True, True]])
-    hidden = mask if batch_first else mask.T
-    x = hidden.reshape(shape[:-1]).unsqueeze(-1).expand(shape)
     context = told(src_key_padding_mask=~mask)
-    flat = context.flat_mask(x, encoder_block(batch_first))
-    assert flat is not None
-    assert flat.dtype == torch.bool
-    assert torch.equal(flat, x.reshape(-1, 32)[:, 0])
+    by_sample = context.mask_by_sample(torch.zeros(T, B, 32), encoder_block(batch_first=False))
+    assert by_sample is not None
+    assert by_sample.dtype == torch.bool
+    assert torch.equal(by_sample, mask)
 
 
-def test_without_a_mask_there_is_no_flat_mask() -> None:
-    assert told(input_ids=ids()).flat_mask(torch.zeros(B, T, 32), encoder_block()) is None
+def test_without_a_mask_there_is_none_by_sample() -> None:
+    assert told(input_ids=ids()).mask_by_sample(torch.zeros(B, T, 32), encoder_block()) is None
 
 
 @pytest.mark.parametrize("shape", [(B, T - 1, 32), (B, T + 1, 32), (1, T, 32)])
-def test_a_flat_mask_of_other_tokens_is_an_error(shape: tuple[int, ...]) -> None:
+def test_a_mask_of_other_tokens_is_an_error(shape: tuple[int, ...]) -> None:
     context = told(input_ids=ids(), attention_mask=torch.ones(B, T))
     with pytest.raises(TokenPositionError, match=r"the padding mask has \[2, 4\] tokens"):
-        context.flat_mask(torch.zeros(shape), encoder_block())
+        context.mask_by_sample(torch.zeros(shape), encoder_block())
 
 
 def labelled(labels: Tensor | None, **call: Any) -> TokenContext:

@@ -4,7 +4,7 @@ from steppe.activations import Rectifier, SShapedSquaredReLU
 from steppe.blocks import BlockPattern, MLPBlock, find_blocks
 from steppe.checkpoints import load_pretrained
 from steppe.errors import SteppeError
-from steppe.measures import BlockDensity, DensityReport, Monitor, measure, watch
+from steppe.measures import BlockCurvature, BlockReport, Monitor, Report, measure, watch
 from steppe.plugins import (
     JumpingSquaredReLU,
     Plugin,
@@ -21,14 +21,15 @@ from steppe.plugins import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "BlockDensity",
+    "BlockCurvature",
     "BlockPattern",
-    "DensityReport",
+    "BlockReport",
     "JumpingSquaredReLU",
     "MLPBlock",
     "Monitor",
     "Plugin",
     "Rectifier",
+    "Report",
     "RestrictedNorm",
     "SShapedSquaredReLU",
     "SteppeError",

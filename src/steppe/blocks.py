@@ -404,6 +404,15 @@ def decoder_stack(model: nn.Module) -> nn.Module | None:
     return get_decoder() if get_decoder is not None else None
 
 
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a Hugging Face model predicts each label from the tokens before it."""
+    root = unwrap(model)
+    if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        return False
+    names = [kind.__name__ for kind in type(root).__mro__]
+    return any("ForCausalLM" in name or "LMHeadModel" in name for name in names)
+
+
 def forward_parameters(module: nn.Module) -> list[str]:
     """Names of the parameters of a module's ``forward``, in order."""
     return list(inspect.signature(module.forward).parameters)

@@ -52,6 +52,10 @@ class LossError(SteppeError, ValueError):
     """A loss is no scalar, its labels are missing, or no gradient came from it."""
 
 
+class DeviceError(SteppeError, ValueError):
+    """A model is on devices on which it cannot be measured."""
+
+
 class DataError(SteppeError, ValueError):
     """A data set is not there, cannot be read, or does not fit the model."""
 

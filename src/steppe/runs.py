@@ -6,7 +6,6 @@ A training run writes it into its folder, `steppe measure --json` where it is to
 from __future__ import annotations
 
 import json
-import math
 import platform
 from dataclasses import dataclass, field, fields
 from importlib import metadata
@@ -17,7 +16,7 @@ import torch
 
 from steppe.errors import RunError
 from steppe.files import write_file
-from steppe.measures.report import Report, report_from_dict
+from steppe.measures.report import LAYOUT, Report, from_json, report_from_dict, to_json
 
 RUN_FILE = "steppe.json"
 RUN_VERSION = 1
@@ -90,13 +89,15 @@ def write_run(run: Run, path: Path) -> None:
     Raises:
         OutputError: it cannot be written; an older file of the name is still whole.
     """
+    reports = (*run.held_out, *run.training)
     values = {
-        **{key: value for key, value in vars(run).items() if key not in ("training", "held_out")},
+        **vars(run),
         "version": RUN_VERSION,
-        "training": [report.to_dict() for report in run.training],
-        "held_out": [report.to_dict() for report in run.held_out],
+        "blocks": {key: reports[0].to_dict()[key] for key in LAYOUT} if reports else {},
+        "training": [measures_of(report) for report in run.training],
+        "held_out": [measures_of(report) for report in run.held_out],
     }
-    text = json.dumps(_without_nan(values), allow_nan=False) + "\n"
+    text = json.dumps(to_json(values), allow_nan=False) + "\n"
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -130,27 +131,14 @@ def read_run(path: Path) -> Run:
         )
     try:
         known = {field.name: values[field.name] for field in fields(Run)}
-        known["tokens_per_sample"] = _with_nan(known["tokens_per_sample"])
-        known["training"] = [report_from_dict(_with_nan(entry)) for entry in known["training"]]
-        known["held_out"] = [report_from_dict(_with_nan(entry)) for entry in known["held_out"]]
+        known["tokens_per_sample"] = from_json(known["tokens_per_sample"])
+        for part in ("training", "held_out"):
+            known[part] = [report_from_dict(values["blocks"] | entry) for entry in known[part]]
         return Run(**known)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{file}: damaged ({type(error).__name__}: {error})") from None
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON values with null for what is not finite, since JSON has no word for it."""
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _with_nan(value: Any) -> Any:
-    """The inverse of `_without_nan`."""
-    if isinstance(value, dict):
-        return {key: _with_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_with_nan(entry) for entry in value]
-    return float("nan") if value is None else value
+def measures_of(report: Report) -> dict[str, Any]:
+    """``report.to_dict()`` without what is the same for all reports of a run."""
+    return {key: value for key, value in report.to_dict().items() if key not in LAYOUT}

@@ -98,30 +98,43 @@ class TokenContext:
             )
         return tokens
 
-    def flat_mask(self, x: Tensor, block: MLPBlock) -> Tensor | None:
-        """Which tokens of a block's input count.
+    def samples(self, hidden: Tensor, block: MLPBlock) -> int:
+        """Number of samples in a tensor of a block.
 
         Args:
-            x: the input or a hidden tensor of the block, ``[B, T, *]``, ``[T, B, *]`` or
-                ``[B·T, *]``.
+            hidden: an input, output or hidden tensor of the block, ``[S, T, *]``, ``[T, S, *]``,
+                ``[S, H, W, *]``, or ``[S·T, *]``.
             block: the block.
 
         Returns:
-            bool ``[B·T]`` in the order of x's tokens, or None if all count.
+            S. Of flattened tokens that nothing tells apart each is a sample; where they could have
+            been told apart but were not, all are one.
+        """
+        if hidden.dim() >= 3:
+            return hidden.shape[1 - block.token_dim]
+        if self.shape is not None:
+            return self.shape[0]
+        return hidden.shape[0] if block.stack is None else 1
+
+    def mask_by_sample(self, hidden: Tensor, block: MLPBlock) -> Tensor | None:
+        """Which tokens of a block count.
+
+        Args:
+            hidden: as in `samples`.
+            block: the block.
+
+        Returns:
+            bool ``[S, T]``, or None if all count.
 
         Raises:
-            TokenPositionError: the mask has another number of tokens than x.
+            TokenPositionError: the mask has another number of tokens than the tensor.
         """
-        if self.mask is None:
-            return None
-        mask = self.mask.T if block.token_dim == 0 else self.mask
-        flat = mask.reshape(-1)
-        if flat.shape[0] * x.shape[-1] != x.numel():
+        if self.mask is not None and self.mask.numel() * hidden.shape[-1] != hidden.numel():
             raise TokenPositionError(
                 f"{block.name}: the padding mask has {list(self.mask.shape)} tokens, the hidden"
-                f" tensor is {list(x.shape)}"
+                f" tensor is {list(hidden.shape)}"
             )
-        return flat
+        return self.mask
 
 
 class DecoderLabels:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,9 @@ def train(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict
             loss_of_share(model, step, rank, world).backward()
             optimizer.step()
             optimizer.zero_grad()
-            densities.append(asdict(monitor.report(dist.group.WORLD if world > 1 else None)))
+            report = monitor.report(dist.group.WORLD if world > 1 else None).to_dict()
+            report.pop("standard_errors_per_block")  # not exact, other than counts
+            densities.append(report)
     return {
         "parameters": {name: whole(p) for name, p in inner.named_parameters()},
         "added": list(steppe.added_parameters(model)),

@@ -263,7 +263,7 @@ def test_blocks_are_left_out_of_the_log_if_asked(tmp_path: Path) -> None:
     assert not [key for key in log if "transformer.h" in key]
 
 
-def test_evaluation_during_training_is_not_counted(tmp_path: Path) -> None:
+def test_evaluation_during_training_is_counted_apart(tmp_path: Path) -> None:
     callbacks = SteppeCallback(every=1), SteppeCallback(every=1)
     train(tmp_path / "without", all_three(), callbacks[0])
     trainer = train(
@@ -271,6 +271,8 @@ def test_evaluation_during_training_is_not_counted(tmp_path: Path) -> None:
     )
     assert sum("eval_loss" in log for log in trainer.state.log_history) == STEPS
     assert callbacks[0].history == callbacks[1].history
+    assert [entry["step"] for entry in callbacks[1].held_out_history] == list(range(1, STEPS + 1))
+    assert callbacks[0].held_out_history == []
 
 
 def test_saving_between_two_logs_loses_no_step(tmp_path: Path) -> None:
@@ -462,7 +464,7 @@ def test_the_history_stands_in_the_trainer_state_as_json(tmp_path: Path) -> None
     train(tmp_path, all_three(), callback, save_strategy="steps", save_steps=STEPS)
     path = tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json"
     saved = json.loads(path.read_text())["stateful_callbacks"]["SteppeCallback"]
-    assert saved["args"] == {"every": 2, "per_block": True}
+    assert saved["args"] == {"every": 2, "per_block": True, "flatness": True}
     assert saved["attributes"]["history"] == callback.history
 
 

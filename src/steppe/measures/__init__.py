@@ -1,7 +1,7 @@
-"""What is measured: density and derivative density, streaming."""
+"""What is measured: densities, augmented flatness and its factors, curvature; streaming."""
 
-from steppe.measures.density import BlockDensity, DensityReport
 from steppe.measures.measure import measure
+from steppe.measures.report import BlockCurvature, BlockReport, Report
 from steppe.measures.watch import Monitor, watch
 
-__all__ = ["BlockDensity", "DensityReport", "Monitor", "measure", "watch"]
+__all__ = ["BlockCurvature", "BlockReport", "Monitor", "Report", "measure", "watch"]

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from steppe.blocks import BlockPattern, MLPBlock, unwrap
-from steppe.errors import EmptyLoaderError
-from steppe.measures.density import DensityReport
-from steppe.measures.watch import watch
+from steppe.blocks import BlockPattern, MLPBlock, find_blocks, shifts_labels, unwrap
+from steppe.errors import DeviceError, EmptyLoaderError, LossError, NonFiniteLossError
+from steppe.measures.losses import (
+    Reduction,
+    labels_of,
+    logits_of,
+    require_reduction,
+    require_scalar,
+    sample_labels,
+    sample_scale,
+    sum_of_own_losses,
+    terms_of,
+)
+from steppe.measures.report import Report
+from steppe.measures.watch import Monitor, watch
+
+Loss = Callable[[Any, Any], Tensor]
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -28,62 +42,261 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     Returns:
         What the model returns.
     """
+    batch = to_device(batch, model)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def to_device(batch: Any, model: nn.Module) -> Any:
+    """The tensors of a batch where the model's first parameter is."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Mapping):
-        return model(**{key: _to(value, device) for key, value in batch.items()})
+        return {key: _to(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        batch = batch[0]
-    return model(_to(batch, device))
+        return type(batch)([_to(value, device) for value in batch])
+    return _to(batch, device)
 
 
 def measure(
     model: nn.Module,
     loader: Iterable[Any],
+    loss: Loss | None = None,
+    labels: Literal["data", "model"] | None = "data",
+    reduction: Reduction = "mean",
     forward: Callable[[nn.Module, Any], Any] = call_model,
     max_batches: int | None = None,
     where: Callable[[MLPBlock], bool] | None = None,
     patterns: Sequence[BlockPattern] = (),
     group: dist.ProcessGroup | None = None,
-) -> DensityReport:
-    """Density and derivative density of a model on some data, in evaluation mode.
+    curvature: bool = False,
+) -> Report:
+    """How sparse a model's MLP blocks are on some data, and why: `BlockReport` has the measures.
+
+    The model runs in evaluation mode. Backward passes reach the blocks only: no parameter's
+    gradient is computed or changed, frozen ones do not matter.
 
     Args:
         model: the model; it is back in its mode afterwards, module by module.
-        loader: batches.
+        loader: batches, with labels unless `labels` is None. Each row is a sample.
+        loss: from what the model returned and the batch, a scalar; the model's own loss by default.
+        labels: ``data``: those of the batch. ``model``: sampled from the model's own predictive
+            distribution, by the global random generator, where the batch's are not -100; AF is then
+            an estimate of the trace of the Fisher matrix. None: densities alone, without a backward
+            pass.
+        reduction: how the loss is made of its terms, the labels that are not -100; a sample's own
+            loss is made of its own terms in the same way.
         forward: runs the model on a batch.
         max_batches: stop after so many; all by default.
         where: which blocks; all by default.
         patterns: patterns of your own for `find_blocks`.
-        group: processes that measure a share of the data each; the counts are summed over them.
+        group: processes that measure a share of the data each; the sums go over all of them.
+        curvature: measure the trace and the largest eigenvalue of the Hessian of each weight too,
+            see `BlockCurvature`; keeps the batches, and takes many passes over them.
 
     Returns:
-        Densities pooled over the counted entries.
+        Means over the samples, with standard errors.
 
     Raises:
         BlocksNotFoundError: there is no MLP block.
-        EmptyLoaderError: the loader gave no batch, or no token that counts.
+        DeviceError: the model is partly on no device, or partly on an accelerator.
+        EmptyLoaderError: the loader gave no batch, no token that counts, or a batch without a label
+            that counts.
+        LossError: the loss is no scalar, has no gradient, or there are no labels for it.
+        NonFiniteLossError: the loss is NaN or infinite.
+        ValueError: `labels` or `reduction` is none of those above.
 
     Source: arXiv 2605.25612.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
-        >>> report = measure(layer, [torch.randn(2, 5, 8)])
-        >>> 0.0 < report.density == report.derivative_density < 1.0
+        >>> batches = [(torch.randn(2, 5, 8), torch.randn(2, 5, 8))]
+        >>> report = measure(layer, batches, loss=lambda z, batch: (z - batch[1]).square().mean())
+        >>> block = report.blocks[0]
+        >>> abs(block.derivative_density_by_identity / block.derivative_density - 1) < 1e-6
         True
     """
-    batches = 0
-    with watch(model, where, patterns) as monitor, _evaluating(model), torch.no_grad():
-        for batch in islice(loader, max_batches):
-            forward(model, batch)
-            batches += 1
-        counts = monitor.counts(group)
-    if int(counts[:, 3].sum()) == 0:
-        raise EmptyLoaderError(
-            f"measure: {batches} batches without a single token that counts in"
-            f" {type(unwrap(model)).__name__}. Is the loader empty (an iterator that was used up"
-            " before, drop_last with a large batch), or every token padding?"
+    if labels not in ("data", "model", None):
+        raise ValueError(f"measure: expected labels='data', 'model' or None, got {labels!r}")
+    if labels == "model" and loss is not None:
+        raise ValueError(
+            "measure: labels='model' samples from the softmax of the model's logits, whose loss is"
+            " the cross-entropy; leave `loss` out, or say labels='data'"
         )
-    return monitor.report(group)
+    require_reduction("measure", reduction)
+    _require_one_device(model, gradients=labels is not None)
+    seen = 0
+    kept: list[Any] = []
+    with (
+        watch(model, where, patterns, gradients=labels is not None, reduction=reduction) as monitor,
+        _evaluating(model),
+        _gradients(model, wanted=labels is not None),
+    ):
+        for batch in islice(loader, max_batches):
+            batch = to_device(batch, model)
+            if labels is None:
+                forward(model, batch)
+            else:
+                value = (
+                    _run_on_data(model, batch, seen, loss, reduction, forward, monitor)
+                    if labels == "data"
+                    else _run_on_samples(model, batch, seen, reduction, forward, monitor)
+                )
+                _require_finite(value, seen)
+                value.backward(inputs=monitor.probes())
+            if curvature:
+                kept.append(batch)
+            seen += 1
+        counts = monitor.counts(group)
+        if int(counts[:, 3].sum()) == 0:
+            raise EmptyLoaderError(
+                f"measure: {seen} batches without a single token that counts in"
+                f" {type(unwrap(model)).__name__}. Is the loader empty (an iterator that was used"
+                " up before, drop_last with a large batch), or every token padding?"
+            )
+        report = monitor.report(group)
+    if not curvature:
+        return report
+    with _evaluating(model), torch.enable_grad():
+        curvatures = hessian_curvature(
+            unwrap(model), kept, _MeanLoss(loss, forward), find_blocks(model, where, patterns)
+        )
+    return replace(report, curvature=curvatures)
+
+
+def _run_on_data(
+    model: nn.Module,
+    batch: Any,
+    number: int,
+    loss: Loss | None,
+    reduction: Reduction,
+    forward: Callable[[nn.Module, Any], Any],
+    monitor: Monitor,
+) -> Tensor:
+    """The loss of a batch with its own labels, the monitor told how it is made of the samples'."""
+    labels = labels_of(batch)
+    shifted = shifts_labels(model)
+    if labels is not None and not bool(terms_of(labels, shifted).any()):
+        raise _no_label(number)
+    monitor.use_scale(None if labels is None else sample_scale(labels, shifted, reduction))
+    output = forward(model, batch)
+    if loss is not None:
+        return require_scalar(loss(output, batch), number)
+    value = getattr(output, "loss", None)
+    if value is None:
+        raise LossError(
+            f"batch {number}: {type(unwrap(model)).__name__} returned no loss"
+            + (" and the batch has no labels" if labels is None else "")
+            + ". Add 'labels' to the batches of a Hugging Face model, or say what the loss is:"
+            " measure(..., loss=lambda output, batch: F.cross_entropy(output, batch[1])). Without"
+            " labels: labels='model'; without gradients: labels=None."
+        )
+    return require_scalar(value, number)
+
+
+def _run_on_samples(
+    model: nn.Module,
+    batch: Any,
+    number: int,
+    reduction: Reduction,
+    forward: Callable[[nn.Module, Any], Any],
+    monitor: Monitor,
+) -> Tensor:
+    """The sum of the samples' own losses for labels that the model draws itself."""
+    monitor.use_scale(torch.ones(()))
+    logits = logits_of(forward(model, batch), model)
+    shifted = shifts_labels(model) and logits.dim() == 3
+    if shifted:
+        logits = logits[:, :-1]
+    terms = _predictions_that_count(batch, logits, shifted)
+    if not bool(terms.any()):
+        raise _no_label(number)
+    return require_scalar(
+        sum_of_own_losses(logits, sample_labels(logits, terms), reduction), number
+    )
+
+
+def _predictions_that_count(batch: Any, logits: Tensor, shifted: bool) -> Tensor:
+    """Bool ``[S]`` or ``[S, T]``: where the batch's labels count, else where its tokens do."""
+    labels = labels_of(batch)
+    shape = logits.shape[:-1]
+    if labels is not None and not labels.is_floating_point():
+        terms = terms_of(labels, shifted)
+    elif logits.dim() == 3 and isinstance(batch, Mapping) and "attention_mask" in batch:
+        counted = batch["attention_mask"] != 0
+        terms = counted[:, 1:] if shifted else counted
+    else:
+        return torch.ones(shape, dtype=torch.bool, device=logits.device)
+    if terms.numel() != shape.numel():
+        raise LossError(
+            f"labels='model': the model gives {list(logits.shape)} logits, the batch's labels or"
+            f" mask say {list(terms.shape)} predictions"
+        )
+    return terms.reshape(shape).to(logits.device)
+
+
+class _MeanLoss:
+    """The loss of a batch as a function of the model."""
+
+    def __init__(self, loss: Loss | None, forward: Callable[[nn.Module, Any], Any]) -> None:
+        self._loss = loss
+        self._forward = forward
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """A scalar."""
+        output = self._forward(model, batch)
+        value: Tensor = output.loss if self._loss is None else self._loss(output, batch)
+        return value
+
+
+def _no_label(number: int) -> EmptyLoaderError:
+    return EmptyLoaderError(
+        f"batch {number}: no label that counts: every one is -100, or every token is padding. Its"
+        " loss is a mean over nothing. Leave such batches out."
+    )
+
+
+def _require_finite(loss: Tensor, number: int) -> None:
+    if not bool(loss.isfinite()):
+        raise NonFiniteLossError(
+            f"batch {number}: the loss is {loss.item()}, so no gradient means anything. Has the"
+            " training diverged? Measure an earlier checkpoint, or in float32."
+        )
+
+
+def _require_one_device(model: nn.Module, gradients: bool) -> None:
+    """Refuse what a forward pass cannot run on."""
+    root = unwrap(model)
+    kinds = {parameter.device.type for parameter in root.parameters()}
+    if "meta" in kinds or (len(kinds) > 1 and not hasattr(root, "hf_device_map")):
+        raise DeviceError(
+            f"measure: the parameters of {type(root).__name__} are on mixed devices"
+            f" ({', '.join(sorted(kinds))}). Move the model first: model.to('cpu'), or"
+            " model.to('cuda')."
+        )
+    if gradients and any(parameter.is_inference() for parameter in root.parameters()):
+        raise DeviceError(
+            "measure: the parameters were made under torch.inference_mode(), which no gradient can"
+            " pass. Load the model outside of it; for densities alone: labels=None."
+        )
+
+
+@contextmanager
+def _gradients(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Gradients on or off, whatever they are outside; without DDP's reduction."""
+    if not wanted:
+        with torch.no_grad():
+            yield
+        return
+    apart: AbstractContextManager[Any] = nullcontext()
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        apart = model.no_sync()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        apart,
+    ):
+        yield
 
 
 @contextmanager

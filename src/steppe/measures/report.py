@@ -66,7 +66,7 @@ class BlockReport:
 
     @property
     def AF_activated(self) -> float:  # noqa: N802  # the paper's symbol
-        """AF of the layer that the activation reads: of the gate, or of `up` where there is none."""
+        """AF of the layer that the activation reads: of the gate, of `up` where there is none."""
         return self.AF_up if math.isnan(self.AF_gate) else self.AF_gate
 
     @property
@@ -90,6 +90,35 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
+class BlockCurvature:
+    """The Hessian of the mean loss with respect to a weight matrix of one block; NaN for no gate.
+
+    Attributes:
+        name: name of the block.
+        trace_up: Hutchinson's estimate of the trace, for the weight of `up`.
+        trace_up_standard_error: its standard error over the random vectors.
+        top_eigenvalue_up: the largest eigenvalue.
+        trace_gate: the same for the gate.
+        trace_gate_standard_error: likewise.
+        top_eigenvalue_gate: likewise.
+        trace_down: the same for `down`.
+        trace_down_standard_error: likewise.
+        top_eigenvalue_down: likewise.
+    """
+
+    name: str
+    trace_up: float
+    trace_up_standard_error: float
+    top_eigenvalue_up: float
+    trace_gate: float
+    trace_gate_standard_error: float
+    top_eigenvalue_gate: float
+    trace_down: float
+    trace_down_standard_error: float
+    top_eigenvalue_down: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What was measured of a model.
 
@@ -97,47 +126,55 @@ class Report:
         density: share of entries with a ≠ 0, pooled over the blocks, in [0, 1].
         derivative_density: share of entries with σ′(p) ≠ 0, pooled over the blocks, in [0, 1].
         blocks: the same and more per block, in forward order.
+        curvature: of the Hessian of each block's weights, where it was asked for.
     """
 
     density: float
     derivative_density: float
     blocks: tuple[BlockReport, ...]
+    curvature: tuple[BlockCurvature, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values.
 
         Returns:
             ``density``, ``derivative_density``, and for each attribute of `BlockReport` a list over
-            the blocks under its name with ``_per_block``.
+            the blocks under its name with ``_per_block``; None for NaN.
         """
         lists = {
             f"{field.name}_per_block": [getattr(block, field.name) for block in self.blocks]
             for field in fields(BlockReport)
         }
-        return {
-            "density": self.density,
-            "derivative_density": self.derivative_density,
-            **lists,
-        }
+        pooled = {"density": self.density, "derivative_density": self.derivative_density}
+        values: dict[str, Any] = to_json({**pooled, **lists})
+        return values
+
+
+LAYOUT = ("name_per_block", "d_model_per_block", "d_hidden_per_block")
+"""What `Report.to_dict` says of the blocks, whatever was measured of them."""
 
 
 def report_from_dict(values: dict[str, Any]) -> Report:
     """The report that `Report.to_dict` described.
+
+    Args:
+        values: its result.
 
     Raises:
         KeyError: a measure is missing.
         TypeError: a measure is not a list.
         ValueError: the lists have different lengths.
     """
-    columns = [values[f"{field.name}_per_block"] for field in fields(BlockReport)]
+    values = from_json(values)
     names = [field.name for field in fields(BlockReport)]
+    columns = [values[f"{name}_per_block"] for name in names]
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    for row in rows:
+        row["neuron_frequency"] = tuple(row["neuron_frequency"])
     return Report(
         density=values["density"],
         derivative_density=values["derivative_density"],
-        blocks=tuple(
-            BlockReport(**{**dict(zip(names, row, strict=True)), "neuron_frequency": tuple(row[8])})
-            for row in zip(*columns, strict=True)
-        ),
+        blocks=tuple(BlockReport(**row) for row in rows),
     )
 
 
@@ -195,6 +232,24 @@ def frequency_histogram(active_tokens: Tensor, tokens: int) -> tuple[int, ...]:
     edges = torch.tensor((0.0, *FREQUENCY_EDGES), dtype=torch.float64)
     bins = torch.bucketize(active_tokens.to(torch.float64) / tokens, edges)
     return tuple(torch.bincount(bins, minlength=len(edges)).tolist())
+
+
+def to_json(value: Any) -> Any:
+    """JSON values with None for what is not finite, since JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: to_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of `to_json`, with NaN for None."""
+    if isinstance(value, dict):
+        return {key: from_json(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [from_json(entry) for entry in value]
+    return NAN if value is None else value
 
 
 def _divide(part: float, whole: float) -> float:

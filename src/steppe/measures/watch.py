@@ -10,39 +10,66 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from steppe.activations import Activation
+from steppe.activations import Activation, is_relu
 from steppe.blocks import (
     BlockPattern,
     MLPBlock,
     Slot,
     find_blocks,
     linear_weight,
+    unwrap,
 )
+from steppe.errors import LossError
 from steppe.measures.density import (
     COUNTERS,
-    DensityReport,
+    SAMPLE_COUNTERS,
+    active_entries,
     count_,
-    report_from_counts,
-    supports,
+    sloped_entries,
 )
+from steppe.measures.flatness import COLUMNS, by_sample, new_probe, tap
+from steppe.measures.losses import LossContext, Reduction
+from steppe.measures.report import Report
+from steppe.measures.tally import Tally, report_of, scaled, sum_over
 from steppe.surgery import Journal
 from steppe.tokens import TokenContext, listen
 
 
 class Monitor:
-    """Counts of a model's MLP blocks, streaming on the device; made by `watch`.
+    """What is measured of a model's MLP blocks, streaming on the device; made by `watch`.
 
     Attributes:
-        enabled: whether forward passes are counted now.
+        enabled: whether forward passes, and their backward passes, are measured now.
         names: the blocks' names, in forward order.
+        loss_factor: what the loss was multiplied by before ``backward``, where it is not the
+            model's own, whose factor is measured; 1 by default. A number or a 0-dim tensor.
     """
 
-    def __init__(self, blocks: Sequence[MLPBlock], contexts: Sequence[TokenContext]) -> None:
-        self.enabled = True
+    def __init__(
+        self,
+        blocks: Sequence[MLPBlock],
+        contexts: Sequence[TokenContext],
+        losses: LossContext | None,
+    ) -> None:
         self.names = tuple(block.name for block in blocks)
+        self.loss_factor: float | Tensor = 1.0
+        self._losses = losses
         self._observers = [
-            _Observer(self, block, context) for block, context in zip(blocks, contexts, strict=True)
+            _Observer(self, block, context, losses)
+            for block, context in zip(blocks, contexts, strict=True)
         ]
+        self.enabled = True
+
+    @property
+    def enabled(self) -> bool:
+        """Whether passes are measured now."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+        if self._losses is not None:
+            self._losses.enabled = value
 
     def counts(self, group: dist.ProcessGroup | None = None) -> Tensor:
         """The counts so far.
@@ -51,52 +78,103 @@ class Monitor:
             group: processes to sum over, all of which must call this; None for this one alone.
 
         Returns:
-            int64 ``[blocks, 4]`` on the CPU: entries with a ≠ 0, with σ′ ≠ 0, all, and tokens.
+            int64 ``[blocks, 5]`` on the CPU: entries with a ≠ 0, with σ′ ≠ 0, all, tokens, samples.
         """
-        counts = torch.stack([observer.counts.cpu() for observer in self._observers])
-        return counts if group is None else sum_over(counts, self._observers[0].device, group)
+        return torch.stack([tally.counts for tally in self._tallies(group)])
 
-    def report(self, group: dist.ProcessGroup | None = None) -> DensityReport:
-        """The densities so far.
+    def report(self, group: dist.ProcessGroup | None = None) -> Report:
+        """What was measured so far.
 
         Args:
             group: processes to sum over, all of which must call this; None for this one alone.
 
         Returns:
-            Shares of the entries counted since the start or the last `reset`.
+            Means over the samples since the start or the last `reset`.
+
+        Raises:
+            LossError: gradients were asked for and none came.
         """
-        return report_from_counts(self.names, self.counts(group))
+        tallies = self._tallies(group)
+        if self._losses is not None and not any(tally.activated[0, 0] > 0 for tally in tallies):
+            raise LossError(
+                "watch(gradients=True): no gradient came to any block. Call loss.backward() while"
+                " watching, not under torch.no_grad(); for densities alone: watch(model)."
+            )
+        return self.report_of(tallies)
+
+    def report_of(self, tallies: Sequence[Tally]) -> Report:
+        """The report of tallies that `take` gave, on the CPU."""
+        return report_of([observer.block for observer in self._observers], tallies)
 
     def reset(self) -> None:
-        """Start counting from zero."""
+        """Start from zero."""
         for observer in self._observers:
-            observer.counts.zero_()
+            observer.reset()
+        if self._losses is not None:
+            self._losses.probe.grad = None
 
-    def take(self) -> list[Tensor]:
-        """The counts so far, one int64 ``[4]`` per block on its device, and start from zero."""
-        taken = [observer.counts.clone() for observer in self._observers]
+    def take(self) -> list[Tally]:
+        """What was gathered so far, a tally per block on its device, and start from zero."""
+        squared_factor = self._squared_loss_factor()
+        taken = [observer.tally(squared_factor) for observer in self._observers]
         self.reset()
         return taken
 
-    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
-        """The forward hooks that count, with the modules they belong to."""
+    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor | None]]]:
+        """The forward hooks that measure, with the modules they belong to."""
         for observer in self._observers:
             yield observer.block.activated, observer.see_p
             if observer.block.gate is not None:
                 yield observer.block.up, observer.see_up
+            if self._losses is not None:
+                yield observer.block.down, observer.see_z
+
+    def probes(self) -> list[Tensor]:
+        """The leaves whose gradients gather what backward passes tell."""
+        return [probe for observer in self._observers for probe in observer.probes.values()]
+
+    def use_scale(self, scale: Tensor | None) -> None:
+        """Set what turns the gradient of the next batch's loss into that of each sample's own.
+
+        Args:
+            scale: float ``[S]`` or one for all; None where the reduction alone tells.
+        """
+        if self._losses is not None:
+            self._losses.given = True
+            self._losses.scale = scale
+
+    def _tallies(self, group: dist.ProcessGroup | None) -> list[Tally]:
+        squared_factor = self._squared_loss_factor()
+        tallies = [observer.tally(squared_factor).cpu() for observer in self._observers]
+        return tallies if group is None else sum_over(tallies, self._observers[0].device, group)
+
+    def _squared_loss_factor(self) -> Tensor:
+        """The square of what the loss was multiplied by, measured where it was the model's own."""
+        factors = None if self._losses is None else self._losses.probe.grad
+        if factors is not None:
+            return factors[1] / factors[0]
+        return torch.as_tensor(self.loss_factor, dtype=torch.float64).square()
 
 
 class _Observer:
-    """Counts one block: p from the layer before the activation, and `up` of gated blocks."""
+    """Measures one block: at the layer before the activation, at a gated `up`, at `down`."""
 
-    def __init__(self, monitor: Monitor, block: MLPBlock, context: TokenContext) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        block: MLPBlock,
+        context: TokenContext,
+        losses: LossContext | None,
+    ) -> None:
         self.block = block
         self._monitor = monitor
         self._context = context
+        self._losses = losses
         # Gated blocks run gate and up in either order: keep the first until the second comes.
-        self._p: Tensor | None = None
+        self._gate: tuple[Tensor, Tensor] | None = None
         self._up: Tensor | None = None
-        self.counts = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.device)
+        self.probes: dict[str, Tensor] = {}
+        self._allocate(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -104,36 +182,100 @@ class _Observer:
         weight = linear_weight(self.block.up)
         return torch.device("cpu") if weight.is_meta else weight.device
 
-    def see_p(self, module: nn.Module, args: tuple[Any, ...], p: Tensor) -> None:
+    def reset(self) -> None:
+        """Start from zero; the compiled graphs hold on to these very tensors."""
+        for tensor in (self.counts, self.units, self.moments):
+            tensor.zero_()
+        for probe in self.probes.values():
+            probe.grad = None
+
+    def tally(self, squared_factor: Tensor) -> Tally:
+        """A copy of what was gathered so far."""
+        gradients = []
+        for name in ("activated", "up", "down"):
+            moments = self.probes[name].grad if name in self.probes else None
+            if moments is None:
+                moments = torch.zeros(len(COLUMNS), len(COLUMNS), dtype=self.moments.dtype)
+            gradients.append(scaled(moments, squared_factor))
+        return Tally(self.counts.clone(), self.units.clone(), self.moments.clone(), *gradients)
+
+    def see_p(self, module: nn.Module, args: tuple[Any, ...], p: Tensor) -> Tensor | None:
         """Forward hook on the activated layer."""
         if not self._monitor.enabled:
-            return
-        if self.block.gate is None:
-            self._count(p, None)
-        elif self._up is None:
-            self._p = p.detach()
-        else:
-            up, self._up = self._up, None
-            self._count(p, up)
-
-    def see_up(self, module: nn.Module, args: tuple[Any, ...], up: Tensor) -> None:
-        """Forward hook on `up` of a gated block."""
-        if not self._monitor.enabled:
-            return
-        if self._p is None:
-            self._up = up.detach()
-        else:
-            p, self._p = self._p, None
-            self._count(p, up)
-
-    def _count(self, p: Tensor, up: Tensor | None) -> None:
-        if self.counts.device != p.device:
-            self.counts = self.counts.to(p.device)
+            return None
         # The slot, not the block: the activation may have been replaced since.
         slot = self.block.act_slot
         act: Activation = getattr(slot.module, slot.name)
-        active, slopes = supports(act, p, up)
-        count_(self.counts, active, slopes, self._context.flat_mask(p, self.block))
+        slopes = sloped_entries(act, p)
+        if self.block.gate is None:
+            active = slopes if is_relu(act) else active_entries(act, p)
+            self._count(p, active, slopes)
+        elif self._up is None:
+            self._gate = active_entries(act, p), slopes
+        else:
+            up, self._up = self._up, None
+            self._count(p, active_entries(act, p) & up, slopes)
+        return self._tapped("activated", args[0], p, slopes)
+
+    def see_up(self, module: nn.Module, args: tuple[Any, ...], up: Tensor) -> Tensor | None:
+        """Forward hook on `up` of a gated block."""
+        if not self._monitor.enabled:
+            return None
+        if self._gate is None:
+            self._up = up.detach() != 0
+        else:
+            (active, slopes), self._gate = self._gate, None
+            self._count(up, active & (up.detach() != 0), slopes)
+        return self._tapped("up", args[0], up, None)
+
+    def see_z(self, module: nn.Module, args: tuple[Any, ...], z: Tensor) -> Tensor | None:
+        """Forward hook on `down`."""
+        return self._tapped("down", args[0], z, None) if self._monitor.enabled else None
+
+    def _count(self, p: Tensor, active: Tensor, slopes: Tensor) -> None:
+        if self.counts.device != p.device:
+            self._allocate(p.device)
+        layout = self._layout(p)
+        count_(
+            self.counts,
+            self.units,
+            self.moments,
+            by_sample(active, *layout),
+            by_sample(slopes, *layout),
+            self._context.mask_by_sample(p, self.block),
+        )
+
+    def _tapped(
+        self, name: str, layer_input: Tensor, output: Tensor, slopes: Tensor | None
+    ) -> Tensor | None:
+        """The output through a tap, where a backward pass can follow."""
+        if self._losses is None or not torch.is_grad_enabled():
+            return None
+        layout = self._layout(output)
+        return tap(
+            output,
+            self.probes[name],
+            layer_input,
+            layout,
+            None if slopes is None else by_sample(slopes, *layout),
+            self._context.mask_by_sample(output, self.block),
+            self._losses.scale_of(layout[0], output.device, self.block.name),
+        )
+
+    def _layout(self, hidden: Tensor) -> tuple[int, bool]:
+        """Number of samples, and whether tokens are the first dimension."""
+        return self._context.samples(hidden, self.block), self.block.token_dim == 0
+
+    def _allocate(self, device: torch.device) -> None:
+        """Nothing counted yet, on a device."""
+        rows = len(SAMPLE_COUNTERS)
+        self.counts = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+        self.units = torch.zeros(self.block.d_hidden, dtype=torch.int64, device=device)
+        self.moments = torch.zeros(rows, rows, dtype=torch.float64, device=device)
+        if self._losses is not None:
+            self.probes = {name: new_probe(device) for name in ("activated", "down")}
+            if self.block.gate is not None:
+                self.probes["up"] = new_probe(device)
 
 
 @contextmanager
@@ -141,62 +283,66 @@ def watch(
     model: nn.Module,
     where: Callable[[MLPBlock], bool] | None = None,
     patterns: Sequence[BlockPattern] = (),
+    gradients: bool = False,
+    reduction: Reduction = "mean",
 ) -> Iterator[Monitor]:
-    """Count density and derivative density of a model's MLP blocks while any loop runs it.
+    """Measure a model's MLP blocks while any loop runs it.
 
     Counting is streaming, on the model's device, and keeps no hidden tensor. Padding tokens (by
     ``attention_mask``, ``src_key_padding_mask``, or a decoder's ignored labels) count nowhere;
-    dropout is not seen; a forward pass repeated by gradient checkpointing counts once. Works under
-    autocast and ``torch.compile``. The hooks are gone afterwards, also when the loop raises.
+    dropout is not seen in the densities; a forward pass repeated by gradient checkpointing counts
+    once. Works under autocast and ``torch.compile``. The hooks are gone afterwards, also when the
+    loop raises.
+
+    With `gradients` the backward passes of the loop are measured too: augmented flatness and its
+    factors, see `BlockReport`. The loop's own numbers do not change. Each sample's own loss is told
+    from the model's ``labels``; where a Hugging Face model computes the loss, what it is multiplied
+    by before ``backward`` (accumulation, a GradScaler, the number of processes) is measured and
+    undone, and must not change between two reports. For a loss computed outside the model,
+    `reduction` says how it is made of the samples' losses, and ``monitor.loss_factor`` what it is
+    multiplied by. Forward passes without a backward pass count in the densities alone.
 
     Args:
         model: the model; wrappers are seen through.
         where: which blocks; all by default.
         patterns: patterns of your own for `find_blocks`.
+        gradients: measure backward passes too.
+        reduction: of the loss over its terms, as in ``nn.CrossEntropyLoss``.
 
     Yields:
         The monitor; ``monitor.report()`` at any time, also afterwards.
 
     Raises:
         BlocksNotFoundError: there is no MLP block.
+        ValueError: `reduction` is neither ``mean`` nor ``sum``.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
-        >>> with watch(layer) as monitor:
-        ...     _ = layer(torch.randn(2, 5, 8))
+        >>> with watch(layer, gradients=True) as monitor:
+        ...     layer(torch.randn(2, 5, 8)).square().mean().backward()
         >>> monitor.report().blocks[0].tokens
         10
     """
     blocks = find_blocks(model, where, patterns)
     contexts, context_hooks = listen(model, blocks)
-    monitor = Monitor(blocks, contexts)
+    losses = LossContext(model, reduction) if gradients else None
+    monitor = Monitor(blocks, contexts, losses)
     journal = Journal()
     try:
         journal.hold_nested_tensors_off(model)
         for module, hook in context_hooks:
             journal.add_forward_pre_hook(module, hook, with_kwargs=True)
+        if losses is not None:
+            root = unwrap(model)
+            journal.add_forward_pre_hook(root, losses.see_labels, with_kwargs=True)
+            journal.add_forward_hook(root, losses.see_loss)
+            journal.set_attribute(Slot(root, "__class__"), _watched_class(type(root)))
         for module, see in monitor.hooks():
             journal.add_forward_hook(module, see)
             journal.set_attribute(Slot(module, "__class__"), _watched_class(type(module)))
         yield monitor
     finally:
         journal.undo()
-
-
-def sum_over(counts: Tensor, device: torch.device, group: dist.ProcessGroup) -> Tensor:
-    """The sum of counts over processes, exact.
-
-    Args:
-        counts: int64 on the CPU, the same shape everywhere.
-        device: where the group's backend wants its tensors.
-        group: the processes.
-
-    Returns:
-        The sum, on the CPU.
-    """
-    total = counts.to(device)
-    dist.all_reduce(total, group=group)
-    return total.cpu()
 
 
 _WATCHED: dict[type[nn.Module], type[nn.Module]] = {}

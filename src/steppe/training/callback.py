@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import transformers
 from torch import distributed as dist
+from torch import nn
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -20,13 +20,51 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
+from steppe.blocks import find_blocks, unwrap
 from steppe.errors import NonFiniteLossError, ScheduleError
-from steppe.measures.density import report_from_counts
-from steppe.measures.watch import Monitor, sum_over, watch
+from steppe.files import prepare_folder
+from steppe.measures.report import Report, report_from_dict
+from steppe.measures.tally import Tally, sum_over
+from steppe.measures.watch import Monitor, watch
 from steppe.plugins.sparsify import (
     advance_,
     project_,
     sparsification_of,
+)
+from steppe.runs import RUN_FILE, Run, measures_of, versions, write_run
+
+# Means over the blocks that each log gets, beside the densities.
+_MEASURES = (
+    "AF_up",
+    "AF_gate",
+    "AF_down",
+    "active_gain",
+    "squared_input_norm",
+    "squared_activation_gradient",
+    "squared_gradient_norm_up",
+    "squared_gradient_norm_gate",
+    "squared_gradient_norm_down",
+    "dead_neurons",
+)
+# What a reader of a run wants to know of how it was trained.
+_SETTINGS = (
+    "learning_rate",
+    "weight_decay",
+    "optim",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "torch_compile",
+    "seed",
 )
 
 
@@ -34,16 +72,24 @@ class SteppeCallback(TrainerCallback, ExportableState):
     """Constraints, schedules and metrics of steppe in a stock ``transformers.Trainer``.
 
     If the model carries plug-ins, their schedules follow ``global_step / max_steps`` and they are
-    projected after every optimizer step. Every `every` steps the forward passes of one step are
-    counted. Each log gets ``density`` and ``derivative_density`` of the steps counted since the
-    last one, ``training_density`` (the mean over all steps counted so far, the paper's training
-    density) and the same per block, in ``trainer.state.log_history``, in TensorBoard and in W&B
-    where ``report_to`` names them. All survive resuming from a checkpoint. Counts are summed over
-    processes, once per log.
+    projected after every optimizer step. Every `every` steps the passes of one step are measured:
+    what `BlockReport` has, AF and its factors from the step's own backward pass. Each log gets
+    ``density`` and ``derivative_density`` of the steps measured since the last one,
+    ``training_density`` (the mean over all steps measured so far, the paper's training density),
+    the other measures as means over the blocks, and the same per block, in
+    ``trainer.state.log_history``, in TensorBoard and in W&B where ``report_to`` names them. The
+    Trainer's evaluations during training are counted too. All survive resuming from a checkpoint.
+    Sums go over processes, once per log.
+
+    ``steppe.json`` in the output folder has all of it, for ``steppe report``.
+
+    A loss that the Trainer computes outside of the model (label smoothing, ``compute_loss_func``)
+    is taken for a mean over the samples of the micro-batch.
 
     Args:
-        every: count one optimizer step in so many, ≥ 1.
+        every: measure one optimizer step in so many, ≥ 1.
         per_block: log each block too, not only the whole model.
+        flatness: measure the backward pass too, not only the densities.
 
     Raises:
         ValueError: `every` is below 1.
@@ -52,16 +98,19 @@ class SteppeCallback(TrainerCallback, ExportableState):
         ``Trainer(model=model, args=args, train_dataset=data, callbacks=[SteppeCallback()])``
     """
 
-    def __init__(self, every: int = 50, per_block: bool = True) -> None:
+    def __init__(self, every: int = 50, per_block: bool = True, flatness: bool = True) -> None:
         if every < 1:
             raise ValueError(f"SteppeCallback: expected every ≥ 1, got {every}")
         self.every = every
         self.per_block = per_block
+        self.flatness = flatness
         self.history: list[dict[str, Any]] = []
-        """One entry per counted step, complete when training ends: ``step``, ``density``,
-        ``derivative_density``, and lists of both per block."""
+        """One entry per measured step, complete when training ends: ``step`` and
+        ``Report.to_dict()`` of it."""
+        self.held_out_history: list[dict[str, Any]] = []
+        """The same of the Trainer's evaluations during training; densities only."""
         self._logged = 0  # entries of the history that a log has had
-        self._pending: list[tuple[int, list[Tensor]]] = []
+        self._pending: list[tuple[int, list[Tally]]] = []
         self._watching: AbstractContextManager[Monitor] | None = None
         self._monitor: Monitor | None = None
         self._writer: Any = None  # TensorBoard's
@@ -80,8 +129,16 @@ class SteppeCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What ``trainer_state.json`` keeps of this callback; asked of the first process only."""
         return {
-            "args": {"every": self.every, "per_block": self.per_block},
-            "attributes": {"history": self.history, "_logged": self._logged},
+            "args": {
+                "every": self.every,
+                "per_block": self.per_block,
+                "flatness": self.flatness,
+            },
+            "attributes": {
+                "history": self.history,
+                "held_out_history": self.held_out_history,
+                "_logged": self._logged,
+            },
         }
 
     def on_train_begin(
@@ -107,9 +164,10 @@ class SteppeCallback(TrainerCallback, ExportableState):
         # Of a run that starts anew the state holds what this object had from the last one.
         attributes = self._kept_by(state) if state.global_step > 0 else {}
         self.history = list(attributes.get("history", []))
+        self.held_out_history = list(attributes.get("held_out_history", []))
         self._logged = int(attributes.get("_logged", 0))
         self._pending = []
-        self._watching = watch(model)
+        self._watching = watch(model, gradients=self.flatness)
         self._monitor = self._watching.__enter__()
         self._monitor.enabled = False
         _advance(model, state, state.global_step)
@@ -119,11 +177,15 @@ class SteppeCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Count this step if it is its turn."""
+        """Measure this step if it is its turn."""
         assert self._monitor is not None
         self._monitor.enabled = state.global_step % self.every == 0
+        scaler = getattr(optimizer, "scaler", None)  # of accelerate's optimizer, with fp16
+        if self._monitor.enabled and scaler is not None:
+            self._monitor.loss_factor = scaler.get_scale()
 
     def on_optimizer_step(
         self,
@@ -146,7 +208,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Put the counts of this step aside; wait for the device only before a log or a save."""
+        """Put the tallies of this step aside; wait for the device only before a log or a save."""
         assert self._monitor is not None
         if self._monitor.enabled:
             self._monitor.enabled = False
@@ -154,6 +216,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
         # All processes pass here with the same control; logs and saves may be the first one's only.
         if control.should_log or control.should_save or control.should_training_stop:
             self._settle()
+        self._monitor.enabled = control.should_evaluate
 
     def on_epoch_end(
         self,
@@ -163,8 +226,34 @@ class SteppeCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Wait for the device before a log or a save."""
+        assert self._monitor is not None
         if control.should_log or control.should_save:
             self._settle()
+        self._monitor.enabled = control.should_evaluate
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Take down what an evaluation during training counted."""
+        if self._monitor is None or not self._monitor.enabled:
+            return
+        self._monitor.enabled = False
+        self.held_out_history += self._entries([(state.global_step, self._monitor.take())])
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write what is known of the run."""
+        self._write(args, state, model)
 
     def on_log(
         self,
@@ -209,6 +298,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
         if model is not None and args.load_best_model_at_end and state.best_global_step:
             _advance(model, state, state.best_global_step)
         self._settle()
+        self._write(args, state, model)
         self._stop_watching()
         if self._writer is not None:
             self._writer.close()
@@ -223,34 +313,74 @@ class SteppeCallback(TrainerCallback, ExportableState):
                 return dict(entry["attributes"])
         return {}
 
-    def _settle(self) -> None:
-        """Turn pending counts into history; the only place that waits for device and processes."""
-        if not self._pending or self._monitor is None:
-            return
-        counts = torch.stack(
-            [torch.stack([block.cpu() for block in blocks]) for _, blocks in self._pending]
+    def run(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, name: str = ""
+    ) -> Run:
+        """What is known of the run.
+
+        Args:
+            args: the Trainer's.
+            state: the Trainer's.
+            model: the model, to name its class, its activations and its plug-ins.
+            name: what to call the run; the output folder's name by default.
+        """
+        settings: dict[str, Any] = {key: getattr(args, key) for key in _SETTINGS}
+        settings["lr_scheduler_type"] = str(getattr(args.lr_scheduler_type, "value", ""))
+        settings["optim"] = str(getattr(args.optim, "value", args.optim))
+        sparsification = sparsification_of(model)
+        blocks = find_blocks(model)
+        layout: dict[str, Any] = {
+            "name_per_block": [block.name for block in blocks],
+            "d_model_per_block": [block.d_model for block in blocks],
+            "d_hidden_per_block": [block.d_hidden for block in blocks],
+        }
+        training = [report_from_dict(layout | entry) for entry in self.history]
+        held_out = [report_from_dict(layout | entry) for entry in self.held_out_history]
+        return Run(
+            name=name or Path(str(args.output_dir)).resolve().name,
+            model=type(unwrap(model)).__name__,
+            tokens_per_sample=_tokens_per_sample(training),
+            activations=[_name_of(getattr(b.act_slot.module, b.act_slot.name)) for b in blocks],
+            plugins=[] if sparsification is None else sparsification.record()["plugins"],
+            settings={**settings, "measured_every": self.every},
+            versions={**versions(), "transformers": transformers.__version__},
+            steps=[entry["step"] for entry in self.history],
+            training=training,
+            held_out_steps=[entry["step"] for entry in self.held_out_history],
+            held_out=held_out,
+            logs=[
+                {key: value for key, value in log.items() if "/" not in key}
+                for log in state.log_history
+            ],
         )
+
+    def _write(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
+        if model is not None and state.is_world_process_zero:
+            folder = prepare_folder(str(args.output_dir))
+            write_run(self.run(args, state, model), folder / RUN_FILE)
+
+    def _settle(self) -> None:
+        """Turn pending tallies into history; the only place that waits for device and processes."""
+        pending, self._pending = self._pending, []
+        self.history += self._entries(pending)
+
+    def _entries(self, taken: list[tuple[int, list[Tally]]]) -> list[dict[str, Any]]:
+        """Entries of a history from tallies of some steps, summed over processes."""
+        if not taken or self._monitor is None:
+            return []
+        device = taken[0][1][0].counts.device
+        tallies = [tally.cpu() for _, blocks in taken for tally in blocks]
         if dist.is_available() and dist.is_initialized():
-            device = self._pending[0][1][0].device
             assert dist.group.WORLD is not None
-            counts = sum_over(counts, device, dist.group.WORLD)
-        for (step, _), step_counts in zip(self._pending, counts, strict=True):
-            report = report_from_counts(self._monitor.names, step_counts)
-            self.history.append(
-                {
-                    "step": step,
-                    "density": report.density,
-                    "derivative_density": report.derivative_density,
-                    "density_per_block": [block.density for block in report.blocks],
-                    "derivative_density_per_block": [
-                        block.derivative_density for block in report.blocks
-                    ],
-                }
-            )
-        self._pending = []
+            tallies = sum_over(tallies, device, dist.group.WORLD)
+        count = len(self._monitor.names)
+        return [
+            {"step": step, **measures_of(self._monitor.report_of(tallies[i : i + count]))}
+            for i, (step, _) in zip(range(0, len(tallies), count), taken, strict=True)
+        ]
 
     def _metrics(self, new: list[dict[str, Any]]) -> dict[str, float]:
-        """The metrics of one log from the steps counted since the last one."""
+        """The metrics of one log from the steps measured since the last one."""
         if not new or self._monitor is None:
             return {}
         metrics = {
@@ -258,11 +388,13 @@ class SteppeCallback(TrainerCallback, ExportableState):
             "derivative_density": _mean([entry["derivative_density"] for entry in new]),
             "training_density": self.training_density,
         }
-        if self.per_block:
-            for index, name in enumerate(self._monitor.names):
-                for key in ("density", "derivative_density"):
-                    metrics[f"{key}/{name}"] = _mean([e[f"{key}_per_block"][index] for e in new])
-        return metrics
+        for key in _MEASURES:
+            metrics[key] = _mean([_mean(entry[f"{key}_per_block"]) for entry in new])
+        for index, name in enumerate(self._monitor.names if self.per_block else ()):
+            for key in ("density", "derivative_density", *_MEASURES):
+                metrics[f"{key}/{name}"] = _mean([e[f"{key}_per_block"][index] for e in new])
+        # What does not exist, as AF of the gate where there is none, is no metric.
+        return {key: value for key, value in metrics.items() if not math.isnan(value)}
 
     def _report(
         self, args: TrainingArguments, state: TrainerState, metrics: dict[str, float]
@@ -306,6 +438,19 @@ def _tensorboard_folder(args: TrainingArguments) -> str:
     return str(opened[-1].parent if opened else runs)
 
 
-def _mean(values: list[float]) -> float:
-    """The mean; NaN if there are none."""
-    return sum(values) / len(values) if values else float("nan")
+def _tokens_per_sample(reports: list[Report]) -> float:
+    """Mean over all samples of all steps of the first block's tokens; NaN if there are none."""
+    samples = sum(report.blocks[0].samples for report in reports)
+    tokens = sum(report.blocks[0].tokens for report in reports)
+    return tokens / samples if samples else float("nan")
+
+
+def _name_of(act: Any) -> str:
+    """What an activation is, for a reader."""
+    return getattr(act, "__name__", None) or (repr(act) if isinstance(act, nn.Module) else "")
+
+
+def _mean(values: list[float | None]) -> float:
+    """The mean of those that exist; NaN if there are none."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else float("nan")

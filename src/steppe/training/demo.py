@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from steppe.plugins import (
     ZerothBias,
     sparsify_,
 )
+from steppe.runs import RUN_FILE, write_run
 from steppe.training.callback import SteppeCallback
 from steppe.training.data import BYTES, Split, load_digits_split, load_pydoc_split
 
@@ -259,10 +260,16 @@ def _train_arm(
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"{label}: the held-out loss is {loss} after {steps} steps")
     held_out = measure(model, trainer.get_eval_dataloader())
+    run = callback.run(trainer.args, trainer.state, model, name=label)
+    quality = metrics["eval_accuracy"] if task.quality == "accuracy" else loss
+    write_run(
+        replace(run, held_out=[held_out], held_out_steps=[steps], quality={task.quality: quality}),
+        folder / RUN_FILE,
+    )
     write_folder(folder / "model", lambda temporary: trainer.save_model(str(temporary)))
     return ArmRun(
         seed=seed,
-        quality=metrics["eval_accuracy"] if task.quality == "accuracy" else loss,
+        quality=quality,
         density=held_out.density,
         derivative_density=held_out.derivative_density,
         training_density=callback.training_density,

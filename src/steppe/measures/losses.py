@@ -1,0 +1,247 @@
+"""Whose loss a gradient is of: each sample's own, whatever became of it in the batch's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from steppe.blocks import forward_parameters, shifts_labels, unwrap
+from steppe.errors import LossError
+from steppe.measures.flatness import new_loss_probe, tap_loss
+from steppe.tokens import IGNORED_LABEL
+
+Reduction = Literal["mean", "sum"]
+_LABELS = ("labels", "label")
+
+
+class LossContext:
+    """Hooks on a model that learn how the loss of its batches is made up of the samples'.
+
+    Attributes:
+        scale: float ``[S]`` or one for all, of the current call: what turns the gradient of the
+            batch's loss into that of each sample's own; None where the reduction alone tells.
+        reduction: of the loss over its terms.
+        given: `scale` was set from outside and the model's arguments do not change it.
+    """
+
+    def __init__(self, model: nn.Module, reduction: Reduction) -> None:
+        require_reduction("watch", reduction)
+        root = unwrap(model)
+        self._parameters = forward_parameters(root)
+        self._shifted = shifts_labels(root)
+        self.scale: Tensor | None = None
+        self.reduction: Reduction = reduction
+        self.given = False
+        self.enabled = False
+        parameter = next(root.parameters(), torch.empty(0))
+        self.probe = new_loss_probe(torch.device("cpu") if parameter.is_meta else parameter.device)
+
+    def see_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook on the model."""
+        if not self.enabled or self.given:
+            return
+        told = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        labels = told.get("labels")
+        self.scale = (
+            sample_scale(labels, self._shifted, self.reduction, told.get("num_items_in_batch"))
+            if isinstance(labels, Tensor)
+            else None
+        )
+
+    def see_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook on the model."""
+        if not self.enabled or not torch.is_grad_enabled():
+            return
+        loss = getattr(output, "loss", None)
+        if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+            if self.probe.device != loss.device:
+                self.probe = new_loss_probe(loss.device)
+            output.loss = tap_loss(loss, self.probe)
+
+    def scale_of(self, samples: int, device: torch.device, name: str) -> Tensor:
+        """What each sample's gradient is multiplied by.
+
+        Args:
+            samples: S, as a block sees it.
+            device: where it is wanted.
+            name: of the block.
+
+        Returns:
+            float ``[S]``.
+
+        Raises:
+            LossError: the labels are of another number of samples.
+        """
+        if self.scale is None:
+            uniform = samples if self.reduction == "mean" else 1
+            return torch.full((samples,), float(uniform), device=device)
+        if self.scale.dim() == 0:
+            return self.scale.to(device).expand(samples)
+        if len(self.scale) != samples:
+            raise LossError(
+                f"{name}: got {samples} samples, the labels are of {len(self.scale)}. Expected one"
+                " row of labels a sample, and one sample a row of the block's input."
+            )
+        return self.scale.to(device)
+
+
+def require_reduction(where: str, reduction: str) -> None:
+    """Refuse what is no reduction.
+
+    Raises:
+        ValueError: it is neither ``mean`` nor ``sum``.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"{where}: expected reduction='mean' or 'sum', got {reduction!r}")
+
+
+def terms_of(labels: Tensor, shifted: bool) -> Tensor:
+    """How many terms of a loss each sample has.
+
+    Args:
+        labels: ``[S, *]``; of integers, those of -100 are no terms.
+        shifted: each label is predicted from the tokens before it, so that the first is no term.
+
+    Returns:
+        bool ``[S, n]``, which labels are terms; one a sample where labels are no integers, or where
+        there is one a sample.
+    """
+    if labels.is_floating_point():
+        return torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
+    counted = labels.reshape(len(labels), -1) != IGNORED_LABEL
+    return counted[:, 1:] if shifted and labels.dim() > 1 else counted
+
+
+def sample_scale(
+    labels: Tensor, shifted: bool, reduction: Reduction, terms: Tensor | int | None = None
+) -> Tensor | None:
+    """What turns ∂L/∂p into ∂ℓ_s/∂p, for a loss L over all terms and ℓ_s over those of sample s.
+
+    For a mean over N terms of which n_s are of the sample that is N / n_s, and 0 for a sample
+    without terms; for a sum it is 1.
+
+    Args:
+        labels: as in `terms_of`.
+        shifted: as in `terms_of`.
+        reduction: of the loss over its terms.
+        terms: N where it is not the number of terms in these labels, as with accumulation.
+
+    Returns:
+        float64 ``[S]``, or None for labels without a dimension.
+    """
+    if labels.dim() == 0:
+        return None
+    own = terms_of(labels, shifted).sum(-1).to(torch.float64)
+    if reduction == "sum":
+        return torch.ones_like(own)
+    whole = own.sum() if terms is None else terms
+    return torch.where(own > 0, whole / own.clamp(min=1.0), 0.0)
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """The labels in a batch as loaders give them, or None.
+
+    Args:
+        batch: a mapping with ``labels``, or a tuple or list with the targets second.
+    """
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in _LABELS if key in batch), None)
+    else:
+        found = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    return found if isinstance(found, Tensor) and found.dim() > 0 else None
+
+
+def logits_of(output: Any, model: nn.Module) -> Tensor:
+    """The logits in what a model returns.
+
+    Raises:
+        LossError: there are none, or they are of no classification or language model.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    config = getattr(unwrap(model), "config", None)
+    problem = getattr(config, "problem_type", None)
+    if (
+        not isinstance(logits, Tensor)
+        or logits.dim() not in (2, 3)
+        or logits.shape[-1] < 2
+        or problem in ("regression", "multi_label_classification")
+    ):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise LossError(
+            f"labels='model': expected logits [samples, classes] or [samples, tokens, vocabulary]"
+            f" from {type(unwrap(model)).__name__}, got {got}"
+            + (f" of a {problem} model" if problem else "")
+            + ". Sampling needs a distribution over classes; use labels='data'."
+        )
+    return logits
+
+
+def sample_labels(logits: Tensor, terms: Tensor) -> Tensor:
+    """Labels from the model's own predictive distribution.
+
+    Args:
+        logits: ``[S, C]`` or ``[S, T, C]``.
+        terms: bool ``[S]`` or ``[S, T]``, which predictions count.
+
+    Returns:
+        int64, the shape of `terms`, -100 where it is False. Random by the global generator.
+
+    Raises:
+        LossError: the logits are NaN or infinite.
+    """
+    wanted = logits.detach()[terms].to(torch.float32)
+    probabilities = wanted.softmax(-1)
+    if not bool(probabilities.isfinite().all()):
+        raise LossError(
+            "labels='model': the model's logits are NaN or infinite, so nothing can be sampled from"
+            " them. Has the training diverged? Measure an earlier checkpoint."
+        )
+    labels = torch.full(terms.shape, IGNORED_LABEL, device=logits.device)
+    if len(wanted):
+        labels[terms] = torch.multinomial(probabilities, 1).squeeze(-1)
+    return labels
+
+
+def sum_of_own_losses(logits: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
+    """Σ_s ℓ_s, the cross-entropy of each sample over its own terms.
+
+    Args:
+        logits: ``[S, C]`` or ``[S, T, C]``.
+        labels: int64 ``[S]`` or ``[S, T]``, -100 where there is no term.
+        reduction: of ℓ_s over the terms of s.
+
+    Returns:
+        A scalar.
+    """
+    losses = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED_LABEL
+    )
+    own = losses.reshape(len(labels), -1).sum(-1)
+    if reduction == "mean":
+        terms = (labels.reshape(len(labels), -1) != IGNORED_LABEL).sum(-1)
+        own = own / terms.clamp(min=1)
+    return own.sum()
+
+
+def require_scalar(loss: Any, batch: int) -> Tensor:
+    """Refuse a loss that cannot be run backward.
+
+    Raises:
+        LossError: it is no scalar, or has no gradient.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise LossError(
+            f"batch {batch}: expected the loss to be a scalar tensor, got {got}. Reduce it: .mean()"
+            " with reduction='mean', .sum() with reduction='sum'."
+        )
+    if not loss.requires_grad:
+        raise LossError(
+            f"batch {batch}: the loss has no gradient. Is the forward pass or the loss under"
+            " torch.no_grad() or detached? For densities alone: measure(..., labels=None)."
+        )
+    return loss.reshape(())

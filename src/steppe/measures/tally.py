@@ -1,0 +1,169 @@
+"""What the hooks gathered of a block, and the report that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from steppe.blocks import MLPBlock
+from steppe.measures.density import COUNTERS, SAMPLE_COUNTERS
+from steppe.measures.flatness import COLUMNS, GRADIENT_COLUMNS
+from steppe.measures.report import (
+    NAN,
+    BlockReport,
+    Report,
+    frequency_histogram,
+    ratio_of_sums,
+)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over the samples of one block.
+
+    Attributes:
+        counts: int64 ``[5]``, the `COUNTERS`.
+        units: int64 ``[F]``, on how many tokens each hidden unit was active.
+        moments: float64 ``[4, 4]``, second moments of the `SAMPLE_COUNTERS`.
+        activated: float64 ``[8, 8]``, second moments of the `COLUMNS` of the layer that the
+            activation reads; zeros where there was no backward pass.
+        up: the same of the `up` of a gated block; zeros in others.
+        down: the same of `down`.
+    """
+
+    counts: Tensor
+    units: Tensor
+    moments: Tensor
+    activated: Tensor
+    up: Tensor
+    down: Tensor
+
+    def cpu(self) -> Tally:
+        """The same on the CPU; waits for the device."""
+        return Tally(*(getattr(self, field.name).cpu() for field in fields(Tally)))
+
+
+def scaled(moments: Tensor, squared_factor: Tensor) -> Tensor:
+    """Moments for a loss that was multiplied on its way to ``backward``.
+
+    Args:
+        moments: ``[8, 8]`` of the `COLUMNS`.
+        squared_factor: scalar, the square of the factor.
+
+    Returns:
+        ``[8, 8]``, those of the loss itself.
+    """
+    factors = torch.ones_like(moments[0])
+    factors[-len(GRADIENT_COLUMNS) :] /= squared_factor.to(factors)
+    return moments * factors * factors.unsqueeze(-1)
+
+
+def sum_over(
+    tallies: Sequence[Tally], device: torch.device, group: dist.ProcessGroup
+) -> list[Tally]:
+    """The sums of tallies over processes, in two reductions for all; counts are exact.
+
+    Args:
+        tallies: on the CPU, as many and of the same shapes in every process.
+        device: where the group's backend wants its tensors.
+        group: the processes, all of which must call this.
+
+    Returns:
+        The sums, on the CPU.
+    """
+    names = [field.name for field in fields(Tally)]
+    parts = [getattr(tally, name) for tally in tallies for name in names]
+    summed: dict[int, Tensor] = {}
+    for dtype in (torch.int64, torch.float64):
+        chosen = [i for i, part in enumerate(parts) if part.dtype == dtype]
+        flat = torch.cat([parts[i].flatten() for i in chosen]).to(device)
+        dist.all_reduce(flat, group=group)
+        sizes = [parts[i].numel() for i in chosen]
+        for i, total in zip(chosen, flat.cpu().split(sizes), strict=True):
+            summed[i] = total.reshape(parts[i].shape)
+    rows = [summed[i] for i in range(len(parts))]
+    return [Tally(*rows[i : i + len(names)]) for i in range(0, len(rows), len(names))]
+
+
+def report_of(blocks: Sequence[MLPBlock], tallies: Sequence[Tally]) -> Report:
+    """The report that follows from tallies.
+
+    Args:
+        blocks: the blocks.
+        tallies: one each, on the CPU.
+
+    Returns:
+        The report; NaN where nothing was counted.
+    """
+    counts = torch.stack([tally.counts for tally in tallies]).sum(0).tolist()
+    totals = dict(zip(COUNTERS, counts, strict=True))
+    return Report(
+        density=_share(totals["active"], totals["entries"]),
+        derivative_density=_share(totals["derivative_active"], totals["entries"]),
+        blocks=tuple(
+            _block_report(block, tally) for block, tally in zip(blocks, tallies, strict=True)
+        ),
+    )
+
+
+def _block_report(block: MLPBlock, tally: Tally) -> BlockReport:
+    counts = dict(zip(COUNTERS, tally.counts.tolist(), strict=True))
+    estimates = {
+        name: _ratio(tally.moments, SAMPLE_COUNTERS, column, "tokens", block.d_hidden)
+        for name, column in (("density", "active"), ("derivative_density", "derivative_active"))
+    }
+    activated, gated = tally.activated, block.gate is not None
+    no_gate = torch.zeros_like(activated)
+    for name, moments, column, whole in (
+        ("AF_up", tally.up if gated else activated, "flatness", "samples"),
+        ("AF_gate", activated if gated else no_gate, "flatness", "samples"),
+        ("AF_down", tally.down, "flatness", "samples"),
+        ("active_gain", activated, "gain", "derivative_active"),
+        ("squared_input_norm", activated, "squared_input", "tokens"),
+        ("squared_activation_gradient", activated, "squared_gradient", "derivative_active"),
+        (
+            "squared_gradient_norm_up",
+            tally.up if gated else activated,
+            "squared_weight_gradient",
+            "samples",
+        ),
+        (
+            "squared_gradient_norm_gate",
+            activated if gated else no_gate,
+            "squared_weight_gradient",
+            "samples",
+        ),
+        ("squared_gradient_norm_down", tally.down, "squared_weight_gradient", "samples"),
+    ):
+        estimates[name] = _ratio(moments, COLUMNS, column, whole)
+    means = {name: mean for name, (mean, _) in estimates.items()}
+    # Of the exact counts, not of their floating-point moments.
+    means["density"] = _share(counts["active"], counts["entries"])
+    means["derivative_density"] = _share(counts["derivative_active"], counts["entries"])
+    return BlockReport(
+        name=block.name,
+        d_model=block.d_model,
+        d_hidden=block.d_hidden,
+        samples=counts["samples"],
+        tokens=counts["tokens"],
+        dead_neurons=int((tally.units == 0).sum()) if counts["tokens"] else 0,
+        neuron_frequency=frequency_histogram(tally.units, counts["tokens"]),
+        standard_errors={name: error for name, (_, error) in estimates.items()},
+        **means,
+    )
+
+
+def _ratio(
+    moments: Tensor, columns: tuple[str, ...], part: str, whole: str, units: int = 1
+) -> tuple[float, float]:
+    """A ratio of two columns' sums and its error, per hidden unit."""
+    ratio, error = ratio_of_sums(moments, columns.index(part), columns.index(whole))
+    return ratio / units, error / units
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else NAN
