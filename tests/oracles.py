@@ -54,3 +54,29 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     scaled = centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
     scaled = scaled * weight.to(torch.float64)
     return scaled if bias is None else scaled + bias.to(torch.float64)
+
+
+def flatness_row(x: Tensor, grad: Tensor, slope: Tensor, counted: Tensor) -> list[float]:
+    """One sample, entry by entry: tokens, sloped entries, Σ‖x‖², AF, gain, Σg² and ‖Σ g xᵀ‖².
+
+    x is ``[T, D]``, grad and slope are ``[T, F]``, counted is bool ``[T]``.
+    """
+    tokens = sloped = inputs = flatness = gain = gradients = 0.0
+    weight_gradient = torch.zeros(grad.shape[1], x.shape[1], dtype=torch.float64)
+    for t in range(x.shape[0]):
+        if not counted[t]:
+            continue
+        tokens += 1
+        norm = sum(v.item() ** 2 for v in x[t].double())
+        inputs += norm
+        for i in range(grad.shape[1]):
+            g = grad[t, i].double().item()
+            flatness += g * g * norm
+            if slope[t, i].item() != 0.0:
+                sloped += 1
+                gain += g * g * norm
+                gradients += g * g
+            for j in range(x.shape[1]):
+                weight_gradient[i, j] += g * x[t, j].double().item()
+    tied = sum(v.item() ** 2 for v in weight_gradient.flatten())
+    return [tokens, sloped, inputs, flatness, gain, gradients, tied]

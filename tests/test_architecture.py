@@ -28,12 +28,13 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.blocks",),
     ("steppe.surgery", "steppe.tokens"),
     (
+        "steppe.measures.curvature",
         "steppe.measures.density",
         "steppe.measures.flatness",
-        "steppe.measures.report",
         "steppe.plugins.base",
     ),
-    ("steppe.measures.curvature", "steppe.measures.losses", "steppe.measures.tally"),
+    ("steppe.measures.losses", "steppe.measures.report"),
+    ("steppe.measures.tally",),
     (
         "steppe.measures.watch",
         "steppe.plugins.jumping_relu",

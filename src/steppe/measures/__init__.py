@@ -1,7 +1,8 @@
 """What is measured: densities, augmented flatness and its factors, curvature; streaming."""
 
+from steppe.measures.curvature import BlockCurvature
 from steppe.measures.measure import measure
-from steppe.measures.report import BlockCurvature, BlockReport, Report
+from steppe.measures.report import BlockReport, Report
 from steppe.measures.watch import Monitor, watch
 
 __all__ = ["BlockCurvature", "BlockReport", "Monitor", "Report", "measure", "watch"]

@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from steppe.blocks import BlockPattern, MLPBlock, find_blocks, shifts_labels, unwrap
 from steppe.errors import DeviceError, EmptyLoaderError, LossError, NonFiniteLossError
+from steppe.measures.curvature import hessian_curvature, samples_of
 from steppe.measures.losses import (
     Reduction,
     labels_of,
@@ -118,6 +119,10 @@ def measure(
     """
     if labels not in ("data", "model", None):
         raise ValueError(f"measure: expected labels='data', 'model' or None, got {labels!r}")
+    if curvature and labels != "data":
+        raise ValueError(
+            "measure: curvature=True is of the loss on the data's labels; say labels='data'"
+        )
     if labels == "model" and loss is not None:
         raise ValueError(
             "measure: labels='model' samples from the softmax of the model's logits, whose loss is"
@@ -159,7 +164,11 @@ def measure(
         return report
     with _evaluating(model), torch.enable_grad():
         curvatures = hessian_curvature(
-            unwrap(model), kept, _MeanLoss(loss, forward), find_blocks(model, where, patterns)
+            model,
+            kept,
+            _MeanLoss(loss, forward, reduction),
+            find_blocks(model, where, patterns),
+            size=_Terms(shifts_labels(model), reduction),
         )
     return replace(report, curvature=curvatures)
 
@@ -236,17 +245,38 @@ def _predictions_that_count(batch: Any, logits: Tensor, shifted: bool) -> Tensor
 
 
 class _MeanLoss:
-    """The loss of a batch as a function of the model."""
+    """The mean loss of a batch as a function of the model."""
 
-    def __init__(self, loss: Loss | None, forward: Callable[[nn.Module, Any], Any]) -> None:
+    def __init__(
+        self,
+        loss: Loss | None,
+        forward: Callable[[nn.Module, Any], Any],
+        reduction: Reduction,
+    ) -> None:
         self._loss = loss
         self._forward = forward
+        self._reduction = reduction
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        """A scalar."""
+        """A scalar; of a sum, the share of one sample."""
         output = self._forward(model, batch)
         value: Tensor = output.loss if self._loss is None else self._loss(output, batch)
-        return value
+        return value if self._reduction == "mean" else value / samples_of(batch)
+
+
+class _Terms:
+    """How much a batch counts among others."""
+
+    def __init__(self, shifted: bool, reduction: Reduction) -> None:
+        self._shifted = shifted
+        self._reduction = reduction
+
+    def __call__(self, batch: Any) -> float:
+        """The number of terms of its mean, the number of samples of its sum."""
+        labels = labels_of(batch)
+        if labels is None or self._reduction == "sum":
+            return samples_of(batch)
+        return float(terms_of(labels, self._shifted).sum())
 
 
 def _no_label(number: int) -> EmptyLoaderError:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steppe.measures.curvature import BlockCurvature
+
 NAN = float("nan")
 FREQUENCY_EDGES = tuple(10.0 ** (k / 4 - 4) for k in range(17))  # 1e-4, 1.8e-4, …, 0.56, 1
 
@@ -87,35 +89,6 @@ class BlockReport:
         Source: arXiv 2605.25612, the ratio of augmented flatness.
         """
         return _divide(self.AF_per_entry, self.active_gain)
-
-
-@dataclass(frozen=True)
-class BlockCurvature:
-    """The Hessian of the mean loss with respect to a weight matrix of one block; NaN for no gate.
-
-    Attributes:
-        name: name of the block.
-        trace_up: Hutchinson's estimate of the trace, for the weight of `up`.
-        trace_up_standard_error: its standard error over the random vectors.
-        top_eigenvalue_up: the largest eigenvalue.
-        trace_gate: the same for the gate.
-        trace_gate_standard_error: likewise.
-        top_eigenvalue_gate: likewise.
-        trace_down: the same for `down`.
-        trace_down_standard_error: likewise.
-        top_eigenvalue_down: likewise.
-    """
-
-    name: str
-    trace_up: float
-    trace_up_standard_error: float
-    top_eigenvalue_up: float
-    trace_gate: float
-    trace_gate_standard_error: float
-    top_eigenvalue_gate: float
-    trace_down: float
-    trace_down_standard_error: float
-    top_eigenvalue_down: float
 
 
 @dataclass(frozen=True)
