@@ -69,6 +69,23 @@ def loss_of_share(model: nn.Module, step: int, rank: int, world: int) -> Tensor:
     return total * world / predicted
 
 
+def measured(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict[str, Any]:
+    """What measure says of this process's rows, summed over processes; twice, as users do."""
+    torch.manual_seed(0)
+    model = wrap(models.gpt2().double())
+    batches = []
+    for seed in range(3):
+        ids = models.token_ids(len(PADDING), TOKENS, seed=seed)
+        mask = torch.arange(TOKENS) >= PADDING[:, None]
+        rows = slice(rank * len(PADDING) // world, (rank + 1) * len(PADDING) // world)
+        batch = {"input_ids": ids, "attention_mask": mask.long()}
+        batch["labels"] = ids.masked_fill(~mask, -100)
+        batches.append({key: value[rows] for key, value in batch.items()})
+    group = dist.group.WORLD if world > 1 else None
+    steppe.measure(model, batches, group=group, max_batches=1)
+    return steppe.measure(model, batches, group=group).to_dict()
+
+
 def alone(model: nn.Module) -> nn.Module:
     """One process."""
     return model
@@ -128,6 +145,8 @@ def work(rank: int, folder: Path) -> None:
         results = {
             "ddp": train(ddp, rank, WORLD),
             "fsdp2": train(fsdp, rank, WORLD),
+            "ddp measured": measured(ddp, rank, WORLD),
+            "fsdp2 measured": measured(fsdp, rank, WORLD),
             "too late": sparsify_too_late(rank),
         }
     torch.save(results, folder / f"{rank}.pt")

@@ -74,6 +74,26 @@ def test_the_densities_summed_over_processes_are_exactly_those_of_one(
     assert sum(own) == expected["own tokens"] == STEPS * int((TOKENS - PADDING).sum())
 
 
+@each_kind
+def test_measure_over_processes_is_measure_of_all_samples(
+    kind: str, by_rank: list[dict[str, Any]]
+) -> None:
+    want = distributed_workers.measured(distributed_workers.alone, rank=0, world=1)
+    assert want["AF_up_per_block"][0] > 0
+    for results in by_rank:
+        got = results[f"{kind} measured"]
+        assert got.keys() == want.keys()
+        for key, value in want.items():
+            if key == "standard_errors_per_block":
+                for one, two in zip(got[key], value, strict=True):
+                    assert one["AF_up"] == pytest.approx(two["AF_up"], rel=1e-6)
+            elif key.startswith(("AF", "active", "squared")):
+                for one, two in zip(got[key], value, strict=True):
+                    assert one is two is None or one == pytest.approx(two, rel=1e-6), key
+            else:
+                assert got[key] == value, key
+
+
 def test_a_model_that_is_sharded_already_is_refused_by_name(by_rank: list[dict[str, Any]]) -> None:
     for results in by_rank:
         assert results["too late"].startswith("transformer.h.0: the model is sharded already")

@@ -133,9 +133,9 @@ def measure(
     seen = 0
     kept: list[Any] = []
     with (
+        _gradients(model, wanted=labels is not None),
         watch(model, where, patterns, gradients=labels is not None, reduction=reduction) as monitor,
         _evaluating(model),
-        _gradients(model, wanted=labels is not None),
     ):
         for batch in islice(loader, max_batches):
             batch = to_device(batch, model)
