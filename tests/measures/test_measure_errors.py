@@ -58,7 +58,7 @@ def test_a_loss_that_is_no_scalar_is_named_with_its_shape(loss: Any, got: str) -
 
 
 def test_a_loss_without_a_gradient_says_why() -> None:
-    with pytest.raises(LossError, match="no gradient.*no_grad.*labels=None"):
+    with pytest.raises(LossError, match=r"no gradient.*no_grad.*labels=None"):
         measure(ENCODER, pairs(), loss=lambda output, batch: output.detach().mean())
 
 
@@ -68,7 +68,7 @@ def test_a_model_that_returns_no_loss_says_how_to_give_one() -> None:
 
 
 def test_missing_labels_are_named() -> None:
-    with pytest.raises(LossError, match="no loss and the batch has no labels.*labels='model'"):
+    with pytest.raises(LossError, match=r"no loss and the batch has no labels.*labels='model'"):
         measure(models.gpt2(), [{"input_ids": models.token_ids()}])
 
 
@@ -96,7 +96,7 @@ def test_logits_that_are_not_finite_cannot_be_sampled_from() -> None:
     model = models.gpt2()
     with torch.no_grad():
         model.transformer.wte.weight.fill_(float("nan"))
-    with pytest.raises(LossError, match="NaN or infinite.*diverged"):
+    with pytest.raises(LossError, match=r"NaN or infinite.*diverged"):
         measure(model, text(), labels="model")
 
 
@@ -105,7 +105,7 @@ def test_a_model_without_a_distribution_over_classes_is_refused() -> None:
         measure(ENCODER, [torch.randn(2, 3, 5, 8)[0]], labels="model", forward=_twice)
     model = models.vit()
     model.config.problem_type = "regression"
-    with pytest.raises(LossError, match="of a regression model.*labels='data'"):
+    with pytest.raises(LossError, match=r"of a regression model.*labels='data'"):
         measure(model, [{"pixel_values": models.images()}], labels="model")
 
 

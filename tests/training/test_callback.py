@@ -26,6 +26,7 @@ from transformers import (
 from transformers.training_args import ParallelMode
 
 import models
+import steppe
 from steppe import (
     JumpingSquaredReLU,
     Plugin,
@@ -38,6 +39,7 @@ from steppe import (
 )
 from steppe.errors import NonFiniteLossError, ScheduleError
 from steppe.plugins.sparsify import require_sparsification
+from steppe.runs import RUN_FILE, read_run
 from steppe.training import SteppeCallback
 
 pytestmark = [
@@ -598,3 +600,119 @@ def test_several_gpus_in_one_process_are_refused() -> None:
     arguments = SimpleNamespace(parallel_mode=ParallelMode.NOT_DISTRIBUTED, n_gpu=2)
     with pytest.raises(ScheduleError, match="torchrun --nproc_per_node 2"):
         SteppeCallback().on_train_begin(arguments, None, None, model=gpt2())
+
+
+# ---- why it is sparse, and the record of the run
+
+
+def rough_gpt2() -> nn.Module:
+    """Weights large enough that a step's AF differs from the next one's."""
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(5.0)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"gradient_checkpointing": True},
+    ],
+    ids=["plain", "accumulation", "checkpointing"],
+)
+def test_the_first_step_is_what_measure_says_of_its_batch(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """One step of the whole batch, however the Trainer cuts it up."""
+    callback, collator, model = SteppeCallback(every=STEPS), Batches(), rough_gpt2()
+    want_of = copy.deepcopy(model)
+    make_trainer(tmp_path, model, callback, collator=collator, **options).train()
+    parts = collator.made[: options.get("gradient_accumulation_steps", 1)]
+    assert sum(len(part["input_ids"]) for part in parts) == BATCH
+    want = steppe.measure(want_of, parts).to_dict()
+    (got,) = callback.history
+    for key, value in want.items():
+        if key.startswith(("AF", "active_gain", "squared")):
+            for one, two in zip(got[key], value, strict=True):
+                assert one is two is None or one == pytest.approx(two, rel=1e-4), key
+        elif key in got and key != "standard_errors_per_block":
+            assert got[key] == value, key
+
+
+def test_each_log_has_the_factors_of_the_ratio(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, rough_gpt2(), SteppeCallback(every=1), logging_steps=1)
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "density" in log)
+    for key in ("AF_up", "AF_down", "active_gain", "squared_input_norm", "dead_neurons"):
+        assert log[key] == pytest.approx(sum(log[f"{key}/{name}"] for name in BLOCKS) / 2)
+    assert "AF_gate" not in log
+
+
+def test_densities_alone_hang_nothing_into_the_backward_pass(tmp_path: Path) -> None:
+    callback = SteppeCallback(every=1, flatness=False)
+    trainer = make_trainer(tmp_path, rough_gpt2(), callback)
+    trainer.train()
+    assert all(entry["AF_up_per_block"] == [None, None] for entry in callback.history)
+    assert "AF_up" not in trainer.state.log_history[0]
+    assert callback.training_density > 0
+
+
+def test_a_loss_outside_the_model_is_a_mean_over_the_micro_batch(tmp_path: Path) -> None:
+    callbacks = SteppeCallback(every=STEPS), SteppeCallback(every=STEPS)
+    make_trainer(tmp_path / "a", rough_gpt2(), callbacks[0]).train()
+    make_trainer(tmp_path / "b", rough_gpt2(), callbacks[1], label_smoothing_factor=1e-6).train()
+    inside, outside = (callback.history[0]["AF_up_per_block"] for callback in callbacks)
+    assert outside == pytest.approx(inside, rel=0.5)
+
+
+def test_the_record_of_the_run_stands_in_its_folder(tmp_path: Path) -> None:
+    callback, model = SteppeCallback(every=2), all_three()
+    trainer = make_trainer(
+        tmp_path, model, callback, eval_strategy="steps", eval_steps=4, weight_decay=0.25
+    )
+    trainer.train()
+    run = read_run(tmp_path / RUN_FILE)
+    assert run.name == tmp_path.name
+    assert run.model == "GPT2LMHeadModel"
+    assert run.block_names == BLOCKS
+    assert run.steps == [entry["step"] for entry in callback.history] == [1, 3, 5, 7]
+    assert [report.density for report in run.training] == [e["density"] for e in callback.history]
+    assert run.training_density == callback.training_density
+    assert run.held_out_steps == [4, 8]
+    assert all(report.blocks[0].AF_up != report.blocks[0].AF_up for report in run.held_out)
+    assert run.settings["weight_decay"] == 0.25
+    assert [plugin["plugin"] for plugin in run.plugins] == [
+        "zeroth_bias",
+        "restricted_norm",
+        "jumping_squared_relu",
+    ]
+    assert [log["eval_loss"] for log in run.logs if "eval_loss" in log]
+    assert not any("/" in key for log in run.logs for key in log)
+    tokens = sum(report.blocks[0].tokens for report in run.training)
+    assert run.tokens_per_sample == tokens / sum(r.blocks[0].samples for r in run.training)
+    for report in run.training:
+        for block in report.blocks:
+            assert block.derivative_density_by_identity == pytest.approx(
+                block.derivative_density, rel=1e-6
+            )
+
+
+def test_the_record_is_there_from_the_first_save_on(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    trainer = make_trainer(
+        tmp_path,
+        gpt2(),
+        SteppeCallback(every=1),
+        Interrupt(),
+        save_strategy="steps",
+        save_steps=4,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert read_run(tmp_path).steps == [1, 2, 3, 4]

@@ -1,0 +1,121 @@
+"""The record of a run: what is written is read back, and nothing else is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import models
+import steppe
+from steppe.errors import OutputError, RunError
+from steppe.measures.report import Report, report_from_dict
+from steppe.runs import RUN_FILE, RUN_VERSION, Run, read_run, write_run
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    ids = models.token_ids(3, 5)
+    return steppe.measure(models.gpt2(), [{"input_ids": ids, "labels": ids}])
+
+
+def run_of(report: Report) -> Run:
+    return Run(
+        name="a <b>",
+        model="GPT2LMHeadModel",
+        tokens_per_sample=5.0,
+        steps=[1, 2],
+        training=[report, report],
+        held_out_steps=[2],
+        held_out=[report],
+        logs=[{"step": 1, "loss": 0.5}],
+        quality={"loss": 0.25},
+    )
+
+
+def same(one: Report, two: Report) -> bool:
+    """Equal where NaN is NaN."""
+    return one.to_dict() == two.to_dict()
+
+
+def test_a_report_survives_as_json(report: Report) -> None:
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    again = report_from_dict(json.loads(text))
+    assert same(again, report)
+    assert math.isnan(again.blocks[0].AF_gate)
+    assert again.blocks[0].neuron_frequency == report.blocks[0].neuron_frequency
+    for block, wanted in zip(again.blocks, report.blocks, strict=True):
+        assert block.AF_per_entry == wanted.AF_per_entry
+        assert block.standard_errors["AF_up"] == wanted.standard_errors["AF_up"]
+
+
+def test_a_run_is_read_as_it_was_written(report: Report, tmp_path: Path) -> None:
+    run = run_of(report)
+    write_run(run, tmp_path / RUN_FILE)
+    for path in (tmp_path, tmp_path / RUN_FILE):
+        again = read_run(path)
+        for field in dataclasses.fields(Run):
+            one, two = getattr(again, field.name), getattr(run, field.name)
+            if field.name in ("training", "held_out"):
+                assert all(same(a, b) for a, b in zip(one, two, strict=True))
+            else:
+                assert one == two, field.name
+    assert run.block_names == ("transformer.h.0", "transformer.h.1")
+    assert run.training_density == pytest.approx(report.density)
+    assert [path.name for path in tmp_path.iterdir()] == [RUN_FILE]
+
+
+def test_a_run_without_reports_is_a_run(tmp_path: Path) -> None:
+    write_run(Run(name="empty", model="M", tokens_per_sample=float("nan")), tmp_path / "run.json")
+    run = read_run(tmp_path / "run.json")
+    assert math.isnan(run.tokens_per_sample)
+    assert math.isnan(run.training_density)
+    assert run.block_names == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "version None"),
+        ('{"version": 1, "data_sets": {}}', "Another program"),
+        (f'{{"version": {RUN_VERSION + 1}, "training": []}}', f"version {RUN_VERSION + 1}"),
+        (f'{{"version": {RUN_VERSION}, "training": []}}', "damaged"),
+        ("\udcff", "cannot be read"),
+    ],
+)
+def test_what_is_no_run_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / RUN_FILE
+    file.write_bytes(text.encode("utf-8", errors="surrogateescape"))
+    with pytest.raises(RunError, match=message) as caught:
+        read_run(tmp_path)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["training", "held_out", "blocks", "name"])
+def test_a_damaged_run_is_refused(report: Report, tmp_path: Path, part: str) -> None:
+    file = tmp_path / RUN_FILE
+    write_run(run_of(report), file)
+    values = json.loads(file.read_text())
+    values[part] = [{"density": 1.0}] if part != "name" else values.pop("name")[:0]
+    if part == "name":
+        del values["name"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(RunError, match="damaged"):
+        read_run(file)
+
+
+def test_a_run_that_is_not_there_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"expected a folder with {RUN_FILE}"):
+        read_run(tmp_path)
+    with pytest.raises(RunError, match="steppe measure --json"):
+        read_run(tmp_path / "nowhere.json")
+
+
+def test_a_run_that_cannot_be_written_leaves_nothing(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        write_run(run_of(report), tmp_path / "file" / "run.json")
