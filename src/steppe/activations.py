@@ -118,6 +118,16 @@ def is_relu(act: Activation) -> bool:
     return isinstance(act, nn.ReLU) or act in (F.relu, torch.relu)
 
 
+def name_of(act: Activation) -> str:
+    """What an activation is, for a reader.
+
+    Example:
+        >>> name_of(F.relu), name_of(Rectifier(1.0, 0.5))
+        ('relu', 'Rectifier(alpha=1.0, beta=0.5)')
+    """
+    return repr(act) if isinstance(act, nn.Module) else getattr(act, "__name__", repr(act))
+
+
 def evaluate(act: Activation, p: Tensor) -> Tensor:
     """``act(p)`` that leaves p as it was and runs no hook, also for ``nn.ReLU(inplace=True)``."""
     apply = act.forward if isinstance(act, nn.Module) else act

@@ -342,12 +342,12 @@ def test_a_ratio_of_sums_has_the_error_of_a_ratio_estimator() -> None:
     generator = torch.Generator().manual_seed(0)
     u, v = torch.rand(2, 50, generator=generator, dtype=torch.float64)
     rows = torch.stack([torch.ones_like(u), u, v], dim=1)
-    ratio, error = ratio_of_sums(rows.T @ rows, 1, 2)
+    ratio, error = ratio_of_sums(rows.T @ rows, [1], [2])
     assert ratio == pytest.approx((u.sum() / v.sum()).item())
     residual = u - ratio * v
     want = (residual.square().sum() / 49 / 50).sqrt() / v.mean()
     assert error == pytest.approx(want.item())
-    mean, error_of_mean = ratio_of_sums(rows.T @ rows, 1, 0)
+    mean, error_of_mean = ratio_of_sums(rows.T @ rows, [1], [0])
     assert mean == pytest.approx(u.mean().item())
     assert error_of_mean == pytest.approx((u.std() / math.sqrt(50)).item())
 

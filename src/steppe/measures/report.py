@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,6 +28,7 @@ class BlockReport:
         name: name of the block.
         d_model: D, width of the input.
         d_hidden: F, width of the hidden layer.
+        gated: whether the block has a gate.
         samples: number of samples counted.
         tokens: number of tokens counted.
         density: share of entries with a ≠ 0, in [0, 1].
@@ -43,12 +45,14 @@ class BlockReport:
         squared_gradient_norm_up: E_s ‖∂ℓ_s/∂W‖² for the weight W of `up`, one for all tokens.
         squared_gradient_norm_gate: the same for the gate.
         squared_gradient_norm_down: the same for `down`.
-        standard_errors: standard error over samples of the means above, by their names.
+        standard_errors: standard error over samples of the means above, by their names, and of
+            `AF_per_entry` and `weighted_activation_gradient`.
     """
 
     name: str
     d_model: int
     d_hidden: int
+    gated: bool
     samples: int
     tokens: int
     density: float
@@ -69,7 +73,7 @@ class BlockReport:
     @property
     def AF_activated(self) -> float:  # noqa: N802  # the paper's symbol
         """AF of the layer that the activation reads: of the gate, of `up` where there is none."""
-        return self.AF_up if math.isnan(self.AF_gate) else self.AF_gate
+        return self.AF_gate if self.gated else self.AF_up
 
     @property
     def AF_per_entry(self) -> float:  # noqa: N802
@@ -123,7 +127,7 @@ class Report:
         return values
 
 
-LAYOUT = ("name_per_block", "d_model_per_block", "d_hidden_per_block")
+LAYOUT = ("name_per_block", "d_model_per_block", "d_hidden_per_block", "gated_per_block")
 """What `Report.to_dict` says of the blocks, whatever was measured of them."""
 
 
@@ -151,38 +155,47 @@ def report_from_dict(values: dict[str, Any]) -> Report:
     )
 
 
-def ratio_of_sums(moments: Tensor, numerator: int, denominator: int) -> tuple[float, float]:
-    """Σ_s u_s / Σ_s v_s and its standard error over samples.
+def ratio_of_sums(
+    moments: Tensor, numerators: Sequence[int], denominators: Sequence[int]
+) -> tuple[float, float]:
+    """A product of sums over samples divided by another, and its standard error.
 
-    The error is that of a ratio estimator, √(n/(n−1) · Σ (u_s − R v_s)²) / |Σ v_s|; with v_s = 1 it
-    is the standard error of the mean.
+    For R = Π_j Σ_s u_sj / Π_k Σ_s v_sk the error is that of its linearisation,
+    R √(n/(n−1) · Σ_s (Σ_j u_sj/U_j − Σ_k v_sk/V_k)²) with U_j, V_k the sums; for one numerator it
+    is that of a ratio estimator, and with v_s = 1 the standard error of the mean.
 
     Args:
         moments: float64 ``[K, K]``, Σ_s w_s w_sᵀ for vectors w_s whose first entry is 1.
-        numerator: column of u.
-        denominator: column of v.
+        numerators: columns of u.
+        denominators: columns of v.
 
     Returns:
-        The ratio, NaN if the denominator is 0, and its error, NaN for fewer than two samples.
+        The ratio, NaN if a denominator is 0, and its error, NaN for fewer than two samples.
 
     Source: Cochran, Sampling Techniques, 3rd ed. (1977), section 6.4.
 
     Example:
         >>> rows = torch.tensor([[1.0, 2.0], [1.0, 4.0]], dtype=torch.float64)
-        >>> ratio_of_sums(rows.T @ rows, 1, 0)
+        >>> mean, error = ratio_of_sums(rows.T @ rows, [1], [0])
+        >>> mean, round(error, 12)
         (3.0, 1.0)
     """
-    samples, whole = moments[0, 0].item(), moments[0, denominator].item()
-    ratio = _divide(moments[0, numerator].item(), whole)
+    sums = moments[0].tolist()
+    samples = sums[0]
+    below = math.prod(sums[column] for column in denominators)
+    ratio = _divide(math.prod(sums[column] for column in numerators), below)
     if samples < 2 or math.isnan(ratio):
         return ratio, NAN
-    squares = (
-        moments[numerator, numerator]
-        - 2.0 * ratio * moments[numerator, denominator]
-        + ratio**2 * moments[denominator, denominator]
-    ).item()
+    if ratio == 0.0:
+        return ratio, 0.0  # what is never negative and 0 on average is always 0
+    weights = torch.zeros(len(sums), dtype=moments.dtype)
+    for column in numerators:
+        weights[column] += 1.0 / sums[column]
+    for column in denominators:
+        weights[column] -= 1.0 / sums[column]
+    squares = (weights @ moments @ weights).item()
     # Rounding may leave a little less than nothing where all samples agree.
-    return ratio, math.sqrt(max(0.0, squares) * samples / (samples - 1.0)) / abs(whole)
+    return ratio, abs(ratio) * math.sqrt(max(0.0, squares) * samples / (samples - 1.0))
 
 
 def frequency_histogram(active_tokens: Tensor, tokens: int) -> tuple[int, ...]:

@@ -112,35 +112,31 @@ def report_of(blocks: Sequence[MLPBlock], tallies: Sequence[Tally]) -> Report:
 
 def _block_report(block: MLPBlock, tally: Tally) -> BlockReport:
     counts = dict(zip(COUNTERS, tally.counts.tolist(), strict=True))
-    estimates = {
-        name: _ratio(tally.moments, SAMPLE_COUNTERS, column, "tokens", block.d_hidden)
-        for name, column in (("density", "active"), ("derivative_density", "derivative_active"))
-    }
     activated, gated = tally.activated, block.gate is not None
-    no_gate = torch.zeros_like(activated)
-    for name, moments, column, whole in (
-        ("AF_up", tally.up if gated else activated, "flatness", "samples"),
-        ("AF_gate", activated if gated else no_gate, "flatness", "samples"),
-        ("AF_down", tally.down, "flatness", "samples"),
-        ("active_gain", activated, "gain", "derivative_active"),
-        ("squared_input_norm", activated, "squared_input", "tokens"),
-        ("squared_activation_gradient", activated, "squared_gradient", "derivative_active"),
-        (
-            "squared_gradient_norm_up",
-            tally.up if gated else activated,
-            "squared_weight_gradient",
-            "samples",
+    up = tally.up if gated else activated
+    gate = activated if gated else torch.zeros_like(activated)
+    estimates: dict[str, tuple[float, float]] = {
+        "density": _ratio(tally.moments, SAMPLE_COUNTERS, ["active"], ["tokens"], block.d_hidden),
+        "derivative_density": _ratio(
+            tally.moments, SAMPLE_COUNTERS, ["derivative_active"], ["tokens"], block.d_hidden
         ),
-        (
-            "squared_gradient_norm_gate",
-            activated if gated else no_gate,
-            "squared_weight_gradient",
-            "samples",
+        "active_gain": _ratio(activated, COLUMNS, ["gain"], ["derivative_active"]),
+        "squared_input_norm": _ratio(activated, COLUMNS, ["squared_input"], ["tokens"]),
+        "squared_activation_gradient": _ratio(
+            activated, COLUMNS, ["squared_gradient"], ["derivative_active"]
         ),
-        ("squared_gradient_norm_down", tally.down, "squared_weight_gradient", "samples"),
-    ):
-        estimates[name] = _ratio(moments, COLUMNS, column, whole)
-    means = {name: mean for name, (mean, _) in estimates.items()}
+        "AF_per_entry": _ratio(activated, COLUMNS, ["flatness"], ["tokens"], block.d_hidden),
+        "weighted_activation_gradient": _ratio(
+            activated, COLUMNS, ["gain", "tokens"], ["derivative_active", "squared_input"]
+        ),
+    }
+    for layer, moments in (("up", up), ("gate", gate), ("down", tally.down)):
+        estimates[f"AF_{layer}"] = _ratio(moments, COLUMNS, ["flatness"], ["samples"])
+        estimates[f"squared_gradient_norm_{layer}"] = _ratio(
+            moments, COLUMNS, ["squared_weight_gradient"], ["samples"]
+        )
+    derived = ("AF_per_entry", "weighted_activation_gradient")  # properties of the report
+    means = {name: mean for name, (mean, _) in estimates.items() if name not in derived}
     # Of the exact counts, not of their floating-point moments.
     means["density"] = _share(counts["active"], counts["entries"])
     means["derivative_density"] = _share(counts["derivative_active"], counts["entries"])
@@ -148,6 +144,7 @@ def _block_report(block: MLPBlock, tally: Tally) -> BlockReport:
         name=block.name,
         d_model=block.d_model,
         d_hidden=block.d_hidden,
+        gated=gated,
         samples=counts["samples"],
         tokens=counts["tokens"],
         dead_neurons=int((tally.units == 0).sum()) if counts["tokens"] else 0,
@@ -158,10 +155,16 @@ def _block_report(block: MLPBlock, tally: Tally) -> BlockReport:
 
 
 def _ratio(
-    moments: Tensor, columns: tuple[str, ...], part: str, whole: str, units: int = 1
+    moments: Tensor,
+    columns: tuple[str, ...],
+    parts: Sequence[str],
+    wholes: Sequence[str],
+    units: int = 1,
 ) -> tuple[float, float]:
-    """A ratio of two columns' sums and its error, per hidden unit."""
-    ratio, error = ratio_of_sums(moments, columns.index(part), columns.index(whole))
+    """A ratio of columns' sums and its error, per hidden unit."""
+    ratio, error = ratio_of_sums(
+        moments, [columns.index(name) for name in parts], [columns.index(name) for name in wholes]
+    )
     return ratio / units, error / units
 
 

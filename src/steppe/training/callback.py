@@ -20,6 +20,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
+from steppe.activations import name_of
 from steppe.blocks import find_blocks, unwrap
 from steppe.errors import NonFiniteLossError, ScheduleError
 from steppe.files import prepare_folder
@@ -333,6 +334,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
             "name_per_block": [block.name for block in blocks],
             "d_model_per_block": [block.d_model for block in blocks],
             "d_hidden_per_block": [block.d_hidden for block in blocks],
+            "gated_per_block": [block.gate is not None for block in blocks],
         }
         training = [report_from_dict(layout | entry) for entry in self.history]
         held_out = [report_from_dict(layout | entry) for entry in self.held_out_history]
@@ -340,7 +342,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
             name=name or Path(str(args.output_dir)).resolve().name,
             model=type(unwrap(model)).__name__,
             tokens_per_sample=_tokens_per_sample(training),
-            activations=[_name_of(getattr(b.act_slot.module, b.act_slot.name)) for b in blocks],
+            activations=[name_of(getattr(b.act_slot.module, b.act_slot.name)) for b in blocks],
             plugins=[] if sparsification is None else sparsification.record()["plugins"],
             settings={**settings, "measured_every": self.every},
             versions={**versions(), "transformers": transformers.__version__},
@@ -443,11 +445,6 @@ def _tokens_per_sample(reports: list[Report]) -> float:
     samples = sum(report.blocks[0].samples for report in reports)
     tokens = sum(report.blocks[0].tokens for report in reports)
     return tokens / samples if samples else float("nan")
-
-
-def _name_of(act: Any) -> str:
-    """What an activation is, for a reader."""
-    return getattr(act, "__name__", None) or (repr(act) if isinstance(act, nn.Module) else "")
 
 
 def _mean(values: list[float | None]) -> float:
