@@ -1,0 +1,129 @@
+"""Load a saved model, whatever class it is of, with what steppe did to it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from steppe.checkpoints import load_pretrained
+from steppe.errors import CheckpointError, MissingExtraError
+from steppe.plugins.sparsify import CONFIG_KEY
+from steppe.training.sources import first_line
+
+_AUTO_CLASSES = (AutoModelForImageClassification, AutoModelForMaskedLM, AutoModelForCausalLM)
+
+
+def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
+    """A saved model with what steppe did to it, of the class that its config names.
+
+    Reads safetensors only, in the dtype that was saved; code that comes with a checkpoint is never
+    run.
+
+    Args:
+        checkpoint: a folder that ``save_pretrained`` or the Trainer wrote, or a hub id.
+
+    Returns:
+        The model, in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: it is not there, is no model of Transformers, needs code of its own, is
+            damaged, or lacks weights.
+        MissingExtraError: its class needs a package that is not installed.
+    """
+    checkpoint = str(checkpoint)
+    config = load_config(checkpoint)
+    load = partial(_load_whole, _class_of(config))
+    if hasattr(config, CONFIG_KEY):
+        model: Any = load_pretrained(load, checkpoint)
+    else:
+        model = load(checkpoint)
+    return model.eval()
+
+
+def load_config(checkpoint: str) -> PreTrainedConfig:
+    """The config of a checkpoint, every way in which there may be none told apart.
+
+    Args:
+        checkpoint: a folder or a hub id.
+
+    Raises:
+        CheckpointError: there is none, or the model needs code of its own.
+    """
+    folder = Path(checkpoint)
+    if folder.is_file():
+        raise CheckpointError(
+            f"{checkpoint}: expected a folder or a hub id, got a file. Name its folder."
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise CheckpointError(
+            f"{checkpoint}: found no config.json, so this is no checkpoint of Transformers. "
+            + (
+                "It is an adapter of PEFT: merge it first, with model.merge_and_unload()"
+                if adapter
+                else "Name a folder that save_pretrained or the Trainer wrote, e.g. checkpoint-1000"
+            )
+        )
+    if not folder.is_dir() and (checkpoint.startswith((".", "/", "~")) or "\\" in checkpoint):
+        raise CheckpointError(f"{checkpoint}: there is no such folder")
+    try:
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{checkpoint}: needs code of its own, which steppe never runs. Load the model"
+                " yourself and call steppe.measure(model, loader)."
+            ) from None
+        raise CheckpointError(
+            f"{checkpoint}: expected the folder of a model of Transformers, or the id of one on the"
+            f" Hugging Face hub ({first_line(error)})"
+        ) from None
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    """The class that the config names, else the one that usually has its weights and a loss."""
+    for name in getattr(config, "architectures", None) or []:
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return kind
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
+    known = (kind for kind in _AUTO_CLASSES if type(config) in kind._model_mapping)
+    return next(known, AutoModel)
+
+
+def _load_whole(kind: Any, checkpoint: str) -> PreTrainedModel:
+    """A model all of whose weights are in the checkpoint."""
+    try:
+        model, told = kind.from_pretrained(
+            checkpoint, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except ImportError as error:
+        raise MissingExtraError(f"{checkpoint}: {first_line(error)}") from None
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: its weights cannot be loaded ({first_line(error)}). steppe reads"
+            " safetensors only; if they are damaged, copy them anew, else save the model again"
+            " with save_pretrained."
+        ) from None
+    missing = sorted(told["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint}: the weights lack {missing[0]} ({len(missing)} missing), which"
+            f" {type(model).__name__} needs. Weights and config are of different models."
+        )
+    return model

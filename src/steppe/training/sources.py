@@ -1,0 +1,337 @@
+"""Held-out data by name: embedded, in a file or folder, or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from steppe.errors import DataError, MissingExtraError
+
+EMBEDDED = ("digits", "pydoc")
+"""Sets that come with dependencies; a folder of the name is ``./digits``."""
+WHOLE = "full"
+"""What the only split is called where the names of files and folders tell none."""
+_BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_HELD_OUT = ("validation", "valid", "val", "dev", "test")  # in this order
+_SHUFFLE_BUFFER = 1000  # rows
+_Data: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Held-out data by name, and how a model shall see it.
+
+    Attributes:
+        data: ``digits`` or ``pydoc`` (embedded); a file ``*.txt``, ``*.jsonl``, ``*.json``,
+            ``*.parquet``; a folder of such files, of images in one folder a class, or written by
+            ``Dataset.save_to_disk``; or the id of a data set on the Hugging Face hub, with
+            ``id:config`` for one of its configurations.
+        split: which split; by default the validation or test split, or the only one there is.
+        batch_size: samples per batch.
+        max_length: tokens per sample; by default the model's limit or 512, whichever is less.
+        text_column: column of the text; by default ``text``, or the only one of strings.
+        target_column: column of what an encoder-decoder model shall answer.
+        label_column: column of the classes; by default ``label`` or ``labels``.
+        processor: folder or hub id whose tokenizer or image processor is used; by default the
+            checkpoint's own.
+
+    Raises:
+        DataError: `batch_size` or `max_length` is below 1.
+    """
+
+    data: str
+    split: str | None = None
+    batch_size: int = 8
+    max_length: int | None = None
+    text_column: str | None = None
+    target_column: str | None = None
+    label_column: str | None = None
+    processor: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.batch_size < 1 or (self.max_length is not None and self.max_length < 1):
+            raise DataError(
+                f"{self.data}: expected a batch size and a length of at least 1, got"
+                f" {self.batch_size} and {self.max_length}"
+            )
+
+
+class Rows:
+    """Rows of one split, as the data has them; iterating again starts again.
+
+    Args:
+        data: the rows.
+        source: where they come from.
+        split: the split's name.
+        is_local: whether reading all of it costs no download.
+        is_plain_text: whether the rows are lines of text files, with their line breaks.
+        files: number of image files, 0 for other data.
+
+    Raises:
+        DataError: there is no row, or the first cannot be read.
+
+    Attributes:
+        first: the first row.
+        name: data and split, for messages.
+    """
+
+    def __init__(
+        self,
+        data: _Data,
+        source: Source,
+        split: str,
+        is_local: bool = False,
+        is_plain_text: bool = False,
+        files: int = 0,
+    ) -> None:
+        self._data = data
+        self._files = files
+        self.source = source
+        self.split = split
+        self.is_local = is_local
+        self.is_plain_text = is_plain_text
+        self.name = f"{source.data} ({split})"
+        first = next(iter(self), None)
+        if first is None:
+            raise DataError(f"{self.name}: expected rows, there are none")
+        self.first: dict[str, Any] = first
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """What is known of the types of the columns, by column; maybe nothing."""
+        return self._data.features or {}
+
+    @property
+    def number(self) -> int | None:
+        """Number of rows, None where only reading them would tell."""
+        if isinstance(self._data, datasets.Dataset):
+            return len(self._data)
+        info = self._data.info.splits
+        known = info[self.split].num_examples if info and self.split in info else None
+        return self._files or known or None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows, errors of reading told by the data's name.
+
+        Raises:
+            DataError: a file is damaged, or gone.
+            MissingExtraError: a package that decodes a column is not installed.
+        """
+        rows = iter(self._data)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except ImportError as error:
+                raise MissingExtraError(f"{self.name}: {error}") from None
+            except (OSError, ValueError, TypeError, DatasetsError) as error:
+                raise DataError(
+                    f"{self.name}: a row cannot be read ({first_line(error)}). Is a file damaged,"
+                    " or of another format than its name says?"
+                ) from None
+            yield row
+
+    def shuffled(self) -> Rows:
+        """Local rows in a fixed random order, so that the first batches are not all one class.
+
+        Rows from the hub stay as they are: a shuffle would download them first.
+        """
+        if not self.is_local:
+            return self
+        data = (
+            self._data.shuffle(seed=0)
+            if isinstance(self._data, datasets.Dataset)
+            # Undecoded, an image of a folder is its path: all of them fit.
+            else self._data.shuffle(seed=0, buffer_size=max(self._files, _SHUFFLE_BUFFER))
+        )
+        return Rows(data, self.source, self.split, True, self.is_plain_text, self._files)
+
+    def with_images(self, column: str) -> Rows:
+        """The same with a column decoded to images."""
+        if isinstance(self.features.get(column), datasets.Image):
+            return self
+        data = self._data.cast_column(column, datasets.Image())
+        return Rows(data, self.source, self.split, self.is_local, self.is_plain_text, self._files)
+
+
+def open_rows(source: Source) -> Rows:
+    """The rows of a file, a folder or a data set on the hub; the latter are streamed.
+
+    Files are read where they lie, by the builders of ``datasets``; nothing is copied, and code that
+    comes with data is never run.
+
+    Args:
+        source: any but an embedded one.
+
+    Returns:
+        The rows of the split.
+
+    Raises:
+        DataError: the data is not there, cannot be read, has no such split, or no rows.
+        MissingExtraError: a package that decodes it is not installed.
+    """
+    path = Path(source.data).expanduser()
+    if path.is_dir() and any(
+        (path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")
+    ):
+        return _open_saved(source, path)
+    if path.is_dir():
+        return _open_files(source, *_files_of(source, path))
+    if path.is_file():
+        builder = _builder_of(path)
+        if builder is None:
+            raise DataError(
+                f"{source.data}: expected a file {', '.join(f'*{end}' for end in _BUILDERS)}, or a"
+                " folder of those or of images"
+            )
+        return _open_files(source, builder, {WHOLE: [str(path)]})
+    if _looks_like_a_path(source.data):
+        raise DataError(
+            f"{source.data}: there is no such file or folder. Expected a path, the id of a data set"
+            f" on the Hugging Face hub, or one of the embedded {', '.join(EMBEDDED)}"
+        )
+    return _open_hub(source)
+
+
+def _open_files(source: Source, builder: str, files: Mapping[str, list[str]]) -> Rows:
+    """Rows of files that one builder reads, by split."""
+    options = {"keep_linebreaks": True} if builder == "text" else {}
+    try:
+        # All splits, so that the classes of an image folder are those of all of them.
+        splits = datasets.load_dataset(builder, data_files=dict(files), streaming=True, **options)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(f"{source.data}: cannot be read ({first_line(error)})") from None
+    split = _choose_split(source, splits, is_local=True)
+    number = len(files[split]) if builder == "imagefolder" else 0
+    return Rows(splits[split], source, split, True, builder == "text", number)
+
+
+def _open_saved(source: Source, path: Path) -> Rows:
+    """Rows that ``save_to_disk`` wrote, mapped into memory."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
+        raise DataError(
+            f"{source.data}: looks like a folder of Dataset.save_to_disk and cannot be read"
+            f" ({first_line(error)})"
+        ) from None
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {WHOLE: saved}
+    split = _choose_split(source, splits, is_local=True)
+    return Rows(splits[split], source, split, is_local=True)
+
+
+def _open_hub(source: Source) -> Rows:
+    """Rows of a data set on the hub, downloaded as they are asked for."""
+    name, _, config = source.data.partition(":")
+    try:
+        splits = datasets.load_dataset(name, config or None, streaming=True)
+    except ImportError as error:
+        raise MissingExtraError(f"{source.data}: {error}") from None
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise DataError(
+            f"{source.data}: expected a file, a folder, one of {', '.join(EMBEDDED)}, or the id of"
+            f" a data set on the Hugging Face hub, as id or id:config ({first_line(error)})"
+        ) from None
+    split = _choose_split(source, splits, is_local=False)
+    return Rows(splits[split], source, split)
+
+
+def _choose_split(source: Source, splits: Mapping[str, Any], is_local: bool) -> str:
+    """The split that was asked for, or one that is held out."""
+    there = ", ".join(sorted(splits))
+    if source.split is not None:
+        if source.split in splits:
+            return source.split
+        raise DataError(f"{source.data}: expected a split {source.split!r}, it has: {there}")
+    if len(splits) == 1 and (is_local or next(iter(splits)) in _HELD_OUT):
+        return next(iter(splits))
+    for name in _HELD_OUT:
+        if name in splits:
+            return name
+    raise DataError(
+        f"{source.data}: none of its splits ({there}) is called validation or test. Say which one"
+        f" is held out: --split {sorted(splits)[0]}"
+    )
+
+
+def _files_of(source: Source, folder: Path) -> tuple[str, dict[str, list[str]]]:
+    """The builder for what lies in a folder, and the files by split."""
+    by_builder: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        builder = _builder_of(path)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if builder is not None and path.is_file() and not hidden:
+            by_builder.setdefault(builder, []).append(relative)
+    if "imagefolder" in by_builder:
+        # Beside images, metadata.jsonl and the like belong to the builder of images.
+        for builder in ("json", "parquet"):
+            extra = [path for path in by_builder.get(builder, []) if path.stem == "metadata"]
+            if extra and extra == by_builder[builder]:
+                by_builder["imagefolder"] += by_builder.pop(builder)
+    if len(by_builder) != 1:
+        kinds = ", ".join(f"{name} ({len(paths)})" for name, paths in by_builder.items())
+        raise DataError(
+            f"{source.data}: expected a folder of one kind of files, {', '.join(_BUILDERS)} or"
+            f" images, found {kinds or 'none'}. Name a single file, or the folder of one kind."
+        )
+    builder, paths = next(iter(by_builder.items()))
+    tops = {path.parts[0].lower() for path in paths if len(path.parts) > 1}
+    # A class may be called "train", so a folder of images is a split only if all folders are.
+    by_name = builder != "imagefolder" or tops <= set(_SPLIT_WORDS)
+    files: dict[str, list[str]] = {}
+    for path in paths:
+        split = (_split_of(path, builder) if by_name else None) or WHOLE
+        files.setdefault(split, []).append(str(folder / path))
+    return builder, files
+
+
+def _split_of(path: Path, builder: str) -> str | None:
+    """The split that a path within a folder of data names, if it does."""
+    words = [part.lower() for part in path.parts[:-1]]
+    if builder != "imagefolder":
+        words.append(re.split(r"[-._ \d]", path.name.lower(), maxsplit=1)[0])
+    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+
+
+def _builder_of(path: Path) -> str | None:
+    """The builder of ``datasets`` that reads a file."""
+    ending = path.suffix.lower()
+    return "imagefolder" if ending in _IMAGES else _BUILDERS.get(ending)
+
+
+def _looks_like_a_path(data: str) -> bool:
+    """Whether a name can be no hub id."""
+    return (
+        data.startswith((".", "/", "~"))
+        or data.count("/") > 1
+        or "\\" in data
+        or _builder_of(Path(data)) is not None
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none.
+
+    Args:
+        error: of a library.
+
+    Returns:
+        Text without a full stop.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
