@@ -142,9 +142,7 @@ def main(
             f"  (quartiles {row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f})"
         )
     if json_file is not None:
-        write_json(
-            json_file, {"versions": versions(), "machine": platform.machine(), "rows": rows}
-        )
+        write_json(json_file, {"versions": versions(), "machine": platform.machine(), "rows": rows})
 
 
 if __name__ == "__main__":

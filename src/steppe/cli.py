@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +26,20 @@ from rich.progress import (
 
 import steppe
 from steppe.errors import MissingExtraError, SteppeError
+from steppe.files import prepare_folder
+from steppe.runs import write_run
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class LabelChoice(str, Enum):
+    """What `steppe measure --labels` takes."""
+
+    data = "data"
+    model = "model"
+    none = "none"
+
 
 app = typer.Typer(
     help="Measure why Transformer MLP activations are sparse, and train them sparser.",
@@ -69,24 +81,14 @@ def demo(
     """Train a tiny Transformer on two real data sets: vanilla, control, and with the plug-ins."""
     _quieten_libraries()
     try:
-        from steppe.report import demo_table, plot_training_density
+        from steppe.report import demo_table, find_runs, plot_training_density, write_report
         from steppe.training.demo import labels_of_runs, run_demo
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"`steppe demo` needs {error.name}: pip install 'steppe[demo]'"
         ) from None
     labels = labels_of_runs(seeds)
-    with (
-        _interruptible("no summary was written"),
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=_console,
-        ) as progress,
-    ):
+    with _interruptible("no summary was written"), _progress_bars() as progress:
         bars: dict[str, TaskID] = {}
 
         def show(label: str, step: int, total: int) -> None:
@@ -97,6 +99,7 @@ def demo(
 
         summary = run_demo(out, seeds=seeds, max_steps=max_steps, on_step=show)
     plot = plot_training_density(summary, out / "density.png")
+    page = write_report(find_runs([out / label for label in labels]), out / "report.html")
     _console.print(demo_table(summary))
     _console.print(
         "In brackets: the change against vanilla.\n"
@@ -104,7 +107,120 @@ def demo(
         " effect.\nsteppe: zeroth bias + restricted norm + J-SquaredReLU, the paper's three.",
         style="dim",
     )
-    _console.print(f"{out / 'summary.json'}\n{plot}\ntensorboard --logdir {out}", highlight=False)
+    for line in (out / "summary.json", plot, f"tensorboard --logdir {out}", page):
+        _console.print(str(line), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def measure(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            help="Folders that save_pretrained wrote, or hub ids; several of one run give curves.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, pydoc, a file or folder (text, JSON lines, parquet, imagefolder,"
+            " save_to_disk), or a hub data set as id or id:config.",
+            show_default=False,
+        ),
+    ],
+    split: Annotated[
+        str | None, typer.Option(help="Which split; the held-out one by default.")
+    ] = None,
+    labels: Annotated[
+        LabelChoice,
+        typer.Option(help="The data's, sampled by the model, or none: densities alone."),
+    ] = LabelChoice.data,
+    max_batches: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 8,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per sample; the model's limit or 512.")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
+    target_column: Annotated[
+        str | None, typer.Option(help="Column of what an encoder-decoder model answers.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the classes.")] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the tokenizer or image processor.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write it all there; `steppe report` reads it.")
+    ] = None,
+) -> None:
+    """Measure checkpoints on held-out data: densities, augmented flatness and its factors."""
+    _quieten_libraries()
+    try:
+        from steppe.report import curve_table, measure_table
+        from steppe.training.held_out import measure_checkpoints
+        from steppe.training.sources import Source
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"`steppe measure` needs {error.name}: pip install 'steppe[data]'"
+        ) from None
+    if json_file is not None:
+        prepare_folder(json_file.parent)
+    source = Source(
+        data=data,
+        split=split,
+        batch_size=batch_size,
+        max_length=max_length,
+        text_column=text_column,
+        target_column=target_column,
+        label_column=label_column,
+        processor=processor,
+    )
+    with _interruptible("nothing was written"), _progress_bars() as progress:
+        bars: dict[str, TaskID] = {}
+
+        def show(checkpoint: str, done: int, total: int | None) -> None:
+            if checkpoint not in bars:
+                bars[checkpoint] = progress.add_task(_escape(checkpoint), total=total)
+            progress.update(bars[checkpoint], completed=done)
+
+        run = measure_checkpoints(
+            checkpoints,
+            source,
+            labels=None if labels is LabelChoice.none else labels.value,
+            max_batches=max_batches,
+            device=device,
+            on_batch=show,
+        )
+    for note in run.settings["notes"]:
+        _console.print(_escape(note), style="dim")
+    _console.print(measure_table(run.held_out[-1]))
+    if len(run.held_out) > 1:
+        _console.print(curve_table(run))
+    for name, value in run.quality.items():
+        _console.print(f"held-out {name}: {value:.4g}", highlight=False)
+    if json_file is not None:
+        write_run(run, json_file)
+        _console.print(str(json_file), highlight=False)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Training folders (also folders of such), or files of `steppe measure --json`.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> None:
+    """Compare runs on one page that opens in any browser, offline."""
+    from steppe.report import find_runs, write_report
+
+    prepare_folder(out.parent)
+    _console.print(str(write_report(find_runs(runs), out)), highlight=False)
 
 
 def main() -> None:
@@ -126,6 +242,17 @@ def _interruptible(consequence: str) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def _progress_bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=_console,
+    )
+
+
 def _escape(text: str) -> str:
     """Text that Rich prints as it is."""
     return text.replace("[", r"\[")
@@ -135,7 +262,10 @@ def _quieten_libraries() -> None:
     """Keep the libraries' own bars and notes out of ours; errors still show."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    # It prints what went wrong before raising it; our error says it once.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
 
 
