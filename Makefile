@@ -20,7 +20,7 @@ PENDING := $(VENV)/.installing
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results test test-slow lint format clean
+.PHONY: help install demo results cost test test-slow lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,10 @@ demo: $(STAMP) ## train the demo models and print the table
 results: $(STAMP) ## measure the README's table and plot anew (ten minutes)
 	$(BIN)/steppe demo --seeds 3 --out runs/results
 	cp runs/results/summary.json docs/results/demo.json
+	$(BIN)/python docs/render.py
+
+cost: $(STAMP) ## measure anew what measuring costs (ten minutes, nothing else running)
+	$(BIN)/python benchmarks/monitor_cost.py --json benchmarks/results/monitor_cost.json
 	$(BIN)/python docs/render.py
 
 test: $(STAMP) ## run the tests, without the slow ones

@@ -1,7 +1,8 @@
 """What watching costs: a sampled training step against a plain one, and a run with the callback.
 
 Steps of three kinds take turns in one process, in an order that changes each round: plain, watched
-by a monitor that is switched off, and sampled. A row is the median of the ratios of each round.
+by a monitor that is switched off, and sampled. Then whole runs of the Trainer, without and with the
+callback, take turns. A row is the median of the ratios of each round.
 
     python benchmarks/monitor_cost.py --json benchmarks/results/monitor_cost.json
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,14 +21,24 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from steppe import watch
 from steppe.files import write_json
 from steppe.measures.watch import Monitor
 from steppe.runs import versions
+from steppe.training import SteppeCallback
 
 EVERY = 50  # steps, SteppeCallback's default
+RUN_STEPS = 2 * EVERY
 KINDS = ("plain", "switched off", "sampled")
 Batch = dict[str, Tensor]
 
@@ -91,8 +103,31 @@ class Steps:
             return time.perf_counter() - start
 
 
-def measure_case(name: str, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one case."""
+def run_seconds(model: nn.Module, batch: Batch, callback: bool, folder: str) -> float:
+    """Training time of one run of the stock Trainer, logging as often as the callback measures."""
+    args = TrainingArguments(
+        folder,
+        max_steps=RUN_STEPS,
+        per_device_train_batch_size=next(iter(batch.values())).shape[0],
+        learning_rate=1e-5,
+        logging_steps=EVERY,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    samples = [
+        dict(zip(batch, sample, strict=True)) for sample in zip(*batch.values(), strict=True)
+    ]
+    trainer = Trainer(
+        model, args, train_dataset=samples, callbacks=[SteppeCallback(EVERY)] if callback else []
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer.train().metrics["train_runtime"]
+
+
+def step_rows(name: str, rounds: int) -> list[dict[str, Any]]:
+    """Rows of single steps: sampled, and switched off."""
     model, batch = CASES[name]()
     steps = Steps(model, batch)
     for kind in KINDS:
@@ -102,43 +137,47 @@ def measure_case(name: str, rounds: int) -> list[dict[str, Any]]:
         turn = number % len(KINDS)
         for kind in KINDS[turn:] + KINDS[:turn]:
             times[kind].append(steps.seconds(kind))
-    against = {kind: _ratios(times[kind], times["plain"]) for kind in KINDS[1:]}
-    runs = [
-        ((EVERY - 1) * off + sampled) / EVERY
-        for off, sampled in zip(against["switched off"], against["sampled"], strict=True)
-    ]
-    rows = [("sampled step", against["sampled"]), ("switched off step", against["switched off"])]
-    rows.append((f"run sampled every {EVERY}", runs))
-    return [
-        {
-            "case": name,
-            "what": what,
-            "ratio": statistics.median(ratios),
-            "quartiles": statistics.quantiles(ratios, n=4)[::2],
-            "plain_ms": 1e3 * statistics.median(times["plain"]),
-            "rounds": rounds,
-            "threads": torch.get_num_threads(),
-        }
-        for what, ratios in rows
-    ]
+    plain = times["plain"]
+    return [_row(name, f"{kind} step", times[kind], plain) for kind in ("sampled", "switched off")]
 
 
-def _ratios(times: list[float], plain: list[float]) -> list[float]:
-    return [one / other for one, other in zip(times, plain, strict=True)]
+def run_row(name: str, runs: int) -> dict[str, Any]:
+    """The row of whole runs of the Trainer."""
+    model, batch = CASES[name]()
+    times: dict[bool, list[float]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(runs):
+            for callback in (False, True) if number % 2 else (True, False):
+                times[callback].append(run_seconds(model, batch, callback, folder))
+    return _row(name, f"run measured every {EVERY} steps", times[True], times[False])
+
+
+def _row(name: str, what: str, times: list[float], plain: list[float]) -> dict[str, Any]:
+    ratios = [one / other for one, other in zip(times, plain, strict=True)]
+    return {
+        "case": name,
+        "what": what,
+        "ratio": statistics.median(ratios),
+        "quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "plain_ms": 1e3 * statistics.median(plain),
+        "rounds": len(ratios),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Steps of each kind.")] = 60,
+    runs: Annotated[int, typer.Option(min=2, help="Runs of the Trainer of each kind.")] = 7,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
 ) -> None:
     """Measure what watching costs."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    rows = [row for name in CASES for row in measure_case(name, rounds)]
+    rows = [row for name in CASES for row in [*step_rows(name, rounds), run_row(name, runs)]]
     for row in rows:
         typer.echo(
-            f"{row['case']:8} {row['what']:24} {row['ratio']:.3f}"
+            f"{row['case']:8} {row['what']:28} {row['ratio']:.3f}"
             f"  (quartiles {row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f})"
         )
     if json_file is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+
+import models
+from steppe.runs import read_run
+from training.data_makers import TEXT, words_tokenizer
 
 COMMAND = [sys.executable, "-m", "steppe.cli"]
 PLAIN = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
@@ -22,18 +27,34 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def message_of(result: subprocess.CompletedProcess[str]) -> str:
+    """The one error of a command that was refused, on one line."""
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.split())
+
+
 def test_version_and_help_say_what_there_is() -> None:
     assert run("--version").stdout == "steppe 0.1.0\n"
-    assert "demo" in run("--help").stdout
+    described = run("--help").stdout
+    for command in ("demo", "measure", "report"):
+        assert command in described
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nonsense"], ["demo", "--seeds", "0"], ["demo", "--max-steps", "many"]]
+    ("arguments", "named"),
+    [
+        (["nonsense"], "nonsense"),
+        (["demo", "--seeds", "0"], "--seeds"),
+        (["demo", "--max-steps", "many"], "--max-steps"),
+        (["measure", "out"], "--data"),
+        (["measure", "--data", "pydoc"], "CHECKPOINT"),
+        (["measure", "out", "--data", "pydoc", "--labels", "mine"], "--labels"),
+        (["report"], "RUN"),
+    ],
 )
-def test_wrong_arguments_exit_with_2_and_no_traceback(arguments: list[str]) -> None:
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
+def test_wrong_arguments_exit_with_2_and_are_named(arguments: list[str], named: str) -> None:
+    assert named in message_of(run(*arguments))
 
 
 def test_an_output_folder_that_is_a_file_is_one_error_and_nothing_is_trained(
@@ -41,10 +62,8 @@ def test_an_output_folder_that_is_a_file_is_one_error_and_nothing_is_trained(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     result = run("demo", "--out", str(tmp_path / "file"))
-    assert result.returncode == 2
-    assert "error: cannot write to" in result.stderr
+    assert "error: cannot write to" in message_of(result)
     assert "--out" in result.stderr
-    assert "Traceback" not in result.stderr
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -67,6 +86,10 @@ def test_demo_writes_summary_plot_logs_and_models_and_prints_the_table(tmp_path:
             assert ("steppe" in config) == (name == "steppe")
     for name in ("vanilla", "control", "steppe"):
         assert name in result.stdout
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for label in ("digits", "pydoc", "vanilla", "control", "steppe"):
+        assert label in page
     assert result.stderr == ""
 
 
@@ -89,3 +112,75 @@ def test_ctrl_c_ends_with_one_line_and_no_summary(tmp_path: Path) -> None:
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.fixture
+def measurable(tmp_path: Path) -> list[str]:
+    """Two checkpoints of a run, and the options that name data for them."""
+    for step in (10, 20):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        models.gpt2().save_pretrained(folder)
+        words_tokenizer(folder)
+    (tmp_path / "text.txt").write_text(TEXT * 40)
+    checkpoints = [str(tmp_path / "run" / f"checkpoint-{step}") for step in (20, 10)]
+    return [*checkpoints, "--data", str(tmp_path / "text.txt"), "--max-length", "16"]
+
+
+def test_measure_prints_tables_and_what_it_writes_can_be_reported(
+    tmp_path: Path, measurable: list[str]
+) -> None:
+    written, page = tmp_path / "held-out.json", tmp_path / "new" / "page.html"
+    result = run("measure", *measurable, "--max-batches", "2", "--json", str(written))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    measured = read_run(written)
+    assert measured.held_out_steps == [10, 20]
+    density = measured.held_out[-1].blocks[0].density
+    assert 0 < density < 1
+    assert f"{100 * density:.1f}" in result.stdout
+    assert "checkpoint-20" in result.stdout
+    assert f"held-out loss: {measured.quality['loss']:.4g}" in result.stdout
+    result = run("report", str(written), "--out", str(page))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(page)]
+    assert "<h1" in page.read_text(encoding="utf-8")
+
+
+def test_measure_samples_labels_or_does_without(tmp_path: Path, measurable: list[str]) -> None:
+    checkpoint, options = measurable[0], measurable[2:]
+    results = {}
+    for labels in ("model", "none"):
+        written = tmp_path / f"{labels}.json"
+        result = run("measure", checkpoint, *options, "--labels", labels, "--json", str(written))
+        assert result.returncode == 0, result.stderr
+        results[labels] = read_run(written).held_out[0].blocks[0]
+    assert results["model"].AF_up > 0
+    assert math.isnan(results["none"].AF_up)
+    assert results["none"].density == results["model"].density
+
+
+def test_measure_refuses_with_one_error_and_writes_nothing(
+    tmp_path: Path, measurable: list[str]
+) -> None:
+    checkpoint, options = measurable[0], measurable[2:]
+    written = tmp_path / "held-out.json"
+    for arguments, expected in (
+        ([str(tmp_path / "none"), *options], "none"),
+        ([str(tmp_path / "run"), *options], "config.json"),
+        ([checkpoint, "--data", str(tmp_path / "none.txt")], "none.txt"),
+        ([checkpoint, "--data", "digits"], "digits"),
+        ([checkpoint, *options, "--device", "abacus"], "abacus"),
+    ):
+        message = message_of(run("measure", *arguments, "--json", str(written)))
+        assert message.startswith("error: ")
+        assert expected in message
+    assert not written.exists()
+
+
+def test_report_refuses_what_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.json").write_text("{}")
+    page = tmp_path / "page.html"
+    for path in ("notes.json", "none", "."):
+        message = message_of(run("report", str(tmp_path / path), "--out", str(page)))
+        assert message.startswith("error: ")
+    assert not page.exists()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
+import runpy
 from pathlib import Path
-
-from steppe.report import demo_markdown
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,11 +29,11 @@ def test_code_blocks_that_need_more_are_python_and_name_what_exists() -> None:
             assert hasattr(steppe, name), name
 
 
-def test_table_is_the_committed_result() -> None:
-    found = re.search(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", README, re.DOTALL)
-    assert found is not None
-    path, table = found.groups()
-    assert table == demo_markdown(json.loads((ROOT / path).read_text(encoding="utf-8")))
+def test_figures_are_the_committed_results() -> None:
+    render = runpy.run_path(str(ROOT / "docs" / "render.py"))["render"]
+    blank = re.sub(r"(json -->).*?(<!-- end -->)", r"\1\2", README, flags=re.DOTALL)
+    assert blank != README
+    assert render(blank) == README
 
 
 def test_make_demo_and_make_test_are_the_first_lines() -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from steppe.activations import name_of
 from steppe.blocks import find_blocks, shifts_labels
-from steppe.errors import CheckpointError
+from steppe.errors import CheckpointError, DeviceError
 from steppe.measures.losses import terms_of
 from steppe.measures.measure import call_model, measure
 from steppe.measures.report import Report
@@ -26,7 +26,7 @@ from steppe.plugins.sparsify import sparsification_of
 from steppe.runs import Run, versions
 from steppe.training.batches import Batch, Batches, load_batches
 from steppe.training.loading import load_checkpoint, load_config
-from steppe.training.sources import Source
+from steppe.training.sources import Source, first_line
 
 Labels = Literal["data", "model"]
 OnBatch = Callable[[str, int, int | None], None]
@@ -61,6 +61,7 @@ def measure_checkpoints(
 
     Raises:
         CheckpointError: one cannot be loaded, they have different blocks, or the same step.
+        DeviceError: the device is not there.
         DataError: the data is not there, cannot be read, or does not fit the models.
         MissingExtraError: a package that the data needs is not installed.
         SteppeError: what `steppe.measure` raises.
@@ -76,7 +77,7 @@ def measure_checkpoints(
     names.sort(key=steps.__getitem__)
     for name in names:
         load_config(name)  # before any is measured
-    where = _default_device() if device is None else torch.device(device)
+    where = _device(device)
     measured: list[_Measured] = []
     batches: Batches | None = None
     for name in names:
@@ -278,8 +279,17 @@ def _require_same_blocks(first: _Measured, name: str, model: nn.Module) -> None:
     )
 
 
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device(wanted: str | torch.device | None) -> torch.device:
+    """The device to compute on, which is there; by default a CUDA device if there is one."""
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        raise DeviceError(
+            f"device {wanted}: cannot be used here ({first_line(error)}). Name one that is there,"
+            " e.g. cpu, or none for the default."
+        ) from None
 
 
 def _name_of(names: Sequence[str]) -> str:
