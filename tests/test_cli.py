@@ -137,8 +137,8 @@ def test_measure_prints_tables_and_what_it_writes_can_be_reported(
     assert measured.held_out_steps == [10, 20]
     density = measured.held_out[-1].blocks[0].density
     assert 0 < density < 1
-    assert f"{100 * density:.1f}" in result.stdout
-    assert "checkpoint-20" in result.stdout
+    assert f"{100 * density:.2f}" in result.stdout
+    assert "step 20" in result.stdout
     assert f"held-out loss: {measured.quality['loss']:.4g}" in result.stdout
     result = run("report", str(written), "--out", str(page))
     assert result.returncode == 0, result.stderr

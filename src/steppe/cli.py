@@ -194,6 +194,8 @@ def measure(
         )
     for note in run.settings["notes"]:
         _console.print(_escape(note), style="dim")
+    if len(run.held_out) > 1:
+        _console.print(f"the last of them, step {run.held_out_steps[-1]}:", highlight=False)
     _console.print(measure_table(run.held_out[-1]))
     if len(run.held_out) > 1:
         _console.print(curve_table(run))

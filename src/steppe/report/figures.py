@@ -246,7 +246,11 @@ def over_steps(y: dict[str, Any], height: int = 320) -> dict[str, Any]:
     return layout(
         STEP,
         height=height,
-        x={"unifiedhovertitle": {"text": "step %{x:,}"}, "hoverformat": ","},
+        x={
+            "unifiedhovertitle": {"text": "step %{x:,}"},
+            "hoverformat": ",",
+            "rangemode": "tozero",  # around a single step Plotly would put fractions of steps
+        },
         y=y,
         hovermode="x unified",
     )
