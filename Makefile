@@ -20,7 +20,7 @@ PENDING := $(VENV)/.installing
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results cost test test-slow lint format clean
+.PHONY: help install demo results cost bench test test-slow lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,10 @@ results: $(STAMP) ## measure the README's table and plot anew (ten minutes)
 
 cost: $(STAMP) ## measure anew what measuring costs (ten minutes, nothing else running)
 	$(BIN)/python benchmarks/monitor_cost.py --json benchmarks/results/monitor_cost.json
+	$(BIN)/python docs/render.py
+
+bench: $(STAMP) ## measure anew what the kernels gain (ten minutes, nothing else running)
+	$(BIN)/python benchmarks/mlp_cpu.py --json benchmarks/results/mlp_cpu.json
 	$(BIN)/python docs/render.py
 
 test: $(STAMP) ## run the tests, without the slow ones
@@ -61,7 +65,7 @@ clean: ## remove everything that is not source
 # The stamp is written last, so an interrupted install is taken up again by the next call. What a
 # killed pip leaves behind looks installed and is not, and a half-made environment lets pip into the
 # base interpreter: both are made anew. After Ctrl-C the trap keeps bash from going on to the `rm`.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard src/steppe/native/*)
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "steppe needs Python >= 3.10 with the venv module, and '$(PYTHON)' is not that:" \
 	       "install it (on Debian and Ubuntu: apt install python3-venv)," \

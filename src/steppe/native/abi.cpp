@@ -1,0 +1,153 @@
+// The C interface: chooses the target once, then hands on.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "kernels.h"
+#include "steppe_native.h"
+
+namespace steppe {
+namespace {
+
+struct Target {
+  const char *name;
+  bool runs_here;
+  const Kernels *float_kernels, *half_kernels;
+};
+
+// The best target that this processor runs and STEPPE_ISA allows.
+Target choose() {
+  const Target targets[] = {
+#if defined(STEPPE_X86)
+      {"avx512+bf16",
+       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq"),
+       &avx512_bf16::float_kernels, &avx512_bf16::half_kernels},
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+       &avx512::float_kernels, &avx512::half_kernels},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
+       &avx2::float_kernels, &avx2::half_kernels},
+#endif
+      {"portable", true, &portable::float_kernels, &portable::half_kernels},
+  };
+  const char *cap = std::getenv("STEPPE_ISA");
+  bool allowed = cap == nullptr || *cap == '\0';
+  for (const Target &target : targets) {
+    allowed = allowed || std::strcmp(cap, target.name) == 0;
+    if (allowed && target.runs_here) return target;
+  }
+  return targets[sizeof(targets) / sizeof(targets[0]) - 1];
+}
+
+const Target &target() {
+  static const Target chosen = choose();
+  return chosen;
+}
+
+const Kernels &kernels(int dtype) {
+  return dtype == 0 ? *target().float_kernels : *target().half_kernels;
+}
+
+}  // namespace
+}  // namespace steppe
+
+using steppe::kernels;
+
+extern "C" {
+
+int steppe_abi_version(void) { return 1; }
+
+const char *steppe_isa(void) { return steppe::target().name; }
+
+void steppe_count(const void *p, int dtype, int64_t T, int64_t F, int64_t stride, int32_t *counts,
+                  int threads) {
+  kernels(dtype).count(p, T, F, stride, counts, threads);
+}
+
+int64_t steppe_offsets(const int32_t *counts, int64_t T, int64_t F, int64_t tile,
+                       int64_t *offsets) {
+  const int64_t blocks = (F + 63) / 64, per_tile = tile / 64;
+  int64_t nnz = 0;
+  for (int64_t first = 0; first < blocks; first += per_tile) {
+    for (int64_t t = 0; t < T; ++t) {
+      *offsets++ = nnz;
+      for (int64_t b = first; b < std::min(first + per_tile, blocks); ++b) nnz += counts[t * blocks + b];
+    }
+  }
+  *offsets = nnz;
+  return nnz;
+}
+
+void steppe_fill(const void *p, int dtype, int64_t T, int64_t F, int64_t stride, int64_t tile,
+                 const int64_t *offsets, int16_t *index, void *values, int threads) {
+  kernels(dtype).fill(p, T, F, stride, tile, offsets, index, values, threads);
+}
+
+void steppe_pack(const void *m, int dtype, int64_t N, int64_t D, int64_t row_stride,
+                 int64_t col_stride, void *panels, int threads) {
+  kernels(dtype).pack(m, N, D, row_stride, col_stride, panels, threads);
+}
+
+int steppe_spmm(const void *values, const int16_t *index, const int64_t *offsets, int dtype,
+                int64_t T, int64_t N, int64_t tile, const void *panels, int64_t D,
+                const void *bias, void *out, int64_t row_stride, int64_t col_stride,
+                int accumulate, int threads) {
+  return kernels(dtype).spmm(values, index, offsets, T, N, tile, panels, D, bias, out, row_stride,
+                             col_stride, accumulate != 0, threads);
+}
+
+int steppe_sampled(const int16_t *index, const int64_t *offsets, int dtype, int64_t T, int64_t N,
+                   int64_t tile, const void *panels_g, const void *panels_m, int64_t D,
+                   void *values, int threads) {
+  return kernels(dtype).sampled(index, offsets, T, N, tile, panels_g, panels_m, D, values, threads);
+}
+
+void steppe_transpose(const void *values_a, const void *values_b, const int16_t *index,
+                      const int64_t *offsets, int dtype, int64_t T, int64_t N, int64_t tile,
+                      int64_t tile_t, void *values_a_t, void *values_b_t, int16_t *index_t,
+                      int64_t *offsets_t, int threads) {
+  kernels(dtype).transpose(values_a, values_b, index, offsets, T, N, tile, tile_t, values_a_t,
+                           values_b_t, index_t, offsets_t, threads);
+}
+
+void steppe_row_sums(const void *values, const int64_t *offsets, int dtype, int64_t T,
+                     int64_t tiles, void *out, int threads) {
+  kernels(dtype).row_sums(values, offsets, T, tiles, out, threads);
+}
+
+void steppe_matvec(const void *x, int dtype, int64_t T, int64_t D, const void *w, int64_t stride,
+                   const void *bias, int64_t F, void *out, int threads) {
+  kernels(dtype).matvec(x, T, D, w, stride, bias, F, out, threads);
+}
+
+void steppe_decode(const void *values, const int16_t *index, const int64_t *offsets, int dtype,
+                   int64_t T, int64_t F, int64_t tile, const void *v, int64_t stride, int64_t D,
+                   const void *bias, void *out, int threads) {
+  kernels(dtype).decode(values, index, offsets, T, F, tile, v, stride, D, bias, out, threads);
+}
+
+void steppe_decode_sampled(const int16_t *index, const int64_t *offsets, int dtype, int64_t T,
+                           int64_t F, int64_t tile, const void *x, const void *w, int64_t stride,
+                           int64_t D, const void *bias, void *values, int threads) {
+  kernels(dtype).decode_sampled(index, offsets, T, F, tile, x, w, stride, D, bias, values, threads);
+}
+
+int64_t steppe_decode_mlp(const void *x, int dtype, int64_t T, int64_t D, int64_t F, const void *w,
+                          int64_t w_stride, const void *w_bias, const void *up, int64_t up_stride,
+                          const void *up_bias, const void *v, int64_t v_stride, const void *v_bias,
+                          float alpha, float beta, int64_t most, void *r, void *up_values,
+                          void *out, int threads) {
+  try {
+    return kernels(dtype).decode_mlp(x, T, D, F, w, w_stride, w_bias, up, up_stride, up_bias, v,
+                                     v_stride, v_bias, alpha, beta, most, r, up_values, out,
+                                     threads);
+  } catch (const std::bad_alloc &) {
+    return -2;
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,111 @@
+// Sampled product: the entries of G Mᵀ on a support, G and M as panels.
+//
+// Loops, outside in: chunk of rows, panel, tile, row, four entries. A row's 64 columns of G stay in
+// registers; each entry's sum grows by one panel at a time, in the order of the panels.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "vector.h"
+
+namespace steppe {
+namespace STEPPE_TARGET {
+
+#if defined(__AVX512BF16__)
+
+struct HalfRow {
+  __m512bh part[2];
+  explicit HalfRow(const bf16 *from)
+      : part{(__m512bh)_mm512_loadu_si512(from), (__m512bh)_mm512_loadu_si512(from + 32)} {}
+  vec times(const bf16 *other) const {
+    const HalfRow right(other);
+    const __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), part[0], right.part[0]);
+    return (vec)_mm512_dpbf16_ps(sum, part[1], right.part[1]);
+  }
+};
+
+#endif
+
+template <typename E>
+struct Row {
+  vec part[kVectors];
+  explicit Row(const E *from) {
+    for (int k = 0; k < kVectors; ++k) part[k] = load(from + k * kWidth);
+  }
+  vec times(const E *other) const {
+    vec sum = part[0] * load(other);
+#pragma GCC unroll 16
+    for (int k = 1; k < kVectors; ++k) sum += part[k] * load(other + k * kWidth);
+    return sum;
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Row<bf16> : HalfRow {
+  using HalfRow::HalfRow;
+};
+#endif
+
+// sums[i] += G row · M row of entry i.
+template <typename E>
+inline void dot_row(const int16_t *index, int64_t count, const E *g, const E *panel, float *sums) {
+  const Row<E> row(g);
+  int64_t i = 0;
+  for (; i + 3 < count; i += 4) {
+    float four[4];
+    sum4(row.times(panel + index[i] * kPanel), row.times(panel + index[i + 1] * kPanel),
+         row.times(panel + index[i + 2] * kPanel), row.times(panel + index[i + 3] * kPanel), four);
+    for (int k = 0; k < 4; ++k) sums[i + k] += four[k];
+  }
+  for (; i < count; ++i) sums[i] += sum(row.times(panel + index[i] * kPanel));
+}
+
+template <typename E>
+int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t N, int64_t tile,
+            const E *panels_g, const E *panels_m, int64_t D, E *values, int threads) {
+  const int64_t panel_count = (D + kPanel - 1) / kPanel, tiles = std::max<int64_t>((N + tile - 1) / tile, 1);
+  const int64_t nnz = offsets[tiles * T];
+  // float32 sums of all entries: the output itself, or a copy to be rounded once.
+  std::unique_ptr<float[]> copy;
+  float *sums = reinterpret_cast<float *>(values);
+  if (sizeof(E) != sizeof(float)) {
+    copy.reset(new (std::nothrow) float[std::max<int64_t>(nnz, 1)]);
+    if (!copy) return 1;
+    sums = copy.get();
+  }
+  const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(T, 4 * threads));
+  const int64_t chunk = (T + chunks - 1) / chunks;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t first = std::min(c * chunk, T), last = std::min(first + chunk, T);
+    if (first >= last) continue;
+    for (int64_t j = 0; j < tiles; ++j) {
+      std::fill(sums + offsets[j * T + first], sums + offsets[j * T + last], 0.0f);
+    }
+    for (int64_t k = 0; k < panel_count; ++k) {
+      for (int64_t j = 0; j < tiles; ++j) {
+        const E *panel = panels_m + (k * N + j * tile) * kPanel;
+        const int64_t *list = offsets + j * T;
+        for (int64_t t = first; t < last; ++t) {
+          if (list[t] == list[t + 1]) continue;
+          dot_row(index + list[t], list[t + 1] - list[t], panels_g + (k * T + t) * kPanel, panel,
+                  sums + list[t]);
+        }
+      }
+    }
+    if (copy) {
+      for (int64_t j = 0; j < tiles; ++j) {
+        for (int64_t i = offsets[j * T + first]; i < offsets[j * T + last]; ++i) {
+          store(sums[i], values + i);
+        }
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace STEPPE_TARGET
+}  // namespace steppe

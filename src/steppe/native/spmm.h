@@ -1,0 +1,193 @@
+// Sparse × dense: out = A M, with A as a list and M as panels.
+//
+// Loops, outside in: panel, tile, row, entry. A panel's part of a tile (64 columns of `tile` rows of
+// M) stays in the first-level cache while all rows of A gather from it, and 64 columns of one row of
+// the output stay in registers. Two sets of sums, for even and odd entries, hide the latency of the
+// multiply-add.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "vector.h"
+
+namespace steppe {
+namespace STEPPE_TARGET {
+
+// Below this density the gathered rows of a panel are too few for the hardware to fetch ahead:
+// reading the panel once from end to end brings it into the second-level cache.
+constexpr double kStreamDensity = 0.04;
+constexpr int64_t kTasksPerThread = 4;
+
+struct Entries {
+  const int16_t *index;
+  int64_t first, last;
+};
+
+// sums [64] += Σ value · row of the panel, the tile's own sum first: adding few numbers to a small
+// sum, and few sums to each other, loses less than adding all numbers to one.
+template <typename E>
+inline void gather_row(const Entries &entries, const E *values, const E *panel, float *sums) {
+  vec even[kVectors], odd[kVectors];
+  for (int k = 0; k < kVectors; ++k) even[k] = odd[k] = vec{};
+  int64_t entry = entries.first;
+  for (; entry + 1 < entries.last; entry += 2) {
+    const E *a = panel + entries.index[entry] * kPanel;
+    const E *b = panel + entries.index[entry + 1] * kPanel;
+    const vec va = broadcast(to_float(values[entry]));
+    const vec vb = broadcast(to_float(values[entry + 1]));
+#pragma GCC unroll 16
+    for (int k = 0; k < kVectors; ++k) {
+      even[k] += va * load(a + k * kWidth);
+      odd[k] += vb * load(b + k * kWidth);
+    }
+  }
+  if (entry < entries.last) {
+    const E *a = panel + entries.index[entry] * kPanel;
+    const vec va = broadcast(to_float(values[entry]));
+#pragma GCC unroll 16
+    for (int k = 0; k < kVectors; ++k) even[k] += va * load(a + k * kWidth);
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < kVectors; ++k) store(load(sums + k * kWidth) + (even[k] + odd[k]), sums + k * kWidth);
+}
+
+#if defined(__AVX512BF16__)
+
+// Two neighbouring values in each 32 bits.
+inline __m512bh pair_of(const bf16 *values) {
+  int32_t bits;
+  std::memcpy(&bits, values, 4);
+  return (__m512bh)_mm512_set1_epi32(bits);
+}
+
+// Two rows at a time: their columns interleaved are what one dot-product instruction takes. Within
+// each group of 8 columns the sums of the first four end up in one register and of the others in
+// the next; they are put in order at the end.
+template <>
+inline void gather_row(const Entries &entries, const bf16 *values, const bf16 *panel, float *sums) {
+  __m512 low[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, high[2] = {low[0], low[0]};
+  __m512 more_low[2] = {low[0], low[0]}, more_high[2] = {low[0], low[0]};
+  const auto add = [&](const bf16 *a, const bf16 *b, __m512bh pair, __m512 *lows, __m512 *highs) {
+    for (int k = 0; k < 2; ++k) {
+      const __m512i from_a = _mm512_loadu_si512(a + 32 * k), from_b = _mm512_loadu_si512(b + 32 * k);
+      lows[k] = _mm512_dpbf16_ps(lows[k], (__m512bh)_mm512_unpacklo_epi16(from_a, from_b), pair);
+      highs[k] = _mm512_dpbf16_ps(highs[k], (__m512bh)_mm512_unpackhi_epi16(from_a, from_b), pair);
+    }
+  };
+  int64_t entry = entries.first;
+  for (; entry + 3 < entries.last; entry += 4) {
+    const int16_t *at = entries.index + entry;
+    const bf16 *value = values + entry;
+    add(panel + at[0] * kPanel, panel + at[1] * kPanel, pair_of(value), low, high);
+    add(panel + at[2] * kPanel, panel + at[3] * kPanel, pair_of(value + 2), more_low, more_high);
+  }
+  for (; entry < entries.last; entry += 2) {
+    const bf16 *a = panel + entries.index[entry] * kPanel;
+    const bool two = entry + 1 < entries.last;
+    // Its own row again, times zero, would make NaN of an infinite weight.
+    static const bf16 zeros[kPanel] = {};
+    const bf16 *b = two ? panel + entries.index[entry + 1] * kPanel : zeros;
+    const bf16 last[2] = {values[entry], two ? values[entry + 1] : bf16{}};
+    add(a, b, pair_of(last), low, high);
+  }
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second =
+      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int k = 0; k < 2; ++k) {
+    const __m512 lows = _mm512_add_ps(low[k], more_low[k]);
+    const __m512 highs = _mm512_add_ps(high[k], more_high[k]);
+    float *to = sums + 32 * k;
+    const __m512 left = _mm512_permutex2var_ps(lows, first, highs);
+    const __m512 right = _mm512_permutex2var_ps(lows, second, highs);
+    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), left));
+    _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), right));
+  }
+}
+
+#endif
+
+template <typename E>
+inline void stream(const E *panel, int64_t rows) {
+  const char *from = reinterpret_cast<const char *>(panel);
+  const int64_t bytes = rows * kPanel * int64_t(sizeof(E));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+// Writes sums [rows][64] to the output, rows from `first` on and columns from `column` on.
+template <typename E>
+void write_sums(const float *sums, int64_t first, int64_t rows, int64_t column, int64_t width,
+                E *out, int64_t row_stride, int64_t col_stride, bool accumulate) {
+  E *to = out + first * row_stride + column * col_stride;
+  if (col_stride == 1) {
+    for (int64_t t = 0; t < rows; ++t) {
+      for (int64_t d = 0; d < width; ++d) {
+        const float old = accumulate ? to_float(to[t * row_stride + d]) : 0;
+        store(sums[t * kPanel + d] + old, to + t * row_stride + d);
+      }
+    }
+    return;
+  }
+  constexpr int64_t kBlock = 16;  // rows: a cache line of the transposed output
+  for (int64_t start = 0; start < rows; start += kBlock) {
+    const int64_t end = std::min(start + kBlock, rows);
+    for (int64_t d = 0; d < width; ++d) {
+      for (int64_t t = start; t < end; ++t) {
+        E *at = to + t * row_stride + d * col_stride;
+        store(sums[t * kPanel + d] + (accumulate ? to_float(*at) : 0), at);
+      }
+    }
+  }
+}
+
+template <typename E>
+int spmm(const E *values, const int16_t *index, const int64_t *offsets, int64_t T, int64_t N,
+         int64_t tile, const E *panels, int64_t D, const E *bias, E *out, int64_t row_stride,
+         int64_t col_stride, bool accumulate, int threads) {
+  const int64_t panel_count = (D + kPanel - 1) / kPanel, tiles = std::max<int64_t>((N + tile - 1) / tile, 1);
+  if (T == 0 || panel_count == 0) return 0;
+  const bool sparse = double(offsets[tiles * T] - offsets[0]) < kStreamDensity * double(T) * double(N);
+  const int64_t chunks =
+      std::min(T, std::max<int64_t>(1, (kTasksPerThread * threads + panel_count - 1) / panel_count));
+  const int64_t chunk = (T + chunks - 1) / chunks;
+  int failed = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    std::unique_ptr<float[]> sums(new (std::nothrow) float[chunk * kPanel]);
+    if (!sums) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int64_t k = 0; k < panel_count; ++k) {
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t first = c * chunk, last = std::min(first + chunk, T);
+        if (!sums || first >= last) continue;
+        const E *panel = panels + k * N * kPanel;
+        const int64_t width = std::min(kPanel, D - k * kPanel);
+        if (sparse) stream(panel, N);
+        for (int64_t d = 0; d < kPanel; ++d) {
+          sums[d] = bias != nullptr && d < width ? to_float(bias[k * kPanel + d]) : 0;
+        }
+        for (int64_t t = 1; t < last - first; ++t) {
+          std::copy(sums.get(), sums.get() + kPanel, sums.get() + t * kPanel);
+        }
+        for (int64_t j = 0; j < tiles; ++j) {
+          const int64_t *list = offsets + j * T;
+          for (int64_t t = first; t < last; ++t) {
+            if (list[t] == list[t + 1]) continue;
+            gather_row(Entries{index, list[t], list[t + 1]}, values, panel + j * tile * kPanel,
+                       sums.get() + (t - first) * kPanel);
+          }
+        }
+        write_sums(sums.get(), first, last - first, k * kPanel, width, out, row_stride, col_stride,
+                   accumulate);
+      }
+    }
+  }
+  return failed;
+}
+
+}  // namespace STEPPE_TARGET
+}  // namespace steppe

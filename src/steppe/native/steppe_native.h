@@ -1,0 +1,111 @@
+/* Sparse products of MLP blocks on the CPU: the C interface.
+ *
+ * A matrix [T, F] that is mostly zero stands as a list of its entries. The columns are cut into
+ * tiles of `tile` columns, a multiple of 64 and at most 32704; entries are sorted by tile, then row,
+ * then column:
+ *   offsets  int64 [tiles * T + 1]  entries of (tile j, row t): offsets[j*T + t] up to the next
+ *   index    int16 [nnz]            column within its tile
+ *   values   dtype [nnz]
+ *
+ * A dense matrix M [N, D] that rows are gathered from stands as panels: [ceil(D / 64)][N][64], the
+ * last one padded with zeros, so that the part of a row that is used at once lies together.
+ *
+ * dtype is 0 for float32 and 1 for bfloat16; sums are float32. `threads` is the size of the OpenMP
+ * team. Every element of an output is summed by one thread in an order that does not depend on
+ * `threads`: results are the same bits for any. Pointers need no alignment beyond their element's.
+ * Lengths are the caller's business: nothing is checked here.
+ */
+#ifndef STEPPE_NATIVE_H
+#define STEPPE_NATIVE_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define STEPPE_API __attribute__((visibility("default")))
+#else
+#define STEPPE_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+STEPPE_API int steppe_abi_version(void);
+
+/* "avx512+bf16", "avx512", "avx2" or "portable"; the environment variable STEPPE_ISA caps it. */
+STEPPE_API const char *steppe_isa(void);
+
+/* Entries of p [T, F] (rows `stride` apart) that are not <= 0, so that NaN counts, by blocks of 64
+ * columns: int32 [T, ceil(F / 64)]. */
+STEPPE_API void steppe_count(const void *p, int dtype, int64_t T, int64_t F, int64_t stride,
+                             int32_t *counts, int threads);
+
+/* offsets of a list with `tile` columns a tile, from counts. Returns nnz. */
+STEPPE_API int64_t steppe_offsets(const int32_t *counts, int64_t T, int64_t F, int64_t tile,
+                                  int64_t *offsets);
+
+/* index and values of the list of those entries. */
+STEPPE_API void steppe_fill(const void *p, int dtype, int64_t T, int64_t F, int64_t stride,
+                            int64_t tile, const int64_t *offsets, int16_t *index, void *values,
+                            int threads);
+
+/* Panels of M [N, D], whose element (n, d) is m[n * row_stride + d * col_stride]. */
+STEPPE_API void steppe_pack(const void *m, int dtype, int64_t N, int64_t D, int64_t row_stride,
+                            int64_t col_stride, void *panels, int threads);
+
+/* out [T, D] = A M + bias, or += A M if `accumulate`; A [T, N] as a list, M [N, D] as panels, bias
+ * [D] or NULL, out(t, d) at out[t * row_stride + d * col_stride]. Returns 0, or 1 without memory. */
+STEPPE_API int steppe_spmm(const void *values, const int16_t *index, const int64_t *offsets,
+                           int dtype, int64_t T, int64_t N, int64_t tile, const void *panels,
+                           int64_t D, const void *bias, void *out, int64_t row_stride,
+                           int64_t col_stride, int accumulate, int threads);
+
+/* values of G Mᵀ on a support; G [T, D] and M [N, D] as panels. Returns 0, or 1 without memory. */
+STEPPE_API int steppe_sampled(const int16_t *index, const int64_t *offsets, int dtype, int64_t T,
+                              int64_t N, int64_t tile, const void *panels_g, const void *panels_m,
+                              int64_t D, void *values, int threads);
+
+/* The list of the transposed matrix [N, T], `tile_t` rows of the old one a tile; values_b may be
+ * NULL. offsets_t is int64 [ceil(T / tile_t) * N + 1]. */
+STEPPE_API void steppe_transpose(const void *values_a, const void *values_b, const int16_t *index,
+                                 const int64_t *offsets, int dtype, int64_t T, int64_t N,
+                                 int64_t tile, int64_t tile_t, void *values_a_t, void *values_b_t,
+                                 int16_t *index_t, int64_t *offsets_t, int threads);
+
+/* out [T], dtype: the sum of each row of a list. */
+STEPPE_API void steppe_row_sums(const void *values, const int64_t *offsets, int dtype, int64_t T,
+                                int64_t tiles, void *out, int threads);
+
+/* out [T, F] = x Wᵀ + bias for few rows: x [T, D] with T <= 8, W [F, D] with rows `stride` apart. */
+STEPPE_API void steppe_matvec(const void *x, int dtype, int64_t T, int64_t D, const void *w,
+                              int64_t stride, const void *bias, int64_t F, void *out, int threads);
+
+/* out [T, D] = A V + bias for few rows: A [T, F] as a list, T <= 8, V [F, D] with rows `stride`
+ * apart. */
+STEPPE_API void steppe_decode(const void *values, const int16_t *index, const int64_t *offsets,
+                              int dtype, int64_t T, int64_t F, int64_t tile, const void *v,
+                              int64_t stride, int64_t D, const void *bias, void *out, int threads);
+
+/* values of x Wᵀ + bias on a support for few rows: x [T, D], W [F, D] with rows `stride` apart,
+ * bias [F] or NULL. */
+STEPPE_API void steppe_decode_sampled(const int16_t *index, const int64_t *offsets, int dtype,
+                                      int64_t T, int64_t F, int64_t tile, const void *x,
+                                      const void *w, int64_t stride, int64_t D, const void *bias,
+                                      void *values, int threads);
+
+/* A whole block for few rows: p = x Wᵀ + w_bias, r = max(p, 0), a = alpha r + beta r², times
+ * x Uᵀ + up_bias in a gated block (`up` is NULL in another), out = a V + v_bias. T <= 8; rows of
+ * W, U and V [F, D] `stride` apart; biases may be NULL. r [T, F] is written, and up_values [T, F]
+ * of a gated block where r is active, elsewhere 0. Returns the number of active entries; -1, with r
+ * alone written, if there are more than `most`; -2 without memory. */
+STEPPE_API int64_t steppe_decode_mlp(const void *x, int dtype, int64_t T, int64_t D, int64_t F,
+                                     const void *w, int64_t w_stride, const void *w_bias,
+                                     const void *up, int64_t up_stride, const void *up_bias,
+                                     const void *v, int64_t v_stride, const void *v_bias,
+                                     float alpha, float beta, int64_t most, void *r,
+                                     void *up_values, void *out, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
