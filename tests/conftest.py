@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Nothing may be downloaded, and a test must not depend on how many cores there are.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# What is measured of this machine under two busy workers is not to be kept for its user.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="steppe-tests-")
 
 import pytest
 import torch

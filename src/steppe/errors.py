@@ -56,6 +56,14 @@ class DeviceError(SteppeError, ValueError):
     """A model is on devices on which it cannot be measured."""
 
 
+class KernelError(SteppeError, RuntimeError):
+    """The native kernels cannot be loaded, or cannot take what they were given."""
+
+
+class AccelerationError(SteppeError, ValueError):
+    """A block cannot run on the sparse kernels; the model was left as it was."""
+
+
 class DataError(SteppeError, ValueError):
     """A data set is not there, cannot be read, or does not fit the model."""
 

@@ -1,0 +1,535 @@
+"""The native functions on tensors; every length is checked before a pointer is handed over."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steppe.errors import KernelError
+from steppe.ops.native import load
+from steppe.ops.reference import TILE_UNIT, Rule, Weights, ceil_div, tile_of
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DECODE_ROWS = 8  # the most rows that `matvec`, `decode` and `decode_sampled` take
+_DECODE_TILE = 256
+# Where one row in so many has clearly too many active entries, the others are not counted: in
+# bfloat16 counting takes 3 % of a dense forward pass.
+_SAMPLE = 8
+_CLEARLY = 0.1
+# Columns per tile by density: the denser, the fewer, so that what many rows gather from stays in
+# the first-level cache. Measured at d 768, T 1024.
+_TILES = {
+    torch.float32: ((0.15, 192), (0.015, 384), (0.0, 1024)),
+    torch.bfloat16: ((0.15, 256), (0.015, 512), (0.0, 1024)),
+}
+
+
+@dataclass(frozen=True)
+class Support:
+    """Where the entries of a list stand; see `steppe.ops.reference`.
+
+    Attributes:
+        index: int16 ``[nnz]``.
+        offsets: int64 ``[tiles · T + 1]``.
+        rows: T.
+        columns: F.
+    """
+
+    index: Tensor
+    offsets: Tensor
+    rows: int
+    columns: int
+
+    @property
+    def tile(self) -> int:
+        """Columns per tile; at least one unit, also of no columns."""
+        return max(tile_of(self.offsets, self.rows, self.columns), TILE_UNIT)
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles."""
+        return (len(self.offsets) - 1) // self.rows if self.rows else 0
+
+
+class Panels(NamedTuple):
+    """A matrix cut into panels of 64 columns.
+
+    Attributes:
+        data: ``[⌈D / 64⌉, N, 64]``.
+        width: D.
+    """
+
+    data: Tensor
+    width: int
+
+
+class _Scratch(threading.local):
+    """Buffers of a thread, by name, each as large as it ever had to be."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A contiguous tensor of a shape, of another's dtype, with whatever was there."""
+        size = math.prod(shape) * like.element_size()
+        if name not in self._buffers or len(self._buffers[name]) < size:
+            self._buffers[name] = torch.empty(size, dtype=torch.uint8)
+        return self._buffers[name][:size].view(like.dtype).view(shape)
+
+
+_scratch = _Scratch()
+
+
+def scratch(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    """A buffer of this thread, which the next call with the name overwrites.
+
+    New memory has to be found by the system page by page: for the pre-activations of a block of
+    width 768 and 1024 tokens that is 2 % of a forward pass.
+
+    Args:
+        name: of the buffer.
+        shape: of the tensor.
+        like: a tensor of the wanted dtype.
+
+    Returns:
+        A contiguous tensor with whatever was there.
+    """
+    return _scratch.take(name, shape, like)
+
+
+def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | None:
+    """The list of the entries of p that are not ≤ 0.
+
+    Args:
+        p: ``[T, F]``, float32 or bfloat16, rows contiguous.
+        max_density: the most of them, as a share.
+
+    Returns:
+        Values and support; None where there are more.
+    """
+    rows, columns = p.shape
+    _require(rows_are_contiguous(p), f"rows of p contiguous, got strides {p.stride()}")
+    sample = rows // _SAMPLE
+    if (
+        max_density < 1.0
+        and sample
+        and _density(_counts(p[:sample]), sample, columns) > (max_density + _CLEARLY)
+    ):
+        return None
+    counts, stride = _counts(p), p.stride(0)
+    density = _density(counts, rows, columns)
+    if density > max_density:
+        return None
+    blocks = ceil_div(columns, TILE_UNIT)
+    tile = _balanced(blocks, _tile(density, rows, p.dtype))
+    tiles = ceil_div(blocks * TILE_UNIT, tile)
+    offsets = torch.empty(tiles * rows + 1, dtype=torch.int64)
+    entries = _library().steppe_offsets(counts.data_ptr(), rows, columns, tile, offsets.data_ptr())
+    support = Support(torch.empty(entries, dtype=torch.int16), offsets, rows, columns)
+    values = p.new_empty(entries)
+    _library().steppe_fill(
+        p.data_ptr(),
+        _dtype(p),
+        rows,
+        columns,
+        stride,
+        tile,
+        offsets.data_ptr(),
+        support.index.data_ptr(),
+        values.data_ptr(),
+        _threads(),
+    )
+    return values, support
+
+
+def _counts(p: Tensor) -> Tensor:
+    """Number of active entries of each row and each 64 columns, int32 ``[T · ⌈F / 64⌉]``."""
+    rows, columns = p.shape
+    counts = torch.empty(rows * ceil_div(columns, TILE_UNIT), dtype=torch.int32)
+    _library().steppe_count(
+        p.data_ptr(), _dtype(p), rows, columns, p.stride(0), counts.data_ptr(), _threads()
+    )
+    return counts
+
+
+def _density(counts: Tensor, rows: int, columns: int) -> float:
+    return int(counts.sum()) / max(rows * columns, 1)
+
+
+def pack(matrix: Tensor, buffer: str | None = None) -> Panels:
+    """The panels of a matrix ``[N, D]`` of any strides.
+
+    Args:
+        matrix: float32 or bfloat16.
+        buffer: name of the `scratch` to write to; None for new memory.
+    """
+    rows, width = matrix.shape
+    shape = (ceil_div(width, TILE_UNIT), rows, TILE_UNIT)
+    data = matrix.new_empty(shape) if buffer is None else scratch(buffer, shape, matrix)
+    _library().steppe_pack(
+        matrix.data_ptr(),
+        _dtype(matrix),
+        rows,
+        width,
+        *matrix.stride(),
+        data.data_ptr(),
+        _threads(),
+    )
+    return Panels(data, width)
+
+
+def spmm(values: Tensor, support: Support, panels: Panels, bias: Tensor | None = None) -> Tensor:
+    """``A M + bias``, ``[T, D]``."""
+    out = values.new_empty(support.rows, panels.width)
+    return spmm_into(out, values, support, panels, bias)
+
+
+def spmm_into(
+    out: Tensor,
+    values: Tensor,
+    support: Support,
+    panels: Panels,
+    bias: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """``A M + bias`` written to a tensor ``[T, D]`` of any strides, or added to it."""
+    _check_list(support, values)
+    _check_panels(panels, support.columns, values)
+    _require(out.shape == (support.rows, panels.width), f"out {tuple(out.shape)}")
+    if bias is not None:
+        _check_vector(bias, panels.width, values)
+    failed = _library().steppe_spmm(
+        values.data_ptr(),
+        support.index.data_ptr(),
+        support.offsets.data_ptr(),
+        _dtype(values),
+        support.rows,
+        support.columns,
+        support.tile,
+        panels.data.data_ptr(),
+        panels.width,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        *out.stride(),
+        accumulate,
+        _threads(),
+    )
+    if failed:
+        raise MemoryError("spmm: no memory for the sums")
+    return out
+
+
+def sampled(support: Support, left: Panels, right: Panels) -> Tensor:
+    """Values of ``G Mᵀ`` on a support."""
+    _check_panels(left, support.rows, right.data)
+    _check_panels(right, support.columns, left.data)
+    _check_list(support, None)
+    _require(left.width == right.width, f"one width, got {left.width} and {right.width}")
+    values = left.data.new_empty(support.index.shape[0])
+    failed = _library().steppe_sampled(
+        support.index.data_ptr(),
+        support.offsets.data_ptr(),
+        _dtype(values),
+        support.rows,
+        support.columns,
+        support.tile,
+        left.data.data_ptr(),
+        right.data.data_ptr(),
+        left.width,
+        values.data_ptr(),
+        _threads(),
+    )
+    if failed:
+        raise MemoryError("sampled: no memory for the sums")
+    return values
+
+
+def transpose(support: Support, *values: Tensor) -> tuple[Support, list[Tensor]]:
+    """The lists of one or two transposed matrices on the same support."""
+    _require(len(values) in (1, 2), f"one or two lists of values, got {len(values)}")
+    for one in values:
+        _check_list(support, one)
+    rows, columns = support.rows, support.columns
+    density = len(support.index) / max(rows * columns, 1)
+    blocks = ceil_div(rows, TILE_UNIT)
+    tile = _balanced(blocks, _tile(density, columns, values[0].dtype))
+    tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
+    turned = Support(
+        torch.empty_like(support.index),
+        torch.empty(tiles * columns + 1, dtype=torch.int64),
+        columns,
+        rows,
+    )
+    outputs = [torch.empty_like(one) for one in values]
+    second = len(values) == 2
+    _library().steppe_transpose(
+        values[0].data_ptr(),
+        values[1].data_ptr() if second else None,
+        support.index.data_ptr(),
+        support.offsets.data_ptr(),
+        _dtype(values[0]),
+        rows,
+        columns,
+        support.tile,
+        tile,
+        outputs[0].data_ptr(),
+        outputs[1].data_ptr() if second else None,
+        turned.index.data_ptr(),
+        turned.offsets.data_ptr(),
+        _threads(),
+    )
+    return turned, outputs
+
+
+def row_sums(values: Tensor, support: Support) -> Tensor:
+    """Sum of each row, ``[T]``."""
+    _check_list(support, values)
+    out = values.new_empty(support.rows)
+    _library().steppe_row_sums(
+        values.data_ptr(),
+        support.offsets.data_ptr(),
+        _dtype(values),
+        support.rows,
+        support.tiles,
+        out.data_ptr(),
+        _threads(),
+    )
+    return out
+
+
+def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x Wᵀ + bias`` for at most `DECODE_ROWS` rows of x; rows of W ``[F, D]`` contiguous."""
+    _check_few(x, weight)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    if bias is not None:
+        _check_vector(bias, weight.shape[0], x)
+    _library().steppe_matvec(
+        x.data_ptr(),
+        _dtype(x),
+        *x.shape,
+        weight.data_ptr(),
+        weight.stride(0),
+        None if bias is None else bias.data_ptr(),
+        weight.shape[0],
+        out.data_ptr(),
+        _threads(),
+    )
+    return out
+
+
+def decode(values: Tensor, support: Support, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``A V + bias`` for at most `DECODE_ROWS` rows of A; rows of V ``[F, D]`` contiguous."""
+    _check_list(support, values)
+    _require(support.rows <= DECODE_ROWS, f"at most {DECODE_ROWS} rows, got {support.rows}")
+    _check_rows(weight, support.columns, values)
+    if bias is not None:
+        _check_vector(bias, weight.shape[1], values)
+    out = values.new_empty(support.rows, weight.shape[1])
+    _library().steppe_decode(
+        values.data_ptr(),
+        support.index.data_ptr(),
+        support.offsets.data_ptr(),
+        _dtype(values),
+        support.rows,
+        support.columns,
+        support.tile,
+        weight.data_ptr(),
+        weight.stride(0),
+        weight.shape[1],
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        _threads(),
+    )
+    return out
+
+
+def decode_sampled(support: Support, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Values of ``x Wᵀ + bias`` on a support of at most `DECODE_ROWS` rows."""
+    _check_few(x, weight)
+    _check_list(support, None)
+    _require(x.shape[0] == support.rows, f"{support.rows} rows of x, got {x.shape[0]}")
+    _check_rows(weight, support.columns, x)
+    if bias is not None:
+        _check_vector(bias, weight.shape[0], x)
+    values = x.new_empty(support.index.shape[0])
+    _library().steppe_decode_sampled(
+        support.index.data_ptr(),
+        support.offsets.data_ptr(),
+        _dtype(x),
+        support.rows,
+        support.columns,
+        support.tile,
+        x.data_ptr(),
+        weight.data_ptr(),
+        weight.stride(0),
+        weight.shape[1],
+        None if bias is None else bias.data_ptr(),
+        values.data_ptr(),
+        _threads(),
+    )
+    return values
+
+
+def decode_mlp(
+    x: Tensor,
+    weights: Weights,
+    rule: Rule,
+    most: int,
+) -> tuple[Tensor, Tensor, Tensor] | Tensor:
+    """A whole block for at most `DECODE_ROWS` rows of x, without dropout.
+
+    Args:
+        x: ``[T, D]``, contiguous.
+        weights: of the block, rows contiguous.
+        rule: the activation.
+        most: of the T · F entries may be active.
+
+    Returns:
+        z ``[T, D]``, r ``[T, F]`` and what multiplies σ(r) in a gated block ``[T, F]``, else empty;
+        r alone where more are active.
+    """
+    hidden, width = weights.down.shape
+    _check_few(x, weights.activated)
+    _require(weights.activated.shape[0] == hidden, f"{hidden} rows, got {weights.activated.shape}")
+    _check_rows(weights.down, hidden, x)
+    _require(width == x.shape[1], f"{width} columns, got {x.shape[1]}")
+    for bias, length in (
+        (weights.activated_bias, hidden),
+        (weights.up_bias, hidden),
+        (weights.down_bias, width),
+    ):
+        if bias is not None:
+            _check_vector(bias, length, x)
+    up = weights.up
+    if up is not None:
+        _check_rows(up, hidden, x)
+        _require(up.shape[1] == width, f"{width} columns, got {up.shape[1]}")
+    rows = x.shape[0]
+    z, r = torch.empty_like(x), x.new_empty(rows, hidden)
+    up_values = x.new_empty((rows, hidden) if up is not None else 0)
+    active = _library().steppe_decode_mlp(
+        x.data_ptr(),
+        _dtype(x),
+        rows,
+        width,
+        hidden,
+        weights.activated.data_ptr(),
+        weights.activated.stride(0),
+        _pointer(weights.activated_bias),
+        _pointer(up),
+        0 if up is None else up.stride(0),
+        _pointer(weights.up_bias),
+        weights.down.data_ptr(),
+        weights.down.stride(0),
+        _pointer(weights.down_bias),
+        rule.alpha,
+        rule.beta,
+        most,
+        r.data_ptr(),
+        _pointer(None if up is None else up_values),
+        z.data_ptr(),
+        _threads(),
+    )
+    if active == -2:
+        raise MemoryError("decode_mlp: no memory for the list")
+    return r if active == -1 else (z, r, up_values)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def rows_are_contiguous(matrix: Tensor) -> bool:
+    """Whether the elements of each row lie together."""
+    return matrix.stride(1) == 1 or matrix.shape[1] <= 1
+
+
+def _tile(density: float, rows: int, dtype: torch.dtype) -> int:
+    """The width of tiles that gathers fastest."""
+    if rows <= DECODE_ROWS:
+        return _DECODE_TILE
+    return next(tile for above, tile in _TILES[dtype] if density >= above)
+
+
+def _balanced(blocks: int, tile: int) -> int:
+    """Of as many tiles as wanted, the width that `tile_of` tells from their number."""
+    tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
+    return TILE_UNIT * max(ceil_div(blocks, tiles), 1)
+
+
+def _library() -> Any:
+    library = load()
+    if library is None:
+        raise KernelError("the native kernels are not built; steppe.kernels() says why")
+    return library
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _dtype(tensor: Tensor) -> int:
+    code = DTYPES.get(tensor.dtype)
+    _require(code is not None and tensor.device.type == "cpu", f"{tensor.dtype}, {tensor.device}")
+    assert code is not None
+    return code
+
+
+def _check_list(support: Support, values: Tensor | None) -> None:
+    """Refuse a list whose parts do not go together; its numbers are our own and are trusted."""
+    index, offsets = support.index, support.offsets
+    rows, columns = support.rows, support.columns
+    _require(index.dtype == torch.int16 and index.is_contiguous(), f"index {index.dtype}")
+    _require(offsets.dtype == torch.int64 and offsets.is_contiguous(), f"offsets {offsets.dtype}")
+    tiles = max(ceil_div(columns, support.tile), 1) if rows else 0
+    _require(len(offsets) == tiles * rows + 1 or rows == 0, f"{tiles} tiles, got {len(offsets)}")
+    _require(int(offsets[-1]) == len(index), f"{int(offsets[-1])} entries, got {len(index)}")
+    if values is not None:
+        _check_vector(values, len(index), values)
+
+
+def _check_vector(vector: Tensor, length: int, like: Tensor) -> None:
+    _require(
+        vector.shape == (length,) and vector.is_contiguous() and vector.dtype == like.dtype,
+        f"a contiguous vector of {length} {like.dtype}, got {tuple(vector.shape)} {vector.dtype}",
+    )
+
+
+def _check_panels(panels: Panels, rows: int, like: Tensor) -> None:
+    shape = (ceil_div(panels.width, TILE_UNIT), rows, TILE_UNIT)
+    data = panels.data
+    _require(
+        data.shape == shape and data.is_contiguous() and data.dtype == like.dtype,
+        f"panels {shape} of {like.dtype}, got {tuple(data.shape)} of {data.dtype}",
+    )
+
+
+def _check_rows(weight: Tensor, rows: int, like: Tensor) -> None:
+    _require(
+        weight.ndim == 2
+        and weight.shape[0] == rows
+        and rows_are_contiguous(weight)
+        and weight.dtype == like.dtype,
+        f"{rows} contiguous rows of {like.dtype}, got {tuple(weight.shape)} {weight.dtype} with"
+        f" strides {weight.stride()}",
+    )
+
+
+def _check_few(x: Tensor, weight: Tensor) -> None:
+    _require(
+        x.ndim == 2 and x.is_contiguous() and x.shape[0] <= DECODE_ROWS,
+        f"at most {DECODE_ROWS} contiguous rows, got {tuple(x.shape)}",
+    )
+    _check_rows(weight, weight.shape[0], x)
+    _require(weight.shape[1] == x.shape[1], f"width {x.shape[1]}, got {weight.shape[1]}")
+
+
+def _require(holds: bool, expected: str) -> None:
+    if not holds:
+        raise KernelError(f"native kernel: expected {expected}")

@@ -1,0 +1,213 @@
+"""The native kernels of the ops, for float32 and bfloat16 on the CPU; else the reference runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from steppe.ops import calls, reference, registry
+from steppe.ops.calls import DECODE_ROWS, Support
+from steppe.ops.dispatch import max_density_for
+from steppe.ops.native import load
+from steppe.ops.packing import kept_panels, kept_rows
+from steppe.ops.reference import Rule, Weights
+from steppe.ops.registry import Seven, no_list, only_needed, rule_of
+
+
+def _runs(*tensors: Tensor | None) -> bool:
+    """Whether the native kernels are there and take these tensors, which are of one dtype."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    dtype = given[0].dtype
+    return (
+        load() is not None
+        and dtype in calls.DTYPES
+        and all(tensor.dtype == dtype for tensor in given)
+    )
+
+
+@registry.compact.register_kernel("cpu")
+def _(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not _runs(p):
+        return reference.compact(p)
+    listed = calls.compact(p.contiguous())
+    assert listed is not None  # of any density
+    values, support = listed
+    return values, support.index, support.offsets
+
+
+@registry.spmm.register_kernel("cpu")
+def _(values: Tensor, index: Tensor, offsets: Tensor, rows: int, matrix: Tensor) -> Tensor:
+    if not _runs(values, matrix):
+        return reference.spmm(values, index, offsets, rows, matrix)
+    support = Support(index, offsets, rows, matrix.shape[0])
+    return calls.spmm(values.contiguous(), support, calls.pack(matrix))
+
+
+@registry.spmm_t.register_kernel("cpu")
+def _(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, columns: int) -> Tensor:
+    if not _runs(values, matrix):
+        return reference.spmm_t(values, index, offsets, matrix, columns)
+    support = Support(index, offsets, matrix.shape[0], columns)
+    turned, (turned_values,) = calls.transpose(support, values.contiguous())
+    return calls.spmm(turned_values, turned, calls.pack(matrix))
+
+
+@registry.sampled.register_kernel("cpu")
+def _(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    if not _runs(left, right):
+        return reference.sampled(index, offsets, left, right)
+    support = Support(index, offsets, left.shape[0], right.shape[0])
+    return calls.sampled(support, calls.pack(left), calls.pack(right))
+
+
+@registry.mlp.register_kernel("cpu")
+def _(
+    x: Tensor,
+    activated: Tensor,
+    activated_bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    alpha: float,
+    beta: float,
+    mix: Tensor | None,
+    dropout: float,
+    trains: bool,
+    max_density: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
+    rule = rule_of(alpha, beta, mix, dropout)
+    if not _runs(x, *weights):
+        return *reference.mlp(x, weights, rule), *no_list(x.device)
+    rows, columns = x.shape[0], down.shape[0]
+    most = max_density
+    if most is None:
+        most = max_density_for(rows, x.dtype, trains)
+    if most <= 0.0:
+        return *reference.mlp(x, weights, rule), *no_list(x.device)
+    if rows <= DECODE_ROWS and not trains and not dropout:
+        return *_decode(x.contiguous(), weights, rule, most), *no_list(x.device)
+    p = reference.linear(x, activated, activated_bias, calls.scratch("p", (rows, columns), x))
+    listed = calls.compact(p, most)
+    if listed is None:
+        return *reference.mlp_from(p, x, weights, rule), *no_list(x.device)
+    r, support = listed
+    panels = _passing_panels if trains else kept_panels
+    up_values = r.new_empty(0)
+    if up is not None:
+        up_values = calls.sampled(support, calls.pack(x, "x"), panels(up))
+        if up_bias is not None:
+            up_values += up_bias[_columns_of(support)]
+    kept = rule.draw_kept(r)
+    hidden = rule.hidden(r, up_values, kept)
+    z = calls.spmm(hidden, support, panels(down), down_bias)
+    return z, r, up_values, kept, support.index, support.offsets
+
+
+def _decode(
+    x: Tensor, weights: Weights, rule: Rule, most: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A block on few rows: what takes time is to read the weights, each once."""
+    rows, columns = x.shape[0], weights.down.shape[0]
+    laid_out = weights._replace(
+        activated=kept_rows(weights.activated),
+        up=None if weights.up is None else kept_rows(weights.up),
+        down=kept_rows(weights.down),
+    )
+    nothing_kept = rule.draw_kept(x)
+    done = calls.decode_mlp(x, laid_out, rule, int(most * rows * columns))
+    if isinstance(done, Tensor):
+        return reference.mlp_from(done, x, weights, rule)
+    z, r, up_values = done
+    return z, r.flatten(), up_values.flatten(), nothing_kept
+
+
+@registry.mlp_backward.register_kernel("cpu")
+def _(
+    grad_z: Tensor,
+    x: Tensor,
+    activated: Tensor,
+    activated_bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    alpha: float,
+    beta: float,
+    mix: Tensor | None,
+    dropout: float,
+    r: Tensor,
+    up_values: Tensor,
+    kept: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    needs: Sequence[bool],
+) -> Seven:
+    weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
+    rule = rule_of(alpha, beta, mix, dropout)
+    if not offsets.numel() or not _runs(grad_z, x, *weights):
+        return registry.reference_backward(
+            grad_z, x, weights, rule, r, up_values, kept, index, offsets, needs
+        )
+    support = Support(index, offsets, x.shape[0], down.shape[0])
+    grads = _sparse_gradients(grad_z, x, weights, rule, r, up_values, kept, support, needs)
+    return only_needed(grads, (x, *weights), needs)
+
+
+def _sparse_gradients(
+    grad_z: Tensor,
+    x: Tensor,
+    weights: Weights,
+    rule: Rule,
+    r: Tensor,
+    up_values: Tensor,
+    kept: Tensor,
+    support: Support,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x and of the weights, where they are needed."""
+    needs_x, needs_activated, needs_activated_bias, needs_up, needs_up_bias, needs_down, _ = needs
+    panels_g = calls.pack(grad_z, "gradient")
+    grad_hidden = calls.sampled(support, panels_g, _passing_panels(weights.down))
+    hidden = rule.hidden(r, up_values, kept)
+    grad_p, grad_up = rule.split(grad_hidden, r, up_values, kept)
+    del grad_hidden
+
+    turned, (hidden_t, grad_p_t) = calls.transpose(support, hidden, grad_p)
+    grads: list[Tensor | None] = [None] * 7
+    if needs_down:
+        grads[5] = calls.spmm_into(torch.empty_like(weights.down), hidden_t, turned, panels_g)
+    panels_x = calls.pack(x, "x") if needs_activated or needs_up else None
+    if needs_activated:
+        assert panels_x is not None
+        grads[1] = calls.spmm_into(torch.empty_like(weights.activated), grad_p_t, turned, panels_x)
+    if needs_activated_bias:
+        grads[2] = calls.row_sums(grad_p_t, turned)
+    if needs[6]:
+        grads[6] = grad_z.sum(0)
+    if needs_x:
+        grads[0] = calls.spmm(grad_p, support, _passing_panels(weights.activated))
+    if weights.up is None or grad_up is None:
+        return grads
+
+    turned, (grad_up_t,) = calls.transpose(support, grad_up)
+    if needs_up:
+        assert panels_x is not None
+        grads[3] = calls.spmm_into(torch.empty_like(weights.up), grad_up_t, turned, panels_x)
+    if needs_up_bias:
+        grads[4] = calls.row_sums(grad_up_t, turned)
+    if grads[0] is not None:
+        calls.spmm_into(grads[0], grad_up, support, _passing_panels(weights.up), accumulate=True)
+    return grads
+
+
+def _passing_panels(weight: Tensor) -> calls.Panels:
+    """The panels of a weight until the next one's, for a weight that is about to change."""
+    return calls.pack(weight, "weight")
+
+
+def _columns_of(support: Support) -> Tensor:
+    return reference.positions(support.index, support.offsets, support.rows, support.columns)[1]

@@ -1,0 +1,99 @@
+"""Copies of weights in the layout that a kernel reads, kept for inference.
+
+A copy is served only while the weight is the one it was made from: the same storage, at the same
+version, which every in-place change raises, and with the same values at a few places, since changes
+through ``.data`` raise no version.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from steppe.ops.calls import Panels, pack, rows_are_contiguous
+
+_PROBES = 64
+_Copy = TypeVar("_Copy", Panels, Tensor)
+_Key = tuple[object, ...]
+
+
+@dataclass
+class _Entry:
+    """A copy, and what tells whether it is still true."""
+
+    storage: StorageWeakRef
+    version: int
+    probes: Tensor
+    copy: Panels | Tensor
+
+
+_entries: dict[_Key, _Entry] = {}
+_lock = threading.Lock()
+
+
+def kept_panels(weight: Tensor) -> Panels:
+    """The panels of a weight ``[N, D]``."""
+    return _kept("panels", weight, pack)
+
+
+def kept_rows(weight: Tensor) -> Tensor:
+    """A weight ``[N, D]`` with its rows contiguous; itself if they are."""
+    return weight if rows_are_contiguous(weight) else _kept("rows", weight, Tensor.contiguous)
+
+
+def forget(weight: Tensor) -> None:
+    """Free the copies of a weight."""
+    storage = weight.untyped_storage()._cdata
+    with _lock:
+        for key in [key for key in _entries if key[0] == storage]:
+            del _entries[key]
+
+
+def _kept(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy:
+    if weight.is_inference() or not _is_dense(weight):  # the first has no version
+        return make(weight)
+    storage = StorageWeakRef(weight.untyped_storage())
+    key = (
+        storage.cdata,
+        layout,
+        weight.storage_offset(),
+        weight.shape,
+        weight.stride(),
+        weight.dtype,
+    )
+    probes = _probes(weight)
+    with _lock:
+        entry = _entries.get(key)
+    if (
+        entry is not None
+        and not entry.storage.expired()
+        and entry.version == weight._version
+        and torch.equal(entry.probes, probes)
+    ):
+        return entry.copy  # type: ignore[return-value]  # the layout is in the key
+    copy = make(weight)
+    with _lock:
+        for old in [old for old, entry in _entries.items() if entry.storage.expired()]:
+            del _entries[old]
+        _entries[key] = _Entry(storage, weight._version, probes.clone(), copy)
+    return copy
+
+
+def _is_dense(weight: Tensor) -> bool:
+    """Whether a matrix fills its part of the memory without gaps, in either order."""
+    rows, columns = weight.shape
+    return weight.stride() in ((columns, 1), (1, rows))
+
+
+def _probes(weight: Tensor) -> Tensor:
+    """Values spread over a dense weight's memory, as bits, so that NaN equals itself."""
+    count = min(weight.numel(), _PROBES)
+    step = weight.numel() // max(count, 1)
+    bits = torch.int32 if weight.dtype == torch.float32 else torch.int16
+    return weight.detach().as_strided((count,), (step,)).view(bits)
