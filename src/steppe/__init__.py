@@ -5,6 +5,7 @@ from steppe.blocks import BlockPattern, MLPBlock, find_blocks
 from steppe.checkpoints import load_pretrained
 from steppe.errors import SteppeError
 from steppe.measures import BlockCurvature, BlockReport, Monitor, Report, measure, watch
+from steppe.ops.native import Kernels, kernels
 from steppe.plugins import (
     JumpingSquaredReLU,
     Plugin,
@@ -14,9 +15,9 @@ from steppe.plugins import (
     advance_,
     constrain_,
     project_,
-    restore_,
     sparsify_,
 )
+from steppe.runtime import accelerate_, restore_
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "BlockPattern",
     "BlockReport",
     "JumpingSquaredReLU",
+    "Kernels",
     "MLPBlock",
     "Monitor",
     "Plugin",
@@ -34,10 +36,12 @@ __all__ = [
     "SShapedSquaredReLU",
     "SteppeError",
     "ZerothBias",
+    "accelerate_",
     "added_parameters",
     "advance_",
     "constrain_",
     "find_blocks",
+    "kernels",
     "load_pretrained",
     "measure",
     "project_",

@@ -31,6 +31,7 @@ class BlockPattern:
         down: path of the second linear layer.
         norm: path of the norm whose output the block reads, or None.
         gate: path of the activated linear layer of a gated block, or None.
+        dropout: path of the dropout between activation and second layer, or None.
         norm_is_shared: others (the residual stream, attention) read the norm's output too.
         when: further condition on the owner, for families that differ by a flag only.
         sequence_first: says of the owner that tokens are dimension 0 of its input, not 1.
@@ -44,6 +45,7 @@ class BlockPattern:
     down: str
     norm: str | None = None
     gate: str | None = None
+    dropout: str | None = None
     norm_is_shared: bool = False
     when: Callable[[Any], bool] | None = None
     sequence_first: Callable[[Any], bool] | None = None
@@ -74,6 +76,7 @@ class MLPBlock:
         gate: the activated linear layer of a gated block, or None.
         act: the activation, a module or a plain function.
         down: second linear layer ``[d_hidden → d_model]``.
+        dropout: the dropout between activation and `down`, or None.
         d_model: width of the input.
         d_hidden: width of the hidden layer.
         family: name of the pattern that matched.
@@ -91,6 +94,7 @@ class MLPBlock:
     gate: nn.Module | None
     act: Callable[[Tensor], Tensor]
     down: nn.Module
+    dropout: nn.Module | None
     d_model: int
     d_hidden: int
     family: str = field(repr=False)
@@ -156,6 +160,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="DenseReluDense.wi",
         act="DenseReluDense.act",
         down="DenseReluDense.wo",
+        dropout="DenseReluDense.dropout",
     ),
     BlockPattern(
         family="T5 v1.1 (gated)",
@@ -164,6 +169,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="DenseReluDense.wi_1",
         act="DenseReluDense.act",
         down="DenseReluDense.wo",
+        dropout="DenseReluDense.dropout",
     ),
     BlockPattern(
         family="ViT, I-JEPA",
@@ -227,6 +233,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="linear1",
         act="activation",
         down="linear2",
+        dropout="dropout",
         when=_norm_first,
         sequence_first=_sequence_first,
         act_flags=_ENCODER_LAYER_FLAGS,
@@ -238,12 +245,27 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="linear1",
         act="activation",
         down="linear2",
+        dropout="dropout",
         when=_norm_last,
         sequence_first=_sequence_first,
         act_flags=_ENCODER_LAYER_FLAGS,
     ),
-    BlockPattern(family="timm ViT", norm="norm2", up="mlp.fc1", act="mlp.act", down="mlp.fc2"),
-    BlockPattern(family="torchvision ViT", norm="ln_2", up="mlp.0", act="mlp.1", down="mlp.3"),
+    BlockPattern(
+        family="timm ViT",
+        norm="norm2",
+        up="mlp.fc1",
+        act="mlp.act",
+        down="mlp.fc2",
+        dropout="mlp.drop1",
+    ),
+    BlockPattern(
+        family="torchvision ViT",
+        norm="ln_2",
+        up="mlp.0",
+        act="mlp.1",
+        down="mlp.3",
+        dropout="mlp.2",
+    ),
 )
 
 
@@ -430,6 +452,7 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         return None
     if pattern.gate is not None and not isinstance(gate, nn.Module):
         return None
+    dropout = None if pattern.dropout is None else _part(owner, pattern.dropout)
     up_shape, down_shape = linear_shape(up), linear_shape(down)
     if up_shape is None or down_shape != up_shape[::-1]:
         return None
@@ -443,6 +466,7 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         gate=gate,
         act=see_through(getattr(act_slot.module, act_slot.name)),
         down=down,
+        dropout=dropout if isinstance(dropout, nn.Module) else None,
         d_model=up_shape[0],
         d_hidden=up_shape[1],
         family=pattern.family,

@@ -6,11 +6,13 @@ copies or replaces a Parameter: an optimizer that holds them goes on.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -37,11 +39,25 @@ class _AttributeEdit(_Edit):
 
 
 @dataclass
-class _ParameterEdit(_Edit):
+class _AddedEdit(_Edit):
     slot: Slot
 
     def undo(self) -> None:
         delattr(self.slot.module, self.slot.name)
+
+
+@dataclass
+class _ParameterEdit(_AddedEdit):
+    """A new parameter."""
+
+
+@dataclass
+class _ItemEdit(_Edit):
+    items: list[Any]
+    item: object
+
+    def undo(self) -> None:
+        self.items.remove(self.item)
 
 
 @dataclass
@@ -87,6 +103,16 @@ class Journal:
         old = getattr(slot.module, slot.name)
         _set(slot, value)
         self._edits.append(_AttributeEdit(slot, old))
+
+    def add_attribute(self, slot: Slot, value: object) -> None:
+        """Give a module an attribute that it does not have; no Parameter, buffer or module."""
+        setattr(slot.module, slot.name, value)
+        self._edits.append(_AddedEdit(slot))
+
+    def append(self, items: list[Any], item: object) -> None:
+        """Put an object at the end of a list."""
+        items.append(item)
+        self._edits.append(_ItemEdit(items, item))
 
     def hold_attribute(self, slot: Slot, value: object) -> None:
         """Give an attribute another value for as long as any journal wants it so.
@@ -150,3 +176,9 @@ def _set(slot: Slot, value: object) -> None:
     if not isinstance(value, nn.Module):
         slot.module._modules.pop(slot.name, None)
     setattr(slot.module, slot.name, value)
+
+
+def forget_compiled_code() -> None:
+    """Make torch.compile look again: it does not notice hooks added after the first call."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -69,6 +69,20 @@ def loss_of_share(model: nn.Module, step: int, rank: int, world: int) -> Tensor:
     return total * world / predicted
 
 
+def accelerated(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict[str, Any]:
+    """Train on the sparse kernels, in float32; parameters at the end."""
+    torch.manual_seed(0)
+    inner = steppe.sparsify_(models.gpt2(), [ZerothBias(max_tokens=TOKENS), JumpingSquaredReLU()])
+    steppe.accelerate_(inner, max_density=1.0)
+    model = wrap(inner)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for step in range(STEPS):
+        loss_of_share(model, step, rank, world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: whole(p) for name, p in inner.named_parameters()}
+
+
 def measured(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict[str, Any]:
     """What measure says of this process's rows, summed over processes; twice, as users do."""
     torch.manual_seed(0)
@@ -147,6 +161,8 @@ def work(rank: int, folder: Path) -> None:
             "fsdp2": train(fsdp, rank, WORLD),
             "ddp measured": measured(ddp, rank, WORLD),
             "fsdp2 measured": measured(fsdp, rank, WORLD),
+            "ddp accelerated": accelerated(ddp, rank, WORLD),
+            "fsdp2 accelerated": accelerated(fsdp, rank, WORLD),
             "too late": sparsify_too_late(rank),
         }
     torch.save(results, folder / f"{rank}.pt")

@@ -43,6 +43,15 @@ def test_the_parameters_are_those_of_one_process(
 
 
 @each_kind
+def test_accelerated_blocks_learn_what_one_process_learns(
+    kind: str, by_rank: list[dict[str, Any]]
+) -> None:
+    expected = distributed_workers.accelerated(distributed_workers.alone, rank=0, world=1)
+    for results in by_rank:
+        torch.testing.assert_close(results[f"{kind} accelerated"], expected, rtol=1e-4, atol=1e-5)
+
+
+@each_kind
 def test_the_projections_were_active_in_every_process(
     kind: str, by_rank: list[dict[str, Any]]
 ) -> None:

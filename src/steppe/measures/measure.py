@@ -28,6 +28,7 @@ from steppe.measures.losses import (
 )
 from steppe.measures.report import Report
 from steppe.measures.watch import Monitor, watch
+from steppe.routing import run_dense
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -162,12 +163,13 @@ def measure(
         report = monitor.report(group)
     if not curvature:
         return report
-    with _evaluating(model), torch.enable_grad():
+    blocks = find_blocks(model, where, patterns)
+    with _evaluating(model), torch.enable_grad(), run_dense(blocks):
         curvatures = hessian_curvature(
             model,
             kept,
             _MeanLoss(loss, forward, reduction),
-            find_blocks(model, where, patterns),
+            blocks,
             size=_Terms(shifts_labels(model), reduction),
         )
     return replace(report, curvature=curvatures)

@@ -31,6 +31,7 @@ from steppe.measures.flatness import COLUMNS, by_sample, new_probe, tap
 from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, scaled, sum_over
+from steppe.routing import route_of
 from steppe.surgery import Journal
 from steppe.tokens import TokenContext, listen
 
@@ -120,6 +121,13 @@ class Monitor:
         self.reset()
         return taken
 
+    def observe_routes(self, journal: Journal) -> None:
+        """Be told of the blocks that run around their own modules."""
+        for observer in self._observers:
+            route = route_of(observer.block.down)
+            if route is not None:
+                journal.append(route.observers, observer)
+
     def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor | None]]]:
         """The forward hooks that measure, with the modules they belong to."""
         for observer in self._observers:
@@ -199,9 +207,19 @@ class _Observer:
             gradients.append(scaled(moments, squared_factor))
         return Tally(self.counts.clone(), self.units.clone(), self.moments.clone(), *gradients)
 
+    @property
+    def needs_dense(self) -> bool:
+        """Whether a routed block's own modules must run now, for their gradients to be seen."""
+        return self._monitor.enabled and self._losses is not None
+
+    def see_support(self, x: Tensor, active: Tensor, slopes: Tensor) -> None:
+        """The support of a routed call."""
+        if self._monitor.enabled:
+            self._count(active, active, slopes)
+
     def see_p(self, module: nn.Module, args: tuple[Any, ...], p: Tensor) -> Tensor | None:
         """Forward hook on the activated layer."""
-        if not self._monitor.enabled:
+        if not self._monitor.enabled or self._is_routed(p):
             return None
         # The slot, not the block: the activation may have been replaced since.
         slot = self.block.act_slot
@@ -219,7 +237,7 @@ class _Observer:
 
     def see_up(self, module: nn.Module, args: tuple[Any, ...], up: Tensor) -> Tensor | None:
         """Forward hook on `up` of a gated block."""
-        if not self._monitor.enabled:
+        if not self._monitor.enabled or self._is_routed(up):
             return None
         if self._gate is None:
             self._up = up.detach() != 0
@@ -231,6 +249,10 @@ class _Observer:
     def see_z(self, module: nn.Module, args: tuple[Any, ...], z: Tensor) -> Tensor | None:
         """Forward hook on `down`."""
         return self._tapped("down", args[0], z, None) if self._monitor.enabled else None
+
+    def _is_routed(self, output: Tensor) -> bool:
+        """Whether a layer has passed its input on; `see_support` is told of such a call."""
+        return output.dim() == 0 or output.shape[-1] != self.block.d_hidden
 
     def _count(self, p: Tensor, active: Tensor, slopes: Tensor) -> None:
         if self.counts.device != p.device:
@@ -330,6 +352,7 @@ def watch(
     journal = Journal()
     try:
         journal.hold_nested_tensors_off(model)
+        monitor.observe_routes(journal)
         for module, hook in context_hooks:
             journal.add_forward_pre_hook(module, hook, with_kwargs=True)
         if losses is not None:

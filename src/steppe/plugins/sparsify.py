@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from steppe.blocks import (
@@ -22,7 +20,8 @@ from steppe.plugins.base import Constraint, Plugin
 from steppe.plugins.jumping_relu import JumpingSquaredReLU
 from steppe.plugins.restricted_norm import RestrictedNorm
 from steppe.plugins.zeroth_bias import ZerothBias
-from steppe.surgery import Journal
+from steppe.routing import route_of
+from steppe.surgery import Journal, forget_compiled_code
 
 PLUGINS: tuple[type[Plugin], ...] = (ZerothBias, RestrictedNorm, JumpingSquaredReLU)
 CONFIG_KEY = "steppe"  # where a Hugging Face config keeps the record
@@ -84,7 +83,7 @@ def sparsify_(
 
     Raises:
         BlocksNotFoundError: there is no MLP block.
-        SparsificationError: a block has one of the plug-ins already.
+        SparsificationError: a block has one of the plug-ins already, or is accelerated.
         UnfitBlockError: a plug-in does not fit a block; the model is untouched.
 
     Source: arXiv 2605.25612.
@@ -104,6 +103,12 @@ def sparsify_(
         raise ValueError("sparsify_: no plug-in given, e.g. sparsify_(model, [ZerothBias()])")
     old = sparsification_of(root)
     _refuse_duplicates(plugins, names, old)
+    for block in blocks:
+        if route_of(block.down) is not None:
+            raise SparsificationError(
+                f"{block.name}: is accelerated; first steppe.restore_(model), then sparsify_, then"
+                " accelerate_"
+            )
     resolved = [plugin.resolve(root, blocks) for plugin in plugins]
     for plugin in resolved:
         for block in blocks:
@@ -129,7 +134,7 @@ def sparsify_(
         journal.undo()
         _keep(root, old)
         raise
-    _forget_compiled_code()
+    forget_compiled_code()
     return model
 
 
@@ -150,7 +155,7 @@ def restore_(model: nn.Module) -> nn.Module:
     root = unwrap(model)
     require_sparsification(root).journal.undo()
     _keep(root, None)
-    _forget_compiled_code()
+    forget_compiled_code()
     return model
 
 
@@ -275,9 +280,3 @@ def _keep(root: nn.Module, sparsification: Sparsification | None) -> None:
 
 def _is_hugging_face(config: object) -> bool:
     return callable(getattr(config, "to_dict", None))
-
-
-def _forget_compiled_code() -> None:
-    """Make torch.compile look again: it does not notice hooks added after the first call."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()

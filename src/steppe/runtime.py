@@ -1,0 +1,282 @@
+"""`accelerate_`: routes a model's MLP blocks through the sparse kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steppe import plugins
+from steppe.activations import Rectifier, is_relu, name_of
+from steppe.blocks import BlockPattern, MLPBlock, Slot, find_blocks, linear_weight, unwrap
+from steppe.errors import AccelerationError
+from steppe.ops.calibration import calibrate
+from steppe.ops.dispatch import pays
+from steppe.ops.packing import forget
+from steppe.ops.reference import Rule, Weights
+from steppe.ops.registry import mlp, rule_of, scatter
+from steppe.plugins.jumping_relu import JUMPING_SQUARED_RELU, MixedActivation
+from steppe.plugins.sparsify import sparsification_of
+from steppe.routing import Route
+from steppe.surgery import Journal, forget_compiled_code
+
+_ATTRIBUTE = "_steppe_acceleration"
+
+
+@dataclass
+class Acceleration:
+    """What `accelerate_` did to a model.
+
+    Attributes:
+        blocks: those that are routed.
+        journal: takes it back.
+    """
+
+    blocks: list[MLPBlock]
+    journal: Journal
+
+
+def accelerate_(
+    model: nn.Module,
+    where: Callable[[MLPBlock], bool] | None = None,
+    patterns: Sequence[BlockPattern] = (),
+    max_density: float | None = None,
+) -> nn.Module:
+    """Run the MLP blocks of a ReLU-type model on exact sparse kernels, forward and backward.
+
+    The same function at any density: nothing is dropped and nothing is predicted. A block's first
+    product is computed as before; of the others only what its active entries need. Where too many
+    are active, or there is too little to do, the block runs dense. Parameters stay the same objects
+    under the same names, and hooks, `watch` and `measure` go on working. For backward a block keeps
+    the list of its active entries. Call it after `sparsify_`; calling it again starts over.
+
+    The kernels are for float32 and bfloat16 on the CPU, see `kernels`; anything else runs dense.
+
+    Args:
+        model: the model; wrappers are seen through.
+        where: which blocks; all by default.
+        patterns: patterns of your own for `find_blocks`.
+        max_density: up to which density a block runs sparse, in [0, 1], however little there is to
+            do; by default as measured once on this machine.
+
+    Returns:
+        The model.
+
+    Raises:
+        BlocksNotFoundError: there is no MLP block.
+        AccelerationError: a block does not fit; the model is as it was.
+        KernelError: the native library is there and cannot be loaded.
+        ValueError: `max_density` is outside [0, 1].
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 32, dropout=0.0, batch_first=True)
+        >>> x = torch.randn(2, 5, 8)
+        >>> expected = layer(x)
+        >>> torch.allclose(accelerate_(layer)(x), expected, atol=1e-5)
+        True
+    """
+    if max_density is not None and not 0.0 <= max_density <= 1.0:
+        raise ValueError(f"accelerate_: expected max_density in 0 … 1, got {max_density}")
+    root = unwrap(model)
+    blocks = find_blocks(root, where, patterns)
+    for block in blocks:
+        _check(block)
+    if max_density is None:
+        for dtype in {linear_weight(block.down).dtype for block in blocks if _is_on_cpu(block)}:
+            calibrate(dtype)
+    old = acceleration_of(root)
+    if old is not None:
+        _decelerate(old)
+        blocks = find_blocks(root, where, patterns)
+    journal = Journal()
+    try:
+        journal.hold_nested_tensors_off(root)
+        for block in blocks:
+            compute = partial(_compute, max_density=max_density)
+            pays_here = partial(_pays, block) if max_density is None else _always
+            Route(block, compute, pays_here).lay(journal)
+        journal.add_attribute(Slot(root, _ATTRIBUTE), Acceleration(blocks, journal))
+    except BaseException:  # also Ctrl-C: never half a model
+        journal.undo()
+        raise
+    forget_compiled_code()
+    return model
+
+
+def restore_(model: nn.Module) -> nn.Module:
+    """Take everything back that `accelerate_` and `sparsify_` did: the exact inverse.
+
+    Values that training has given to the model's own parameters stay; the zeroth biases are gone.
+
+    Args:
+        model: a model that `accelerate_` or `sparsify_` changed.
+
+    Returns:
+        The model.
+
+    Raises:
+        SparsificationError: it is neither accelerated nor carries a plug-in.
+    """
+    acceleration = acceleration_of(model)
+    if acceleration is None:
+        return plugins.restore_(model)
+    _decelerate(acceleration)
+    return model if sparsification_of(model) is None else plugins.restore_(model)
+
+
+def acceleration_of(model: nn.Module) -> Acceleration | None:
+    """What `accelerate_` did to a model, or None."""
+    return getattr(unwrap(model), _ATTRIBUTE, None)
+
+
+def _decelerate(acceleration: Acceleration) -> None:
+    """Take an acceleration back and free what it kept."""
+    for block in acceleration.blocks:
+        for layer in _layers(block):
+            forget(linear_weight(layer))
+    acceleration.journal.undo()
+    forget_compiled_code()
+
+
+def _layers(block: MLPBlock) -> list[nn.Module]:
+    return [block.up, block.down] if block.gate is None else [block.gate, block.up, block.down]
+
+
+def _check(block: MLPBlock) -> None:
+    """Refuse a block that the kernels cannot compute."""
+    act = getattr(block.act_slot.module, block.act_slot.name)
+    if not isinstance(act, Rectifier) and not _is_mixed_relu(act) and not is_relu(act):
+        raise AccelerationError(
+            f"{block.name}: accelerate_ needs an activation that is zero for negative inputs, ReLU"
+            f" or its kind; got {name_of(act)}. Train or finetune the model with ReLU, or with"
+            " steppe.sparsify_(model, [steppe.JumpingSquaredReLU()]); or leave this block out:"
+            " accelerate_(model, where=...)"
+        )
+    if block.d_model == block.d_hidden:
+        raise AccelerationError(
+            f"{block.name}: expected a hidden width other than the model's, got {block.d_model} for"
+            " both. Leave this block out: accelerate_(model, where=...)"
+        )
+    for layer in _layers(block):
+        if not (isinstance(layer, nn.Linear) or _is_conv1d(layer)):
+            raise AccelerationError(
+                f"{block.name}: expected nn.Linear or Conv1D, got {type(layer).__name__}. Of a PEFT"
+                " model merge the adapters first: model = model.merge_and_unload()"
+            )
+        weight = linear_weight(layer)
+        if weight.dtype != linear_weight(block.down).dtype:
+            raise AccelerationError(
+                f"{block.name}: expected one dtype, got {weight.dtype} and"
+                f" {linear_weight(block.down).dtype}. Convert the model: model.to({weight.dtype})"
+            )
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise AccelerationError(
+                f"{block.name}: a weight is NaN or infinite, and zero times that is not zero."
+                " Load the model anew, or start training again from an earlier checkpoint"
+            )
+
+
+def _is_on_cpu(block: MLPBlock) -> bool:
+    return linear_weight(block.down).device.type == "cpu"
+
+
+def _is_mixed_relu(act: object) -> bool:
+    return isinstance(act, MixedActivation) and is_relu(act.original)
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    """Whether a layer is Transformers' Conv1D, a linear layer with its weight ``[in, out]``."""
+    return hasattr(layer, "nf") and hasattr(layer, "nx") and not hasattr(layer, "base_layer")
+
+
+def _pays(block: MLPBlock, x: Tensor) -> bool:
+    """Whether a call is worth the detour."""
+    return pays(x.numel() // block.d_model, block.d_model, block.d_hidden)
+
+
+def _always(x: Tensor) -> bool:
+    """Every call."""
+    return True
+
+
+def _compute(route: Route, x: Tensor, max_density: float | None) -> Tensor:
+    """A block from its input, and its support for whoever watches."""
+    block = route.block
+    weights = _weights(block)
+    alpha, beta, mix = _coefficients(block)
+    dropout = _dropout(block)
+    flat = x.reshape(-1, block.d_model)
+    tensors = [flat, *weights]
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    z, r, up, _, index, offsets = mlp(*tensors, alpha, beta, mix, dropout, trains, max_density)
+    if route.observers:
+        listed = r, up, index, offsets
+        active, slopes = _support(listed, block, rule_of(alpha, beta, mix, 0.0), len(flat))
+        shape = (*x.shape[:-1], block.d_hidden)
+        for observer in route.observers:
+            observer.see_support(x, active.view(shape), slopes.view(shape))
+    return z.view(*x.shape[:-1], block.d_model)
+
+
+def _support(
+    listed: tuple[Tensor, ...], block: MLPBlock, rule: Rule, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Where a ≠ 0 and where σ′ ≠ 0, bool ``[T, F]`` each, from what the op has listed."""
+    r, up, index, offsets = (tensor.detach() for tensor in listed)
+    active = rule.activation(r) != 0
+    if block.gate is not None:
+        active &= up != 0
+    slopes = torch.as_tensor(rule.slope(r) != 0) & (r != 0)
+    if not offsets.numel():
+        return active, slopes
+    width = block.d_hidden
+    return scatter(active, index, offsets, rows, width), scatter(
+        slopes, index, offsets, rows, width
+    )
+
+
+def _weights(block: MLPBlock) -> Weights:
+    """The block's parameters as the op takes them, each ``[F, D]``."""
+    first, up = block.activated, None if block.gate is None else block.up
+    return Weights(
+        activated=_outputs_first(first),
+        activated_bias=_bias(first),
+        up=None if up is None else _outputs_first(up),
+        up_bias=None if up is None else _bias(up),
+        down=_outputs_first(block.down).T,
+        down_bias=_bias(block.down),
+    )
+
+
+def _outputs_first(layer: nn.Module) -> Tensor:
+    """The weight, with a row per output."""
+    weight = linear_weight(layer)
+    return weight.T if _is_conv1d(layer) else weight
+
+
+def _bias(layer: Any) -> Tensor | None:
+    bias: Tensor | None = layer.bias
+    return bias
+
+
+def _coefficients(block: MLPBlock) -> tuple[float, float, Tensor | None]:
+    """α, β and what β is multiplied by, as the activation has them now."""
+    act: Any = getattr(block.act_slot.module, block.act_slot.name)
+    if isinstance(act, Rectifier):
+        return act.alpha, act.beta, None
+    if isinstance(act, MixedActivation):
+        return *JUMPING_SQUARED_RELU, act.mix
+    return 1.0, 0.0, None
+
+
+def _dropout(block: MLPBlock) -> float:
+    """The probability that a hidden entry is dropped now."""
+    layer: Any = block.dropout
+    return float(layer.p) if isinstance(layer, nn.Dropout) and layer.training else 0.0
