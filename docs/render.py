@@ -14,6 +14,7 @@ from steppe.report import demo_markdown, plot_training_density
 
 ROOT = Path(__file__).parents[1]
 DEMO = "docs/results/demo.json"
+SPEED = "benchmarks/results/mlp_cpu.json"
 MONITOR_COST = "benchmarks/results/monitor_cost.json"
 
 
@@ -25,6 +26,7 @@ def render(readme: str) -> str:
     """
     passages = {
         f"table: {DEMO}": "\n" + demo_markdown(_read(DEMO)),
+        f"speed: {SPEED}": "\n" + speed_markdown(_read(SPEED)),
         f"sampled step: {MONITOR_COST}": f"{_cost('sampled step'):.2f}×",
         f"run: {MONITOR_COST}": f"{100 * (_cost('run measured every 50 steps') - 1):+.1f} %",
     }
@@ -39,6 +41,34 @@ def render(readme: str) -> str:
         if found != 1:
             raise SystemExit(f"README.md: expected one passage <!-- {name} -->, got {found}")
     return readme
+
+
+def speed_markdown(result: dict[str, Any]) -> str:
+    """How much faster a block is, by case and density, for one thread and for two."""
+    densities = (0.5, 0.1, 0.05, 0.03)
+    kinds = [
+        ("training step, 1024 tokens", "training", "float32"),
+        ("prefill, 1024 tokens", "prefill", "float32"),
+        ("prefill in bfloat16", "prefill", "bfloat16"),
+        ("decode, 1 token, cold weights", "decode", "float32"),
+    ]
+    lines = [
+        "| d 768, F 3072; 1 and 2 threads | " + " | ".join(f"ρ = {d}" for d in densities) + " |",
+        "|---|" + "---|" * len(densities),
+    ]
+    for name, case, dtype in kinds:
+        cells = []
+        for density in densities:
+            found = [
+                f"{row['ratio']:.2f}×"
+                for row in result["rows"]
+                if (row["case"], row["dtype"], row["d"]) == (case, dtype, 768)
+                and row["tokens"] in (1, 1024)
+                and abs(row["density"] / density - 1) < 0.1
+            ]
+            cells.append(", ".join(found))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

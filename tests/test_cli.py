@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import models
+import steppe
 from steppe.runs import read_run
 from training.data_makers import TEXT, words_tokenizer
 
@@ -37,7 +38,7 @@ def message_of(result: subprocess.CompletedProcess[str]) -> str:
 def test_version_and_help_say_what_there_is() -> None:
     assert run("--version").stdout == "steppe 0.1.0\n"
     described = run("--help").stdout
-    for command in ("demo", "measure", "report"):
+    for command in ("demo", "measure", "report", "bench"):
         assert command in described
 
 
@@ -51,6 +52,8 @@ def test_version_and_help_say_what_there_is() -> None:
         (["measure", "--data", "pydoc"], "CHECKPOINT"),
         (["measure", "out", "--data", "pydoc", "--labels", "mine"], "--labels"),
         (["report"], "RUN"),
+        (["bench", "--threads", "0"], "--threads"),
+        (["bench", "fast"], "fast"),
     ],
 )
 def test_wrong_arguments_exit_with_2_and_are_named(arguments: list[str], named: str) -> None:
@@ -184,3 +187,31 @@ def test_report_refuses_what_is_no_run(tmp_path: Path) -> None:
         message = message_of(run("report", str(tmp_path / path), "--out", str(page)))
         assert message.startswith("error: ")
     assert not page.exists()
+
+
+def test_bench_prints_a_table_and_writes_rows_and_a_plot(tmp_path: Path) -> None:
+    written, plot = tmp_path / "new" / "bench.json", tmp_path / "bench.png"
+    arguments = ["--quick", "--threads", "1", "--json", str(written), "--plot", str(plot)]
+    result = run("bench", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    first, *_, last_but_one, last = result.stdout.splitlines()
+    found = steppe.kernels()
+    assert first.startswith(f"{found.name} kernels, {found.isa}" if found.isa else "no kernels: ")
+    assert [last_but_one, last] == [str(written), str(plot)]
+    values = json.loads(written.read_text())
+    assert values["kernels"]["name"] == found.name
+    assert {row["case"] for row in values["rows"]} == {"training", "prefill", "decode"}
+    for row in values["rows"]:
+        assert row["case"] in result.stdout
+        assert f"{row['ratio']:.2f}" in result.stdout
+        assert row["threads"] == 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_refuses_a_place_where_it_cannot_write_before_it_times(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for option in ("--json", "--plot"):
+        result = run("bench", "--quick", option, str(tmp_path / "file" / "rows"))
+        assert "error: cannot write to" in message_of(result)
+        assert result.stdout == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -26,7 +28,7 @@ from rich.progress import (
 
 import steppe
 from steppe.errors import MissingExtraError, SteppeError
-from steppe.files import prepare_folder
+from steppe.files import prepare_folder, write_json
 from steppe.runs import write_run
 
 USAGE_ERROR = 2
@@ -223,6 +225,54 @@ def report(
 
     prepare_folder(out.parent)
     _console.print(str(write_report(find_runs(runs), out)), highlight=False)
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="A first look, in seconds.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch and the kernels; as torch has it.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw ratio against density there, a PNG.")
+    ] = None,
+) -> None:
+    """Time an MLP block on the sparse kernels against the same block dense, on this machine."""
+    from steppe.bench import surroundings, time_blocks, usual_settings
+    from steppe.report import bench_table, plot_bench
+
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError(
+            "`steppe bench --plot` needs matplotlib: pip install 'steppe[demo]'"
+        )
+    for path in (json_file, plot):
+        if path is not None:
+            prepare_folder(path.parent)
+    found = steppe.kernels()
+    said = f"{found.name} kernels, {found.isa}" if found.isa else f"no kernels: {found.reason}"
+    _console.print(_escape(said), highlight=False)
+    settings = usual_settings(threads or torch.get_num_threads(), quick)
+    with _interruptible("nothing was written"), _progress_bars() as progress:
+        bar = progress.add_task("timing", total=len(settings))
+        rows = time_blocks(
+            settings,
+            seconds=0.2 if quick else 3.0,
+            least_rounds=3 if quick else 5,
+            on_row=lambda _: progress.advance(bar),
+        )
+    _console.print(bench_table(rows))
+    _console.print(
+        "ratio: dense time / sparse time, the median of rounds in which the two took turns.\n"
+        "bound: what sparse products alone could give. Decode can pass it: its dense product is"
+        " another one, too.",
+        style="dim",
+    )
+    if json_file is not None:
+        write_json(json_file, {**surroundings(), "rows": rows})
+        _console.print(str(json_file), highlight=False, soft_wrap=True)
+    if plot is not None:
+        _console.print(str(plot_bench(rows, plot)), highlight=False, soft_wrap=True)
 
 
 def main() -> None:

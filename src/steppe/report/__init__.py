@@ -1,21 +1,24 @@
 """Tables, plots and a page of what was measured."""
 
+from steppe.report.bench_table import bench_table
 from steppe.report.find import find_runs
 from steppe.report.flops import BlockFlops, Product, count_flops
 from steppe.report.measure_table import curve_table, measure_table
 from steppe.report.page import write_report
-from steppe.report.plots import plot_training_density
+from steppe.report.plots import plot_bench, plot_training_density
 from steppe.report.tables import demo_markdown, demo_table
 
 __all__ = [
     "BlockFlops",
     "Product",
+    "bench_table",
     "count_flops",
     "curve_table",
     "demo_markdown",
     "demo_table",
     "find_runs",
     "measure_table",
+    "plot_bench",
     "plot_training_density",
     "write_report",
 ]

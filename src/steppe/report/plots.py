@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from steppe.bench import break_even
 from steppe.errors import MissingExtraError
 from steppe.files import write_file
+from steppe.report.bench_table import curve_name
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey by the dashes.
 _STYLES = (("#000000", "-"), ("#E69F00", "--"), ("#0072B2", "-"), ("#009E73", "-."))
@@ -27,12 +31,8 @@ def plot_training_density(summary: dict[str, Any], path: Path) -> Path:
         MissingExtraError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("plots need matplotlib: pip install 'steppe[demo]'") from None
     data_sets = summary["data_sets"]
-    figure = Figure(figsize=(5.2 * len(data_sets), 4.0), dpi=120, layout="constrained")
+    figure = _figure_class()(figsize=(5.2 * len(data_sets), 4.0), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(data_sets), squeeze=False)[0]
     for panel, (name, data_set) in zip(panels, data_sets.items(), strict=True):
         for (arm, result), (colour, dash) in zip(data_set["arms"].items(), _STYLES, strict=False):
@@ -53,6 +53,66 @@ def plot_training_density(summary: dict[str, Any], path: Path) -> Path:
         panel.legend(frameon=False, fontsize=9)
     write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
     return path
+
+
+def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Dense time / sparse time against the density: one curve a case, its bound, the line at 1.
+
+    Where a curve falls to the line is marked, and said in the legend.
+
+    Args:
+        rows: of `steppe.bench.time_blocks`.
+        path: a PNG.
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written.
+    """
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["density"]):
+        curves.setdefault(curve_name(row), []).append(row)
+    figure = _figure_class()(figsize=(6.4, 4.4), dpi=120, layout="constrained")
+    panel = figure.subplots()
+    panel.axhline(1.0, color="0.5", linewidth=1.0)
+    for (name, curve), (colour, dash) in zip(curves.items(), cycle(_STYLES), strict=False):
+        densities = [100 * row["density"] for row in curve]
+        ratios = [row["ratio"] for row in curve]
+        lows, highs = zip(*(row["quartiles"] for row in curve), strict=True)
+        margins = [
+            [max(ratio - low, 0.0) for ratio, low in zip(ratios, lows, strict=True)],
+            [max(high - ratio, 0.0) for ratio, high in zip(ratios, highs, strict=True)],
+        ]
+        crossing = break_even(curve)
+        label = name if crossing is None else f"{name}: even at {100 * crossing:.0f} %"
+        panel.errorbar(
+            densities, ratios, margins, fmt=f"{dash}o", color=colour, label=label, markersize=4
+        )
+        panel.plot(densities, [row["bound"] for row in curve], ":", color=colour, linewidth=1.0)
+        if crossing is not None:
+            panel.plot([100 * crossing], [1.0], "x", color=colour, markersize=9)
+    panel.set_xscale("log")
+    panel.minorticks_off()
+    ticks = sorted({float(f"{100 * row['density']:.2g}") for row in rows if row["density"]})
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.set_xlabel("active hidden units, %")
+    panel.set_ylabel("dense time / sparse time (dotted: bound)")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=9)
+    write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return path
+
+
+def _figure_class() -> Any:
+    """Matplotlib's figure, which needs no screen."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("plots need matplotlib: pip install 'steppe[demo]'") from None
+    return Figure
 
 
 def _quality(kind: str, result: dict[str, Any]) -> str:

@@ -1,0 +1,260 @@
+"""What the sparse kernels gain on the CPU: one MLP block, and two whole models.
+
+The block takes turns with the same block dense, see `steppe.bench`: training steps, prefill and
+decode over densities, for one thread and for two. A row is the median of the ratios of each round.
+The models are random ones in the shapes of T5-small and OPT-125m, their hidden layers set to a
+density; a training step and greedy generation are timed as a whole, attention, embeddings and the
+head included.
+
+    python benchmarks/mlp_cpu.py --json benchmarks/results/mlp_cpu.json
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+
+from steppe import accelerate_, find_blocks, watch
+from steppe.bench import (
+    DECODE,
+    DENSITIES,
+    PREFILL,
+    TRAINING,
+    Setting,
+    saved_bytes,
+    surroundings,
+    time_block,
+    time_pair,
+)
+from steppe.blocks import MLPBlock
+from steppe.files import write_json
+
+THREADS = (1, 2)
+SECONDS = {TRAINING: 5.0, PREFILL: 3.0, DECODE: 2.5}  # of a row, by case
+EXTRA_SECONDS = 1.0
+EXTRAS = (  # d_model and tokens besides those of the rows proper
+    (TRAINING, 768, 256),
+    (PREFILL, 768, 256),
+    *((case, width, 1024) for width in (512, 1024) for case in (TRAINING, PREFILL)),
+    *((DECODE, width, 1) for width in (512, 1024)),
+)
+MODEL_DENSITY = 0.05
+MODEL_SECONDS = 6.0
+NEW_TOKENS = 32
+Batch = dict[str, Tensor]
+Row = dict[str, Any]
+
+
+def settings(quick: bool) -> list[tuple[Setting, float, int]]:
+    """What is timed of a block, for how many seconds and at least how many rounds."""
+    densities = (1.0, 0.1) if quick else (1.0, 0.9, 0.7, *DENSITIES[1:])
+    kinds = (
+        (TRAINING, 1024, torch.float32),
+        (PREFILL, 1024, torch.float32),
+        (DECODE, 1, torch.float32),
+        (PREFILL, 1024, torch.bfloat16),
+    )
+    listed = [
+        (
+            Setting(case, density, tokens=tokens, dtype=dtype, threads=threads),
+            0.3 if quick else SECONDS[case],
+            3 if quick else 5,
+        )
+        for threads, (case, tokens, dtype), density in itertools.product(
+            THREADS[:1] if quick else THREADS, kinds, densities
+        )
+    ]
+    if not quick:
+        listed += [
+            (Setting(case, density, width, 4 * width, tokens), EXTRA_SECONDS, 3)
+            for case, width, tokens in EXTRAS
+            for density in (0.5, 0.1, 0.03)
+        ]
+    return listed
+
+
+def t5_small() -> tuple[nn.Module, Batch, Batch]:
+    """T5-small (d 512, F 2048, 6 + 6 layers, no biases): a batch to train on, a prompt."""
+    config = T5Config(
+        d_model=512,
+        d_ff=2048,
+        num_layers=6,
+        num_heads=8,
+        dropout_rate=0.0,
+        feed_forward_proj="relu",
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        # A component that all tokens share, as trained models have it: the only thing by which
+        # weights without a bias can move all pre-activations.
+        model.shared.weight += 2.0
+    ids = torch.randint(2, config.vocab_size, (4, 128))
+    labels = torch.randint(2, config.vocab_size, (4, 64))
+    return model, {"input_ids": ids, "labels": labels}, {"input_ids": ids[:1]}
+
+
+def opt_125m() -> tuple[nn.Module, Batch, Batch]:
+    """OPT-125m (d 768, F 3072, 12 layers, biases): a batch to train on, a prompt."""
+    config = OPTConfig(
+        hidden_size=768,
+        ffn_dim=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        dropout=0.0,
+        activation_function="relu",
+    )
+    ids = torch.randint(4, config.vocab_size, (4, 128))
+    return OPTForCausalLM(config), {"input_ids": ids, "labels": ids}, {"input_ids": ids[:1]}
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Batch, Batch]]] = {
+    "t5-small": t5_small,
+    "opt-125m": opt_125m,
+}
+
+
+def set_density_(model: nn.Module, batch: Batch, density: float) -> None:
+    """Set the MLP blocks, first to last, to a density on a batch, in one forward pass."""
+    handles = [
+        block.up.register_forward_pre_hook(
+            lambda module, arguments, density=density: _shift_(module, arguments[0], density)
+        )
+        for block in find_blocks(model)
+    ]
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shift_(up: nn.Linear, x: Tensor, density: float) -> None:
+    """Shift the pre-activations, by the bias or along the mean of the inputs."""
+    x = x.flatten(0, -2)
+    p = nn.functional.linear(x, up.weight, up.bias)  # calling `up` would come here again
+    mean = x.mean(0)
+    # How much of the mean a token has: what a rank-one change of the weight multiplies.
+    along = torch.ones(len(x)) if up.bias is not None else x @ mean / mean.square().sum()
+    scaled = (p / along[:, None]).flatten()
+    shift = scaled.kthvalue(max(round((1.0 - density) * scaled.numel()), 1)).values
+    if up.bias is not None:
+        up.bias -= shift
+    else:
+        up.weight -= shift * mean / mean.square().sum()
+
+
+def model_rows(name: str, threads: int, seconds: float) -> list[Row]:
+    """Rows of a whole model: a training step, and greedy generation."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model, batch, prompt = MODELS[name]()
+    set_density_(model.train(), batch, MODEL_DENSITY)
+    sparse = copy.deepcopy(model)
+    accelerate_(sparse)
+    rows = []
+    for case, run in (("training", _train), ("generation", _generate)):
+        inputs = batch if case == "training" else prompt
+        dense_call, sparse_call = (
+            lambda model=one, run=run, inputs=inputs: run(model, inputs) for one in (model, sparse)
+        )
+        times = time_pair(dense_call, sparse_call, seconds, least_rounds=3)
+        with watch(model) as monitor:
+            run(model, inputs)
+        rows.append(
+            {
+                "case": f"{name}, {case}",
+                "d": _block(model).d_model,
+                "f": _block(model).d_hidden,
+                "tokens": NEW_TOKENS if case == "generation" else _count_tokens(batch),
+                "density": monitor.report().density,
+                "dtype": "float32",
+                "threads": threads,
+                **times.summary(),
+            }
+        )
+    return rows
+
+
+def _block(model: nn.Module) -> MLPBlock:
+    return find_blocks(model)[0]
+
+
+def _count_tokens(batch: Batch) -> int:
+    """Tokens that go through MLP blocks: of an encoder-decoder model, those of both sides."""
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in batch.values()}.values())
+
+
+def _train(model: nn.Module, batch: Batch) -> float:
+    """Seconds of a forward and a backward pass."""
+    model.train()
+    model.zero_grad()
+    start = time.perf_counter()
+    model(**batch).loss.backward()
+    taken = time.perf_counter() - start
+    model.zero_grad()
+    return taken
+
+
+def _generate(model: Any, prompt: Batch) -> float:
+    """Seconds of greedy generation."""
+    model.eval()
+    start = time.perf_counter()
+    model.generate(
+        **prompt,
+        attention_mask=torch.ones_like(prompt["input_ids"]),
+        do_sample=False,
+        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=NEW_TOKENS,
+    )
+    return time.perf_counter() - start
+
+
+def _show(row: Row) -> None:
+    figures = (
+        f"{row['case']:20} d {row['d']:4} T {row['tokens']:4} {row['dtype']:8}"
+        f" threads {row['threads']} density {100 * row['density']:5.1f} %"
+        f" dense {row['dense_ms']:8.2f} ms sparse {row['sparse_ms']:8.2f} ms"
+        f" ratio {row['ratio']:.2f} ({row['quartiles'][0]:.2f}, {row['quartiles'][1]:.2f})"
+    )
+    typer.echo(figures + (f" bound {row['bound']:.2f}" if "bound" in row else ""))
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rows and rounds, one model.")] = False,
+) -> None:
+    """Measure what the sparse kernels gain."""
+    rows = []
+    for setting, seconds, least_rounds in settings(quick):
+        rows.append(time_block(setting, seconds, least_rounds))
+        _show(rows[-1])
+    saved = [saved_bytes(Setting(TRAINING, density)) for density in (0.05, 0.5)]
+    for row in saved:
+        typer.echo(
+            f"{row['case']:20} density {100 * row['density']:5.1f} % dense {row['dense_bytes']:,}"
+            f" sparse {row['sparse_bytes']:,} share {row['share']:.3f}"
+            f" (with the input {row['share_with_input']:.3f})"
+        )
+    whole = []
+    names, seconds = (list(MODELS)[:1], 1.0) if quick else (list(MODELS), MODEL_SECONDS)
+    for threads, name in itertools.product(THREADS[-1:] if quick else THREADS, names):
+        for row in model_rows(name, threads, seconds):
+            whole.append(row)
+            _show(row)
+    if json_file is not None:
+        write_json(json_file, {**surroundings(), "rows": rows, "saved": saved, "models": whole})
+
+
+if __name__ == "__main__":
+    typer.run(main)
