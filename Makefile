@@ -20,7 +20,7 @@ PENDING := $(VENV)/.installing
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results cost bench test test-slow lint format clean
+.PHONY: help install demo results cost bench test test-slow test-native valgrind lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,19 @@ test: $(STAMP) ## run the tests, without the slow ones
 
 test-slow: $(STAMP) ## run the slow tests
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-native: $(STAMP) ## test the kernels in C++, each instruction set, plain and with sanitizers
+	@for flags in "" address,undefined; do \
+	  build=build/native-tests$${flags:+-sanitized}; \
+	  $(BIN)/cmake -S src/steppe/native -B $$build -DSTEPPE_TESTS=ON -DSTEPPE_SANITIZE=$$flags \
+	    && $(BIN)/cmake --build $$build --parallel $(WORKERS) \
+	    && $(BIN)/ctest --test-dir $$build --output-on-failure || exit 1; \
+	done
+
+valgrind: test-native ## run the same under valgrind, which knows instruction sets up to avx2
+	@for isa in portable avx2; do \
+	  STEPPE_ISA=$$isa valgrind --quiet --error-exitcode=1 build/native-tests/kernels_test || exit 1; \
+	done
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check

@@ -99,7 +99,7 @@ void decode(const E *values, const int16_t *index, const int64_t *offsets, int64
             int threads) {
   const int64_t tiles = std::max<int64_t>((F + tile - 1) / tile, 1);
   const int64_t strips = (D + kStrip - 1) / kStrip;
-  const int64_t share = (strips + threads - 1) / std::max(threads, 1) * kStrip;
+  const int64_t share = std::max<int64_t>((strips + threads - 1) / threads, 1) * kStrip;
   constexpr int64_t kMost = 512;  // columns whose sums stay in the first-level cache
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t start = 0; start < D; start += share) {

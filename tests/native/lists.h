@@ -1,0 +1,115 @@
+// Matrices, lists and panels as steppe_native.h defines them, made and read by the plainest loops.
+#pragma once
+
+#include <algorithm>
+
+#include "checks.h"
+
+namespace checks {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A matrix [rows, columns] of any strides, its memory no longer than they need.
+template <typename E>
+struct Matrix {
+  int64_t rows, columns, row_stride, column_stride;
+  Input<E> memory;
+
+  Matrix(int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride)
+      : rows(rows), columns(columns), row_stride(row_stride), column_stride(column_stride),
+        memory(rows > 0 && columns > 0
+                   ? (rows - 1) * row_stride + (columns - 1) * column_stride + 1
+                   : 0) {
+    for (int64_t i = 0; i < memory.size(); ++i) memory[i] = near<E>(uniform());
+  }
+  Matrix(int64_t rows, int64_t columns) : Matrix(rows, columns, columns, 1) {}
+
+  E &operator()(int64_t r, int64_t c) { return memory[r * row_stride + c * column_stride]; }
+  const E &operator()(int64_t r, int64_t c) const {
+    return memory[r * row_stride + c * column_stride];
+  }
+  const E *data() const { return memory.data(); }
+};
+
+template <typename E>
+Input<E> panels_of(const Matrix<E> &m) {
+  Input<E> panels(ceil_div(m.columns, 64) * m.rows * 64);
+  for (int64_t r = 0; r < m.rows; ++r) {
+    for (int64_t c = 0; c < m.columns; ++c) {
+      panels[(c / 64 * m.rows + r) * 64 + c % 64] = m(r, c);
+    }
+  }
+  return panels;
+}
+
+// The list of a matrix [rows, columns]. One with no columns has one tile, which is empty.
+template <typename E>
+struct List {
+  int64_t rows, columns, tile;
+  Input<int64_t> offsets;
+  Input<int16_t> index;
+  Input<E> values;
+
+  // `at(row, column, value)` tells whether there is an entry, and sets its value.
+  template <typename At>
+  List(int64_t rows, int64_t columns, int64_t tile, At at)
+      : rows(rows), columns(columns), tile(tile), offsets(tiles() * rows + 1) {
+    std::vector<int16_t> index_so_far;
+    std::vector<E> values_so_far;
+    for (int64_t j = 0; j < tiles(); ++j) {
+      for (int64_t r = 0; r < rows; ++r) {
+        offsets[j * rows + r] = int64_t(values_so_far.size());
+        for (int64_t c = j * tile; c < std::min((j + 1) * tile, columns); ++c) {
+          E value;
+          if (!at(r, c, &value)) continue;
+          index_so_far.push_back(int16_t(c - j * tile));
+          values_so_far.push_back(value);
+        }
+      }
+    }
+    offsets[tiles() * rows] = int64_t(values_so_far.size());
+    index = Input<int16_t>(index_so_far);
+    values = Input<E>(values_so_far);
+  }
+
+  int64_t tiles() const { return std::max<int64_t>(ceil_div(columns, tile), 1); }
+  int64_t entries() const { return values.size(); }
+
+  // Calls `f(entry, row, column)` for each entry, in order.
+  template <typename F>
+  void each(F f) const {
+    for (int64_t j = 0; j < tiles(); ++j) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = offsets[j * rows + r]; i < offsets[j * rows + r + 1]; ++i) {
+          f(i, r, j * tile + index[i]);
+        }
+      }
+    }
+  }
+};
+
+// Entries at random places, with values of either sign, as gradients have.
+template <typename E>
+List<E> random_list(int64_t rows, int64_t columns, int64_t tile, double density) {
+  return List<E>(rows, columns, tile, [&](int64_t, int64_t, E *value) {
+    *value = near<E>(uniform());
+    return (uniform() + 1) / 2 < density;
+  });
+}
+
+// A [rows, columns] as a list times M [columns, D], plus a bias [D] if it has any.
+template <typename E>
+std::vector<Sum> product(const List<E> &a, const Matrix<E> &m, const Input<E> &bias) {
+  std::vector<Sum> sums(a.rows * m.columns);
+  for (int64_t i = 0; bias.size() > 0 && i < int64_t(sums.size()); ++i) {
+    sums[i].add(to_double(bias[i % m.columns]));
+  }
+  a.each([&](int64_t i, int64_t r, int64_t c) {
+    for (int64_t d = 0; d < m.columns; ++d) {
+      sums[r * m.columns + d].add(to_double(a.values[i]) * to_double(m(c, d)));
+    }
+  });
+  return sums;
+}
+
+}  // namespace checks
