@@ -14,6 +14,7 @@ from steppe import plugins
 from steppe.activations import Rectifier, is_relu, name_of
 from steppe.blocks import BlockPattern, MLPBlock, Slot, find_blocks, linear_weight, unwrap
 from steppe.errors import AccelerationError
+from steppe.ops import cpu
 from steppe.ops.calibration import calibrate
 from steppe.ops.dispatch import pays
 from steppe.ops.packing import forget
@@ -215,7 +216,8 @@ def _compute(route: Route, x: Tensor, max_density: float | None) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    z, r, up, _, index, offsets = mlp(*tensors, alpha, beta, mix, dropout, trains, max_density)
+    op = mlp if trains or not _is_plain(x) else cpu.mlp
+    z, r, up, _, index, offsets = op(*tensors, alpha, beta, mix, dropout, trains, max_density)
     if route.observers:
         listed = r, up, index, offsets
         active, slopes = _support(listed, block, rule_of(alpha, beta, mix, 0.0), len(flat))
@@ -223,6 +225,16 @@ def _compute(route: Route, x: Tensor, max_density: float | None) -> Tensor:
         for observer in route.observers:
             observer.see_support(x, active.view(shape), slopes.view(shape))
     return z.view(*x.shape[:-1], block.d_model)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a call without gradients may go past the dispatcher, a tenth of a decoding step."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
+    )
 
 
 def _support(

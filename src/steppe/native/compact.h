@@ -138,12 +138,21 @@ int64_t list_active(const T *p, int64_t width, int64_t first, int16_t *index, T 
 
 #endif
 
+// The lines of one block, 4 KB ahead: the product has just written p, and most of it has left the
+// caches (measured: counting takes a third of the time).
+template <typename E>
+inline void prefetch_ahead(const E *p) {
+  const char *from = reinterpret_cast<const char *>(p) + 4096;
+  for (int64_t i = 0; i < kPanel * int64_t(sizeof(E)); i += 64) __builtin_prefetch(from + i);
+}
+
 template <typename E>
 void count(const E *p, int64_t T, int64_t F, int64_t stride, int32_t *counts, int threads) {
   const int64_t blocks = (F + kPanel - 1) / kPanel;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t f = 0; f < F; f += kPanel) {
+      prefetch_ahead(p + t * stride + f);
       counts[t * blocks + f / kPanel] = count_active(p + t * stride + f, std::min(kPanel, F - f));
     }
   }

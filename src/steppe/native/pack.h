@@ -12,6 +12,10 @@ namespace STEPPE_TARGET {
 // matrix, then fill whole cache lines, and what is written stays in the first-level cache.
 constexpr int64_t kRowBlock = 16;
 
+// Rows of a transposed matrix that are fetched ahead: its columns lie on a page each, which hardware
+// does not fetch ahead (measured: up to half the time).
+constexpr int64_t kAheadRows = 8 * kRowBlock;
+
 template <typename E>
 void pack(const E *m, int64_t N, int64_t D, int64_t row_stride, int64_t col_stride, E *panels,
           int threads) {
@@ -30,6 +34,7 @@ void pack(const E *m, int64_t N, int64_t D, int64_t row_stride, int64_t col_stri
         }
       } else {
         for (int64_t d = 0; d < width; ++d) {
+          __builtin_prefetch(from + d * col_stride + kAheadRows * row_stride);
           for (int64_t n = 0; n < rows; ++n) {
             to[n * kPanel + d] = from[n * row_stride + d * col_stride];
           }

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -396,9 +396,11 @@ def decode_mlp(
     """
     hidden, width = weights.down.shape
     _check_few(x, weights.activated)
-    _require(weights.activated.shape[0] == hidden, f"{hidden} rows, got {weights.activated.shape}")
+    if weights.activated.shape[0] != hidden:
+        _refuse(f"{hidden} rows, got {tuple(weights.activated.shape)}")
     _check_rows(weights.down, hidden, x)
-    _require(width == x.shape[1], f"{width} columns, got {x.shape[1]}")
+    if width != x.shape[1]:
+        _refuse(f"{width} columns, got {x.shape[1]}")
     for bias, length in (
         (weights.activated_bias, hidden),
         (weights.up_bias, hidden),
@@ -495,10 +497,11 @@ def _check_list(support: Support, values: Tensor | None) -> None:
 
 
 def _check_vector(vector: Tensor, length: int, like: Tensor) -> None:
-    _require(
-        vector.shape == (length,) and vector.is_contiguous() and vector.dtype == like.dtype,
-        f"a contiguous vector of {length} {like.dtype}, got {tuple(vector.shape)} {vector.dtype}",
-    )
+    if vector.shape != (length,) or not vector.is_contiguous() or vector.dtype != like.dtype:
+        _refuse(
+            f"a contiguous vector of {length} {like.dtype},"
+            f" got {tuple(vector.shape)} {vector.dtype}"
+        )
 
 
 def _check_panels(panels: Panels, rows: int, like: Tensor) -> None:
@@ -511,25 +514,30 @@ def _check_panels(panels: Panels, rows: int, like: Tensor) -> None:
 
 
 def _check_rows(weight: Tensor, rows: int, like: Tensor) -> None:
-    _require(
-        weight.ndim == 2
-        and weight.shape[0] == rows
-        and rows_are_contiguous(weight)
-        and weight.dtype == like.dtype,
-        f"{rows} contiguous rows of {like.dtype}, got {tuple(weight.shape)} {weight.dtype} with"
-        f" strides {weight.stride()}",
-    )
+    if (
+        weight.ndim != 2
+        or weight.shape[0] != rows
+        or not rows_are_contiguous(weight)
+        or weight.dtype != like.dtype
+    ):
+        _refuse(
+            f"{rows} contiguous rows of {like.dtype}, got {tuple(weight.shape)} {weight.dtype} with"
+            f" strides {weight.stride()}"
+        )
 
 
 def _check_few(x: Tensor, weight: Tensor) -> None:
-    _require(
-        x.ndim == 2 and x.is_contiguous() and x.shape[0] <= DECODE_ROWS,
-        f"at most {DECODE_ROWS} contiguous rows, got {tuple(x.shape)}",
-    )
+    if x.ndim != 2 or not x.is_contiguous() or x.shape[0] > DECODE_ROWS:
+        _refuse(f"at most {DECODE_ROWS} contiguous rows, got {tuple(x.shape)}")
     _check_rows(weight, weight.shape[0], x)
-    _require(weight.shape[1] == x.shape[1], f"width {x.shape[1]}, got {weight.shape[1]}")
+    if weight.shape[1] != x.shape[1]:
+        _refuse(f"width {x.shape[1]}, got {weight.shape[1]}")
 
 
 def _require(holds: bool, expected: str) -> None:
     if not holds:
-        raise KernelError(f"native kernel: expected {expected}")
+        _refuse(expected)
+
+
+def _refuse(expected: str) -> NoReturn:
+    raise KernelError(f"native kernel: expected {expected}")

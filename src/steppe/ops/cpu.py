@@ -63,7 +63,7 @@ def _(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 @registry.mlp.register_kernel("cpu")
-def _(
+def mlp(
     x: Tensor,
     activated: Tensor,
     activated_bias: Tensor | None,
@@ -78,6 +78,7 @@ def _(
     trains: bool,
     max_density: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `registry.mlp`."""
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     rule = rule_of(alpha, beta, mix, dropout)
     if not _runs(x, *weights):
@@ -117,12 +118,11 @@ def _decode(
         up=None if weights.up is None else kept_rows(weights.up),
         down=kept_rows(weights.down),
     )
-    nothing_kept = rule.draw_kept(x)
     done = calls.decode_mlp(x, laid_out, rule, int(most * rows * columns))
     if isinstance(done, Tensor):
         return reference.mlp_from(done, x, weights, rule)
     z, r, up_values = done
-    return z, r.flatten(), up_values.flatten(), nothing_kept
+    return z, r.flatten(), up_values.flatten(), rule.draw_kept(x)
 
 
 @registry.mlp_backward.register_kernel("cpu")

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from steppe.ops.calls import Panels, pack, rows_are_contiguous
 
-_PROBES = 64
+_PROBES = 8  # each a read from memory, of a weight that only its copy is read of else
 _Copy = TypeVar("_Copy", Panels, Tensor)
 _Key = tuple[object, ...]
 
