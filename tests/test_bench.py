@@ -141,7 +141,7 @@ def test_both_blocks_compute_the_same_and_one_is_routed(monkeypatch: pytest.Monk
 
 
 def test_the_block_is_found_by_its_own_pattern_alone() -> None:
-    (block,) = find_blocks(bench.Block(D, F), patterns=[bench.PATTERN])
+    (block,) = find_blocks(bench.Block(D, F), patterns=bench.PATTERNS)
     assert block.family == "steppe.bench"
     assert (block.d_model, block.d_hidden) == (D, F)
 

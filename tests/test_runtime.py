@@ -16,7 +16,7 @@ import models
 import steppe
 from steppe import runtime
 from steppe.errors import AccelerationError, SparsificationError
-from steppe.ops import packing, registry
+from steppe.ops import cpu, packing, registry
 from steppe.ops.native import kernels
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
@@ -41,15 +41,20 @@ def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The number of entries that each routed call listed; -1 for a dense one."""
     seen: list[int] = []
 
-    def counted(*arguments: Any) -> Any:
-        seen.append(-1)  # first: checkpointing may leave the op by an exception when it has enough
-        place = len(seen) - 1
-        output = registry.mlp(*arguments)
-        if len(output[5]):
-            seen[place] = len(output[1])
-        return output
+    def counting(run: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
+            # First: checkpointing may leave the op by an exception when it has enough.
+            seen.append(-1)
+            place = len(seen) - 1
+            output = run(*arguments)
+            if len(output[5]):
+                seen[place] = len(output[1])
+            return output
 
-    monkeypatch.setattr(runtime, "mlp", counted)
+        return counted
+
+    monkeypatch.setattr(runtime, "mlp", counting(registry.mlp))
+    monkeypatch.setattr(runtime.cpu, "mlp", counting(cpu.mlp))
     return seen
 
 

@@ -3,8 +3,9 @@
 The two take turns, in an order that changes each round, so that what slows the machine down for a
 while slows both; a ratio is the median over the rounds of dense time / sparse time. The active sets
 are random and differ from token to token, which is the worst case for the kernels: inputs and
-weights are Gaussian, and one constant bias sets the density. The sparse block is routed by
-`accelerate_` as it is for a user, so where sparse does not pay it runs dense.
+weights are Gaussian, and one constant bias sets the density. `time_model` times the blocks of a
+trained model instead, on its own active sets. The sparse block is routed by `accelerate_` as it is
+for a user, so where sparse does not pay it runs dense.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks import BlockPattern
+from steppe.blocks import BlockPattern, MLPBlock, find_blocks, linear_weight, unwrap
 from steppe.ops.native import kernels
 from steppe.runs import versions
 from steppe.runtime import accelerate_, restore_
@@ -104,26 +105,45 @@ class Setting:
 
 
 class Block(nn.Module):
-    """A two-matrix MLP block with ReLU and biases.
+    """An MLP block with biases, alone.
 
     Args:
         d_model: D.
         d_hidden: F.
+        act: the activation; ReLU by default.
+        gated: whether the activated layer is a third one, `gate`.
     """
 
-    def __init__(self, d_model: int, d_hidden: int) -> None:
+    def __init__(
+        self, d_model: int, d_hidden: int, act: nn.Module | None = None, gated: bool = False
+    ) -> None:
         super().__init__()
+        self.gate = nn.Linear(d_model, d_hidden) if gated else None
         self.up = nn.Linear(d_model, d_hidden)
-        self.act = nn.ReLU()
+        self.act = nn.ReLU() if act is None else act
         self.down = nn.Linear(d_hidden, d_model)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """a, ``[T, F]``."""
+        return self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, D]`` to ``[T, D]``."""
-        return self.down(self.act(self.up(x)))
+        return self.down(self.hidden(x))
 
 
-PATTERN = BlockPattern(
-    family="steppe.bench", up="up", act="act", down="down", when=lambda owner: type(owner) is Block
+PATTERNS = tuple(
+    BlockPattern(
+        family="steppe.bench",
+        up="up",
+        act="act",
+        down="down",
+        gate="gate" if gated else None,
+        when=lambda owner, gated=gated: (  # type: ignore[misc]  # the default binds it now
+            type(owner) is Block and (owner.gate is not None) is gated
+        ),
+    )
+    for gated in (False, True)
 )
 
 
@@ -217,32 +237,70 @@ def time_block(
         if setting.case.is_cold:
             weight_bytes = 2 * setting.d_model * setting.d_hidden * setting.dtype.itemsize
             copies = math.ceil(cold_bytes / weight_bytes)
-        dense, inputs = _random_blocks(setting, copies)
-        sparse = copy.deepcopy(dense)
-        accelerate_(sparse, patterns=[PATTERN])
-        try:
-            run = _train if setting.case.trains else _infer
-            times = time_pair(
-                lambda: run(dense, inputs) / copies,
-                lambda: run(sparse, inputs) / copies,
-                seconds,
-                least_rounds,
-            )
-        finally:
-            restore_(sparse)
-        density = _density(dense, inputs)
+        return _time(*_random_blocks(setting, copies), setting.case, seconds, least_rounds)
+
+
+def time_model(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    case: Case = TRAINING,
+    seconds: float = 3.0,
+    least_rounds: int = _LEAST_ROUNDS,
+) -> dict[str, Any]:
+    """Time a trained model's MLP blocks on the sparse kernels against the same blocks dense.
+
+    The blocks are taken out of the model, one after the other, each on the input that it has in the
+    model. Without dropout, and without the rest of the model.
+
+    Args:
+        model: the model, with or without plug-ins; it stays as it is.
+        batch: what it is called with, on the CPU.
+        case: what is timed, `TRAINING` or `PREFILL`.
+        seconds: how long.
+        least_rounds: rounds to make also when that takes longer.
+
+    Returns:
+        A row as of `time_block`, times and density being means over the blocks.
+
+    Raises:
+        BlocksNotFoundError: there is no MLP block.
+        AccelerationError: a block does not fit `accelerate_`.
+        KernelError: the native library is there and cannot be loaded.
+    """
+    blocks = find_blocks(unwrap(model))
+    return _time(*_blocks_alone(model, blocks, batch), case, seconds, least_rounds)
+
+
+def _time(
+    dense: nn.ModuleList, inputs: Sequence[Tensor], case: Case, seconds: float, least_rounds: int
+) -> dict[str, Any]:
+    """A row of `time_block`, per block."""
+    sparse = copy.deepcopy(dense)
+    accelerate_(sparse, patterns=PATTERNS)
+    try:
+        run = _train if case.trains else _infer
+        times = time_pair(
+            lambda: run(dense, inputs) / len(dense),
+            lambda: run(sparse, inputs) / len(dense),
+            seconds,
+            least_rounds,
+        )
+    finally:
+        restore_(sparse)
+    density = _density(dense, inputs)
     summary = times.summary()
+    linear: Any = dense[0].up
     return {
-        "case": setting.case.name,
-        "d": setting.d_model,
-        "f": setting.d_hidden,
-        "tokens": setting.tokens,
+        "case": case.name,
+        "d": linear.in_features,
+        "f": linear.out_features,
+        "tokens": len(inputs[0]),
         "density": density,
-        "dtype": _name_of(setting.dtype),
-        "threads": setting.threads,
+        "dtype": _name_of(linear.weight.dtype),
+        "threads": torch.get_num_threads(),
         "ratio": summary["ratio"],
         "quartiles": summary["quartiles"],
-        "bound": setting.case.bound(density),
+        "bound": case.bound(density),
         "dense_ms": summary["dense_ms"],
         "sparse_ms": summary["sparse_ms"],
         "rounds": summary["rounds"],
@@ -320,7 +378,7 @@ def saved_bytes(setting: Setting) -> dict[str, Any]:
     with _threads(setting.threads):
         dense, (x,) = _random_blocks(setting, 1)
         sparse = copy.deepcopy(dense)
-        accelerate_(sparse, patterns=[PATTERN])
+        accelerate_(sparse, patterns=PATTERNS)
         try:
             dense_bytes, dense_whole = _saved_bytes(dense, x)
             sparse_bytes, sparse_whole = _saved_bytes(sparse, x)
@@ -398,6 +456,50 @@ def _random_blocks(setting: Setting, copies: int) -> tuple[nn.ModuleList, list[T
     return blocks, list(x.to(setting.dtype).split(tokens))
 
 
+def _blocks_alone(
+    model: nn.Module, blocks: Sequence[MLPBlock], batch: Mapping[str, Tensor]
+) -> tuple[nn.ModuleList, list[Tensor]]:
+    """Copies of a model's blocks, in evaluation mode, and the input ``[T, D]`` of each."""
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        block.activated.register_forward_pre_hook(
+            lambda _, arguments, name=block.name: inputs.update({name: arguments[0]})
+        )
+        for block in blocks
+    ]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(**batch)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    called = [block for block in blocks if block.name in inputs]
+    return (
+        nn.ModuleList([_block_alone(block) for block in called]),
+        [inputs[block.name].flatten(0, -2) for block in called],
+    )
+
+
+def _block_alone(block: MLPBlock) -> Block:
+    """A copy of a block, in evaluation mode."""
+    act = getattr(block.act_slot.module, block.act_slot.name)
+    own_act = copy.deepcopy(act) if isinstance(act, nn.Module) else nn.ReLU()
+    alone = Block(block.d_model, block.d_hidden, own_act, gated=block.gate is not None)
+    for name in ("gate", "up", "down"):
+        layer, copied = getattr(block, name), getattr(alone, name)
+        if layer is None:
+            continue
+        weight = linear_weight(layer).detach()
+        # Conv1D has its weight the other way round.
+        copied.weight = nn.Parameter(
+            (weight if hasattr(layer, "in_features") else weight.T).clone()
+        )
+        copied.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+    return alone.eval()
+
+
 def _saved_bytes(blocks: nn.ModuleList, x: Tensor) -> tuple[int, int]:
     """Bytes that blocks save of a call, without their weights: without its input, and with it."""
     storages: dict[int, int] = {}
@@ -419,7 +521,7 @@ def _saved_bytes(blocks: nn.ModuleList, x: Tensor) -> tuple[int, int]:
 def _density(blocks: Iterable[Any], inputs: Iterable[Tensor]) -> float:
     """Share of the hidden entries that are active."""
     with torch.no_grad():
-        active = [block.act(block.up(x)) != 0 for block, x in zip(blocks, inputs, strict=True)]
+        active = [block.hidden(x) != 0 for block, x in zip(blocks, inputs, strict=True)]
     return statistics.fmean(entries.double().mean().item() for entries in active)
 
 

@@ -83,7 +83,13 @@ def demo(
     """Train a tiny Transformer on two real data sets: vanilla, control, and with the plug-ins."""
     _quieten_libraries()
     try:
-        from steppe.report import demo_table, find_runs, plot_training_density, write_report
+        from steppe.report import (
+            demo_table,
+            find_runs,
+            plot_training_density,
+            speed_table,
+            write_report,
+        )
         from steppe.training.demo import labels_of_runs, run_demo
     except ModuleNotFoundError as error:
         raise MissingExtraError(
@@ -109,6 +115,7 @@ def demo(
         " effect.\nsteppe: zeroth bias + restricted norm + J-SquaredReLU, the paper's three.",
         style="dim",
     )
+    _console.print(speed_table(summary))
     for line in (out / "summary.json", plot, f"tensorboard --logdir {out}", page):
         _console.print(str(line), highlight=False, soft_wrap=True)
 

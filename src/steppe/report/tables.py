@@ -50,6 +50,37 @@ def demo_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def speed_table(summary: dict[str, Any]) -> Table:
+    """What the sparse kernels gain on the blocks that `steppe demo` trained.
+
+    Args:
+        summary: what `steppe.training.demo.run_demo` returned or wrote.
+
+    Returns:
+        A table of dense time / sparse time, the median over the seeds, one row per data set and
+        arm; the sizes and times of a block are those of the first seed.
+    """
+    title = "speed of the trained blocks on one core, dense time / accelerated time"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("data", "arm"):
+        table.add_column(heading)
+    for heading in ("d_model,\nd_hidden", "tokens", "training\nstep", "inference", "dense\nms"):
+        table.add_column(heading, justify="right")
+    for name, data_set in summary["data_sets"].items():
+        for index, (arm, result) in enumerate(data_set["arms"].items()):
+            first = result["runs"][0]["speed"][0]
+            table.add_row(
+                name if index == 0 else "",
+                arm,
+                f"{first['d']}, {first['f']}",
+                str(first["tokens"]),
+                *(f"{ratio:.2f}" for ratio in result["speed_up"].values()),
+                f"{first['dense_ms']:.1f}",
+            )
+        table.add_section()
+    return table
+
+
 def demo_markdown(summary: dict[str, Any]) -> str:
     """The result of `steppe demo` as a Markdown table, for the README.
 

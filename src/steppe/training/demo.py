@@ -9,6 +9,7 @@ The arms start from the same seed, with the same initial weights and the same or
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import statistics
@@ -37,6 +38,7 @@ from transformers import (
     set_seed,
 )
 
+from steppe.bench import PREFILL, TRAINING, time_model
 from steppe.blocks import find_blocks
 from steppe.errors import NonFiniteLossError
 from steppe.files import prepare_folder, write_folder, write_json, writing_to
@@ -56,6 +58,7 @@ SUMMARY_VERSION = 1
 _WARMUP = 0.1  # share of the run
 _COUNT_EVERY = 10  # steps
 _EVAL_BATCH = 256
+_SPEED_SECONDS = 0.5  # of timing, a trained model and case
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class ArmRun:
         training_density_per_block: training density per block.
         seconds: training time.
         history: ``[step, density]`` of the counted training steps.
+        speed: rows of `steppe.bench.time_model`: a training step of the trained blocks on a batch
+            of held-out data, and inference.
     """
 
     seed: int
@@ -110,6 +115,7 @@ class ArmRun:
     training_density_per_block: list[float]
     seconds: float
     history: list[tuple[int, float]]
+    speed: list[dict[str, Any]]
 
 
 OnStep = Callable[[str, int, int], None]
@@ -278,7 +284,15 @@ def _train_arm(
         training_density_per_block=callback.training_density_per_block,
         seconds=seconds,
         history=[(entry["step"], entry["density"]) for entry in callback.history],
+        speed=_speed(model, trainer, split.held_out, task.batch),
     )
+
+
+def _speed(model: nn.Module, trainer: Trainer, data: Any, batch: int) -> list[dict[str, Any]]:
+    """What the sparse kernels gain on the trained blocks, on the CPU."""
+    on_cpu = copy.deepcopy(model).cpu()
+    samples = trainer.data_collator([data[index] for index in range(batch)])
+    return [time_model(on_cpu, samples, case, _SPEED_SECONDS) for case in (TRAINING, PREFILL)]
 
 
 def _summarise(task: Task, runs: Sequence[ArmRun]) -> dict[str, Any]:
@@ -296,6 +310,10 @@ def _summarise(task: Task, runs: Sequence[ArmRun]) -> dict[str, Any]:
             task.quality if key == "quality" else key: statistics.stdev(value)
             for key, value in values.items()
         }
+    means["speed_up"] = {
+        row["case"]: statistics.median(run.speed[index]["ratio"] for run in runs)
+        for index, row in enumerate(runs[0].speed)
+    }
     means["runs"] = [asdict(run) for run in runs]
     return means
 
