@@ -68,7 +68,22 @@ def speed_markdown(result: dict[str, Any]) -> str:
             ]
             cells.append(", ".join(found))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + _trained_speed(result["rows"]) + "\n"
+
+
+def _trained_speed(rows: list[dict[str, Any]]) -> str:
+    """The same in a sentence, of blocks with the active sets of a trained model."""
+    trained = [row for row in rows if row["active_sets"] == "trained"]
+    ratios = {
+        case: " and ".join(f"{row['ratio']:.2f}×" for row in trained if row["case"] == case)
+        for case in ("training", "prefill")
+    }
+    first = trained[0]
+    return (
+        f"With real active sets (a small GPT-2 with the plug-ins, d {first['d']}, F {first['f']},"
+        f" ρ = {first['density']:.2f}, {first['tokens']} tokens): training step"
+        f" {ratios['training']}, prefill {ratios['prefill']}."
+    )
 
 
 def main() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
+import models
+import steppe
 from steppe import bench, find_blocks, kernels
 from steppe.bench import DECODE, PREFILL, TRAINING, Setting
 from steppe.errors import AccelerationError, OutputError
@@ -144,6 +149,59 @@ def test_the_block_is_found_by_its_own_pattern_alone() -> None:
     (block,) = find_blocks(bench.Block(D, F), patterns=bench.PATTERNS)
     assert block.family == "steppe.bench"
     assert (block.d_model, block.d_hidden) == (D, F)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_gated_block_is_found_as_one(gated: bool) -> None:
+    (block,) = find_blocks(bench.Block(D, F, gated=gated), patterns=bench.PATTERNS)
+    assert (block.gate is not None) is gated
+
+
+@pytest.mark.parametrize("case", [TRAINING, PREFILL])
+@pytest.mark.parametrize(
+    "build", [models.gpt2, models.opt, models.t5, partial(models.t5, gated=True)]
+)
+@pytest.mark.parametrize("sparsified", [False, True])
+def test_a_trained_models_blocks_are_timed_as_they_are_in_it(
+    case: bench.Case,
+    build: Callable[[], nn.Module],
+    sparsified: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, timed = build(), []
+    if sparsified:
+        steppe.sparsify_(model, [steppe.ZerothBias(max_tokens=16), steppe.JumpingSquaredReLU()])
+        for parameter in steppe.added_parameters(model).values():
+            parameter.data.normal_()
+    batch = models.inputs_for(model, batch=2, tokens=6)
+    blocks = find_blocks(model)
+    outputs: list[torch.Tensor] = []
+    hooks = [
+        block.down.register_forward_hook(lambda _, __, z: outputs.append(z.detach().flatten(0, -2)))
+        for block in blocks
+    ]
+    model.train()
+    time = bench._time
+
+    def note(dense: nn.ModuleList, inputs: list[torch.Tensor], *rest: Any) -> dict[str, Any]:
+        timed.extend(one(x) for one, x in zip(dense, inputs, strict=True))
+        return time(dense, inputs, *rest)
+
+    monkeypatch.setattr(bench, "_time", note)
+    keys = list(model.state_dict())
+    row = bench.time_model(model, batch, case, seconds=0.0, least_rounds=2)
+    for hook in hooks:
+        hook.remove()
+    assert len(timed) == len(blocks)
+    for alone, inside in zip(timed, outputs, strict=True):
+        torch.testing.assert_close(alone, inside)
+    assert list(row) == KEYS
+    assert (row["case"], row["tokens"]) == (case.name, 12)
+    with steppe.watch(model.eval()) as monitor, torch.no_grad():
+        model(**batch)
+    assert row["density"] == pytest.approx(monitor.report().density, abs=1e-9)
+    assert model.train().training
+    assert list(model.state_dict()) == keys
 
 
 def test_rows_are_handed_over_as_they_come() -> None:

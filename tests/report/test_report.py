@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from steppe.errors import OutputError
-from steppe.report import demo_markdown, demo_table, plot_training_density
+from steppe.report import demo_markdown, demo_table, plot_training_density, speed_table
 
 
 def arm(quality: str, value: float, density: float, **more: object) -> dict:
@@ -18,7 +18,13 @@ def arm(quality: str, value: float, density: float, **more: object) -> dict:
         "training_density": density + 0.1,
         "derivative_density": density,
         "seconds": 12.3,
-        "runs": [{"history": [(0, 0.5), (10, density)]}],
+        "speed_up": {"training": 2.5, "prefill": 1.25},
+        "runs": [
+            {
+                "history": [(0, 0.5), (10, density)],
+                "speed": [{"d": 48, "f": 192, "tokens": 1024, "dense_ms": 3.21}],
+            }
+        ],
         **more,
     }
 
@@ -60,6 +66,20 @@ def test_table_fits_into_80_columns() -> None:
         console.print(demo_table(SUMMARY))
     assert "…" not in capture.get()
     assert "15.0 (-25%)" in capture.get()
+
+
+def test_speed_is_a_row_an_arm() -> None:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(speed_table(SUMMARY))
+    rows = [line.split() for line in capture.get().splitlines() if "1024" in line]
+    assert [row[:-6] for row in rows] == [
+        ["digits", "vanilla"],
+        ["steppe"],
+        ["pydoc", "vanilla"],
+        ["steppe"],
+    ]
+    assert all(row[-6:] == ["48,", "192", "1024", "2.50", "1.25", "3.2"] for row in rows)
 
 
 def test_several_seeds_show_their_spread() -> None:

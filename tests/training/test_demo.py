@@ -55,6 +55,19 @@ def test_all_arms_start_from_the_same_weights_and_batches(summary: dict) -> None
         assert len(seeds) == 2
 
 
+def test_the_speed_of_the_trained_blocks_is_in_the_summary(summary: dict) -> None:
+    for data_set in summary["data_sets"].values():
+        for arm in data_set["arms"].values():
+            assert list(arm["speed_up"]) == ["training", "prefill"]
+            rows = [run["speed"] for run in arm["runs"]]
+            for index, median in enumerate(arm["speed_up"].values()):
+                ratios = [row[index]["ratio"] for row in rows]
+                assert median == pytest.approx(sum(ratios) / 2)
+            # As many tokens as a step has; enough for the kernels to be called.
+            assert all(row[0]["tokens"] == 1024 for row in rows)
+            assert all(0 < row[0]["density"] < 1 for row in rows)
+
+
 def test_means_and_deviations_are_those_of_the_runs(summary: dict) -> None:
     arm = summary["data_sets"]["digits"]["arms"]["steppe"]
     values = torch.tensor([run["density"] for run in arm["runs"]], dtype=torch.float64)
