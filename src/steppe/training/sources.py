@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -184,70 +184,108 @@ def open_rows(source: Source) -> Rows:
         DataError: the data is not there, cannot be read, has no such split, or no rows.
         MissingExtraError: a package that decodes it is not installed.
     """
-    path = Path(source.data).expanduser()
+    opened = _open(source.data, streaming=True)
+    split = _choose_split(source, opened.splits, opened.is_local)
+    number = len(opened.files.get(split, ())) if opened.builder == "imagefolder" else 0
+    is_plain_text = opened.builder == "text"
+    return Rows(opened.splits[split], source, split, opened.is_local, is_plain_text, number)
+
+
+def open_splits(data: str, streaming: bool) -> dict[str, _Data]:
+    """All splits of a data set, for training.
+
+    Args:
+        data: as `Source.data`, but no embedded set.
+        streaming: read rows as they are asked for, and shard by files; else all of it is prepared
+            once, in the cache folder of ``datasets``, and rows can be picked by number.
+
+    Returns:
+        ``datasets.Dataset`` or ``datasets.IterableDataset`` by the split's name; `WHOLE` where the
+        data has only one without a name.
+
+    Raises:
+        DataError: the data is not there, or cannot be read.
+        MissingExtraError: a package that decodes it is not installed.
+    """
+    return dict(_open(data, streaming).splits)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Data by split, and what is known of it."""
+
+    splits: Mapping[str, Any]
+    is_local: bool
+    builder: str = ""
+    files: Mapping[str, list[str]] = field(default_factory=dict)
+
+
+def _open(data: str, streaming: bool) -> _Opened:
+    """The splits of a file, a folder or a data set on the hub."""
+    path = Path(data).expanduser()
     if path.is_dir() and any(
         (path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")
     ):
-        return _open_saved(source, path)
+        return _open_saved(data, path)
     if path.is_dir():
-        return _open_files(source, *_files_of(source, path))
+        return _open_files(data, *_files_of(data, path), streaming)
     if path.is_file():
         builder = _builder_of(path)
         if builder is None:
             raise DataError(
-                f"{source.data}: expected a file {', '.join(f'*{end}' for end in _BUILDERS)}, or a"
+                f"{data}: expected a file {', '.join(f'*{end}' for end in _BUILDERS)}, or a"
                 " folder of those or of images"
             )
-        return _open_files(source, builder, {WHOLE: [str(path)]})
-    if _looks_like_a_path(source.data):
+        return _open_files(data, builder, {WHOLE: [str(path)]}, streaming)
+    if _looks_like_a_path(data):
         raise DataError(
-            f"{source.data}: there is no such file or folder. Expected a path, the id of a data set"
+            f"{data}: there is no such file or folder. Expected a path, the id of a data set"
             f" on the Hugging Face hub, or one of the embedded {', '.join(EMBEDDED)}"
         )
-    return _open_hub(source)
+    return _open_hub(data, streaming)
 
 
-def _open_files(source: Source, builder: str, files: Mapping[str, list[str]]) -> Rows:
-    """Rows of files that one builder reads, by split."""
+def _open_files(
+    data: str, builder: str, files: Mapping[str, list[str]], streaming: bool
+) -> _Opened:
+    """Files that one builder reads, by split."""
     options = {"keep_linebreaks": True} if builder == "text" else {}
     try:
         # All splits, so that the classes of an image folder are those of all of them.
-        splits = datasets.load_dataset(builder, data_files=dict(files), streaming=True, **options)
+        splits = datasets.load_dataset(
+            builder, data_files=dict(files), streaming=streaming, **options
+        )
     except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"{source.data}: cannot be read ({first_line(error)})") from None
-    split = _choose_split(source, splits, is_local=True)
-    number = len(files[split]) if builder == "imagefolder" else 0
-    return Rows(splits[split], source, split, True, builder == "text", number)
+        raise DataError(f"{data}: cannot be read ({first_line(error)})") from None
+    return _Opened(splits, True, builder, files)
 
 
-def _open_saved(source: Source, path: Path) -> Rows:
-    """Rows that ``save_to_disk`` wrote, mapped into memory."""
+def _open_saved(data: str, path: Path) -> _Opened:
+    """What ``save_to_disk`` wrote, mapped into memory."""
     try:
         saved = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
         raise DataError(
-            f"{source.data}: looks like a folder of Dataset.save_to_disk and cannot be read"
+            f"{data}: looks like a folder of Dataset.save_to_disk and cannot be read"
             f" ({first_line(error)})"
         ) from None
     splits = saved if isinstance(saved, datasets.DatasetDict) else {WHOLE: saved}
-    split = _choose_split(source, splits, is_local=True)
-    return Rows(splits[split], source, split, is_local=True)
+    return _Opened(splits, is_local=True)
 
 
-def _open_hub(source: Source) -> Rows:
-    """Rows of a data set on the hub, downloaded as they are asked for."""
-    name, _, config = source.data.partition(":")
+def _open_hub(data: str, streaming: bool) -> _Opened:
+    """A data set on the hub, downloaded as it is asked for where it is streamed."""
+    name, _, config = data.partition(":")
     try:
-        splits = datasets.load_dataset(name, config or None, streaming=True)
+        splits = datasets.load_dataset(name, config or None, streaming=streaming)
     except ImportError as error:
-        raise MissingExtraError(f"{source.data}: {error}") from None
+        raise MissingExtraError(f"{data}: {error}") from None
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
-            f"{source.data}: expected a file, a folder, one of {', '.join(EMBEDDED)}, or the id of"
+            f"{data}: expected a file, a folder, one of {', '.join(EMBEDDED)}, or the id of"
             f" a data set on the Hugging Face hub, as id or id:config ({first_line(error)})"
         ) from None
-    split = _choose_split(source, splits, is_local=False)
-    return Rows(splits[split], source, split)
+    return _Opened(splits, is_local=False)
 
 
 def _choose_split(source: Source, splits: Mapping[str, Any], is_local: bool) -> str:
@@ -268,7 +306,7 @@ def _choose_split(source: Source, splits: Mapping[str, Any], is_local: bool) -> 
     )
 
 
-def _files_of(source: Source, folder: Path) -> tuple[str, dict[str, list[str]]]:
+def _files_of(data: str, folder: Path) -> tuple[str, dict[str, list[str]]]:
     """The builder for what lies in a folder, and the files by split."""
     by_builder: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
@@ -286,7 +324,7 @@ def _files_of(source: Source, folder: Path) -> tuple[str, dict[str, list[str]]]:
     if len(by_builder) != 1:
         kinds = ", ".join(f"{name} ({len(paths)})" for name, paths in by_builder.items())
         raise DataError(
-            f"{source.data}: expected a folder of one kind of files, {', '.join(_BUILDERS)} or"
+            f"{data}: expected a folder of one kind of files, {', '.join(_BUILDERS)} or"
             f" images, found {kinds or 'none'}. Name a single file, or the folder of one kind."
         )
     builder, paths = next(iter(by_builder.items()))
