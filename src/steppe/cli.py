@@ -120,6 +120,56 @@ def demo(
         _console.print(str(line), highlight=False, soft_wrap=True)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A YAML file, or the name of one of --list.", show_default=False),
+    ] = None,
+    list_them: Annotated[
+        bool, typer.Option("--list", help="The recipes that come with steppe.")
+    ] = False,
+) -> None:
+    """Train by a recipe: steppe train RECIPE [--any_key value] [--arm ARM] [--resume].
+
+    Every key of the recipe and every one of transformers' TrainingArguments is a flag. On several
+    devices: torchrun --nproc_per_node 8 -m steppe.cli train RECIPE
+    """
+    _quieten_libraries()
+    try:
+        from steppe.report import find_runs, recipe_table, write_report
+        from steppe.training.recipe import list_recipes, read_recipe
+        from steppe.training.run_recipe import run_recipe
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"`steppe train` needs {error.name}: pip install 'steppe[recipes]'"
+        ) from None
+    if list_them or recipe is None:
+        for name, about in list_recipes().items():
+            _console.print(f"[bold]{name}[/]  {_escape(about)}", highlight=False)
+        return
+    asked = read_recipe(recipe, context.args)
+    folder = Path(str(asked.training.output_dir))
+    consequence = f"go on with the same command and --resume ({folder} has what was saved)"
+    with _interruptible(consequence), _progress_bars() as progress:
+        bar = progress.add_task(f"{asked.name}/{asked.arm.arm}", total=None, visible=False)
+
+        def show(step: int, total: int) -> None:
+            progress.update(bar, completed=step, total=total, visible=True)
+
+        def tell(line: str) -> None:
+            progress.console.print(_escape(line), highlight=False)
+
+        summary = run_recipe(asked, on_step=show, on_log=tell)
+    if not asked.training.should_log:
+        return
+    page = write_report(find_runs([folder]), folder / "report.html")
+    _console.print(recipe_table(summary))
+    for line in (folder / "summary.json", summary["model"], f"tensorboard --logdir {folder}", page):
+        _console.print(str(line), highlight=False, soft_wrap=True)
+
+
 @app.command()
 def measure(
     checkpoints: Annotated[

@@ -68,6 +68,14 @@ class DataError(SteppeError, ValueError):
     """A data set is not there, cannot be read, or does not fit the model."""
 
 
+class RecipeError(SteppeError, ValueError):
+    """A recipe is not there, or asks for what cannot be."""
+
+
+class OutOfMemoryError(SteppeError, MemoryError):
+    """A training step does not fit into the memory."""
+
+
 class OutputError(SteppeError, OSError):
     """A result cannot be written where it was asked for."""
 

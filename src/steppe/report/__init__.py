@@ -6,7 +6,7 @@ from steppe.report.flops import BlockFlops, Product, count_flops
 from steppe.report.measure_table import curve_table, measure_table
 from steppe.report.page import write_report
 from steppe.report.plots import plot_bench, plot_training_density
-from steppe.report.tables import demo_markdown, demo_table, speed_table
+from steppe.report.tables import demo_markdown, demo_table, recipe_table, speed_table
 
 __all__ = [
     "BlockFlops",
@@ -20,6 +20,7 @@ __all__ = [
     "measure_table",
     "plot_bench",
     "plot_training_density",
+    "recipe_table",
     "speed_table",
     "write_report",
 ]

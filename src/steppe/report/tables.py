@@ -50,6 +50,30 @@ def demo_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def recipe_table(summary: dict[str, Any]) -> Table:
+    """The result of `steppe train`.
+
+    Args:
+        summary: what `steppe.training.run_recipe.run_recipe` returned or wrote.
+
+    Returns:
+        A table of held-out quality, densities in percent, steps and time.
+    """
+    table = Table(
+        title=f"{summary['recipe']}, {summary['arm']}", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("held-out")
+    table.add_column("", justify="right")
+    for name, value in summary["quality"].items():
+        is_share = name in ("top1", "top5", "accuracy")
+        table.add_row(name, f"{100 * value:.1f} %" if is_share else f"{value:.4g}")
+    for key in ("density", "derivative_density", "training_density"):
+        table.add_row(key.replace("_", " "), f"{100 * summary[key]:.1f} %")
+    table.add_row("steps", str(summary["steps"]))
+    table.add_row("time", f"{summary['seconds']:.0f} s")
+    return table
+
+
 def speed_table(summary: dict[str, Any]) -> Table:
     """What the sparse kernels gain on the blocks that `steppe demo` trained.
 

@@ -122,7 +122,7 @@ class Classes:
         self._number = int(config.num_labels)
         real = [name for name in config.label2id if not _NAMELESS.fullmatch(str(name))]
         self._by_name = {str(name): int(config.label2id[name]) for name in real}
-        self.column = _label_column(rows)
+        self.column = label_column(rows)
         self.notes: tuple[str, ...] = ()
         feature = rows.features.get(self.column)
         names = feature.names if isinstance(feature, datasets.ClassLabel) else None
@@ -181,8 +181,15 @@ class Classes:
         return f"{self._number} classes{shown}"
 
 
-def _label_column(rows: Rows) -> str:
-    """The column of the classes."""
+def label_column(rows: Rows) -> str:
+    """The column of the classes: the one asked for, ``label``, ``labels``, or the only typed one.
+
+    Args:
+        rows: the data.
+
+    Raises:
+        DataError: there is none.
+    """
     columns = _columns(rows)
     asked = rows.source.label_column
     typed = [c for c in columns if isinstance(rows.features.get(c), datasets.ClassLabel)]

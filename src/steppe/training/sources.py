@@ -24,7 +24,8 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_HELD_OUT = ("validation", "valid", "val", "dev", "test")  # in this order
+HELD_OUT = ("validation", "valid", "val", "dev", "test")
+"""Names of held-out splits, the first that is there is taken."""
 _SHUFFLE_BUFFER = 1000  # rows
 _Data: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 
@@ -295,9 +296,9 @@ def _choose_split(source: Source, splits: Mapping[str, Any], is_local: bool) -> 
         if source.split in splits:
             return source.split
         raise DataError(f"{source.data}: expected a split {source.split!r}, it has: {there}")
-    if len(splits) == 1 and (is_local or next(iter(splits)) in _HELD_OUT):
+    if len(splits) == 1 and (is_local or next(iter(splits)) in HELD_OUT):
         return next(iter(splits))
-    for name in _HELD_OUT:
+    for name in HELD_OUT:
         if name in splits:
             return name
     raise DataError(

@@ -1,0 +1,98 @@
+"""Images in IDX files, as MNIST and Fashion-MNIST come."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from steppe.errors import DataError
+
+_UINT8 = 0x08  # the type code of unsigned bytes
+_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+_CURE = (
+    "Put the four files of MNIST's kind into one folder (Fashion-MNIST: its repository, or Debian's"
+    " package dataset-fashion-mnist) and name it: --data_dir FOLDER"
+)
+
+
+def is_idx_folder(folder: Path) -> bool:
+    """Whether a folder has IDX files, complete or not.
+
+    Args:
+        folder: maybe not there.
+    """
+    return folder.is_dir() and any(folder.glob("*-idx[13]-ubyte*"))
+
+
+def load_idx_folder(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """The images and classes of a folder of MNIST's four files, plain or gzipped.
+
+    Args:
+        folder: of the files.
+
+    Returns:
+        By ``train`` and ``test``: images uint8 ``[N, H, W]`` and classes int64 ``[N]``.
+
+    Raises:
+        DataError: a file is missing, damaged, or does not fit the other.
+    """
+    found = {}
+    for split, (images, labels) in _FILES.items():
+        pixels, classes = (read_idx(_file(folder, name)) for name in (images, labels))
+        if pixels.dim() != 3 or classes.shape != pixels.shape[:1]:
+            raise DataError(
+                f"{folder}: expected {images} [N, H, W] and {labels} [N], got"
+                f" {list(pixels.shape)} and {list(classes.shape)}. {_CURE}"
+            )
+        found[split] = (pixels, classes.to(torch.int64))
+    return found
+
+
+def read_idx(path: Path) -> Tensor:
+    """An IDX file of unsigned bytes, plain or gzipped.
+
+    Args:
+        path: the file.
+
+    Returns:
+        uint8, of the shape in its header.
+
+    Raises:
+        DataError: it cannot be read, is cut short, or is no such file.
+    """
+    try:
+        raw = path.read_bytes()
+        data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: cannot be read, or is cut short ({error}). Fetch it anew."
+        ) from None
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _UINT8:
+        raise DataError(
+            f"{path}: expected an IDX file of unsigned bytes (00 00 08 …), it begins with"
+            f" {data[:4].hex(' ') or 'nothing'}. Fetch it anew."
+        )
+    header = 4 + 4 * data[3]
+    sizes = [int.from_bytes(data[at : at + 4], "big") for at in range(4, header, 4)]
+    if len(data) != header + math.prod(sizes):
+        raise DataError(
+            f"{path}: its header says {' × '.join(map(str, sizes))} bytes, got"
+            f" {max(0, len(data) - header)}. Was it downloaded whole? Fetch it anew."
+        )
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)[header:].reshape(sizes)
+
+
+def _file(folder: Path, name: str) -> Path:
+    """A file of the folder, plain or gzipped."""
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise DataError(f"{folder}: found no {name}, nor {name}.gz. {_CURE}")

@@ -1,0 +1,331 @@
+"""Recipes: YAML files whose every key is also a flag, read by ``HfArgumentParser``."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from steppe.errors import RecipeError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""The folder of the recipes that come with steppe."""
+ARMS = ("vanilla", "control", "steppe")
+IMAGES, CAUSAL, SPANS = "image-classification", "causal-lm", "span-corruption"
+TASKS = (IMAGES, CAUSAL, SPANS)
+_NEAREST = 3
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    task: str = field(metadata={"help": f"One of {', '.join(TASKS)}."})
+    model_type: str | None = field(
+        default=None, metadata={"help": "Architecture of Transformers: vit, gpt2, t5, …"}
+    )
+    model_config: str = field(
+        default="{}", metadata={"help": "Settings of its config; a mapping, as a flag in JSON."}
+    )
+    checkpoint: str | None = field(
+        default=None, metadata={"help": "Vanilla model to finetune; a folder or a hub id."}
+    )
+    lora_rank: int = field(default=0, metadata={"help": "LoRA on the attention; 0 for none."})
+    lora_targets: list[str] = field(
+        default_factory=list, metadata={"help": "Names of the attention's linear layers."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id, id:config; used where data_dir is not given."}
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder: IDX files, one of images a class, text, JSON lines, parquet."},
+    )
+    held_out_split: str | None = field(
+        default=None, metadata={"help": "By default the validation or test split."}
+    )
+    held_out_samples: int = field(
+        default=0, metadata={"help": "Evaluate on the first so many; 0 for all."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read as it is asked for."})
+    length: int = field(default=512, metadata={"help": "Tokens per sample."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or hub id; by default one is trained and cached."}
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Of the tokenizer that is trained."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the text."})
+    cache_dir: str = field(
+        default="~/.cache/steppe", metadata={"help": "Where trained tokenizers are kept."}
+    )
+    random_resized_crop: bool = field(default=False, metadata={"help": "As for ImageNet."})
+    repeated_augmentation: int = field(
+        default=1, metadata={"help": "Times that an image is drawn in a row (Hoffer et al., 2020)."}
+    )
+    rand_augment: int = field(
+        default=0, metadata={"help": "Magnitude of RandAugment's two operations, 0 … 30."}
+    )
+    crop_padding: int = field(default=0, metadata={"help": "Random crop of the padded image."})
+    flip: bool = field(default=False, metadata={"help": "Random horizontal flip."})
+    random_erasing: float = field(default=0.0, metadata={"help": "Probability."})
+    mixup: float = field(default=0.0, metadata={"help": "α of the Beta distribution; 0 for none."})
+    cutmix: float = field(default=0.0, metadata={"help": "α of the Beta distribution; 0 for none."})
+    label_smoothing: float = field(default=0.0, metadata={"help": "Share, of classifiers."})
+
+
+@dataclass
+class ArmArguments:
+    """What steppe does."""
+
+    arm: str = field(
+        default="steppe",
+        metadata={"help": "vanilla, control (the MLP norms' scales not decayed) or steppe."},
+    )
+    zeroth_bias: bool | None = field(default=None, metadata={"help": "By default as the arm."})
+    restricted_norm: bool | None = field(default=None, metadata={"help": "By default as the arm."})
+    jumping_squared_relu: bool | None = field(
+        default=None, metadata={"help": "By default as the arm."}
+    )
+    ramp: float = field(
+        default=0.0,
+        metadata={"help": "Share of the run over which floor and activation change; finetuning."},
+    )
+    measure_every: int = field(default=50, metadata={"help": "Measure one step in so many."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last whole checkpoint, if there is one."}
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as it will be run.
+
+    Attributes:
+        name: the file's, without its ending.
+        model: what is trained.
+        data: what on.
+        arm: what steppe does.
+        training: the Trainer's arguments.
+    """
+
+    name: str
+    model: ModelArguments
+    data: DataArguments
+    arm: ArmArguments
+    training: TrainingArguments
+
+
+def list_recipes() -> dict[str, str]:
+    """The recipes that come with steppe: their names and the first lines of their files."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        for path in sorted(RECIPES.glob("*.yaml"))
+    }
+
+
+def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe with flags in place of some of its values.
+
+    Args:
+        recipe: a YAML file, or the name of one that comes with steppe.
+        overrides: as on a command line, ``["--learning_rate", "1e-3"]``; any key of the recipe, of
+            this module's dataclasses, and of ``TrainingArguments``.
+
+    Returns:
+        The recipe; the Trainer's arguments have seen the machine.
+
+    Raises:
+        RecipeError: there is no such recipe, it is no YAML mapping, a key is unknown (names the
+            nearest), or a value cannot be.
+    """
+    path = _find(recipe)
+    values = _read_yaml(path)
+    parser = _Parser((ModelArguments, DataArguments, ArmArguments, TrainingArguments))
+    parser.where = str(path)
+    known = sorted(
+        option.removeprefix("--")
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--") and "-" not in option.removeprefix("--")
+    )
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{path}: unknown key {key!r}{_nearest(key, known)}")
+    for flag in overrides:
+        key = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+        if flag.startswith("--") and key not in known:
+            raise RecipeError(f"unknown flag {flag}{_nearest(key, known, '--')}")
+    given = {*values, *(flag.removeprefix("--").partition("=")[0] for flag in overrides)}
+    if "report_to" not in given:
+        values["report_to"] = "tensorboard"
+    if "output_dir" not in given:
+        arm = _last_value(overrides, "arm") or values.get("arm", ArmArguments.arm)
+        values["output_dir"] = f"runs/{path.stem}/{arm}"
+    flags = [word for key, value in values.items() for word in _as_flag(key, value)]
+    try:
+        model, data, arm_arguments, training = parser.parse_args_into_dataclasses(
+            [*flags, *overrides], look_for_args_file=False
+        )
+    except (ValueError, TypeError, ImportError) as error:  # of TrainingArguments' own checks
+        raise RecipeError(f"{path}: {error}") from None
+    result = Recipe(path.stem, model, data, arm_arguments, training)
+    _check(result, path)
+    return result
+
+
+def model_settings(model: ModelArguments) -> dict[str, Any]:
+    """The settings of the model's config.
+
+    Args:
+        model: of a recipe.
+
+    Raises:
+        RecipeError: they are no mapping.
+    """
+    try:
+        settings = json.loads(model.model_config)
+    except json.JSONDecodeError as error:
+        raise RecipeError(
+            f"model_config: not valid JSON ({error}), e.g. '{{\"hidden_size\": 64}}'"
+        ) from None
+    if not isinstance(settings, dict):
+        raise RecipeError(f"model_config: expected a mapping, got {model.model_config}")
+    return settings
+
+
+def _find(recipe: str | Path) -> Path:
+    """The file of a recipe."""
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    ours = RECIPES / f"{path.stem}.yaml"
+    if ours.is_file() and (path.name == path.stem or path.parent.name == "recipes"):
+        return ours
+    names = ", ".join(list_recipes())
+    near = difflib.get_close_matches(path.stem, list_recipes(), n=1)
+    raise RecipeError(
+        f"{recipe}: there is no such file or recipe; steppe has {names}"
+        + (f". Did you mean: steppe train {near[0]}" if near else "")
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The values of a recipe by key."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{path}: expected lines `key: value`, got {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _as_flag(key: str, value: Any) -> list[str]:
+    """A value as words of a command line."""
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{key}", str(value).lower()]
+    if isinstance(value, Mapping):
+        return [f"--{key}", json.dumps(value)]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={value}"]
+
+
+def _last_value(overrides: Sequence[str], key: str) -> str | None:
+    """The value that flags give a key."""
+    found = None
+    for word, following in zip(overrides, [*overrides[1:], ""], strict=True):
+        if word == f"--{key}":
+            found = following
+        elif word.startswith(f"--{key}="):
+            found = word.partition("=")[2]
+    return found
+
+
+class _Parser(HfArgumentParser):
+    """Tells its errors as ours, and takes no abbreviations."""
+
+    where = ""
+
+    def __init__(self, types: Any) -> None:
+        super().__init__(types, allow_abbrev=False, add_help=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of ending the process."""
+        raise RecipeError(f"{self.where}: {message}")
+
+
+def _nearest(key: str, known: Sequence[str], prefix: str = "") -> str:
+    """The names most like a wrong one."""
+    near = difflib.get_close_matches(key, known, n=_NEAREST)
+    listed = ", ".join(prefix + name for name in near)
+    return f". Did you mean {listed}?" if near else ". It is no key of a recipe."
+
+
+def _check(recipe: Recipe, path: Path) -> None:
+    """Refuse values that mean nothing."""
+    model, data, arm = recipe.model, recipe.data, recipe.arm
+    wrong = None
+    if model.task not in TASKS:
+        wrong = f"task: expected one of {', '.join(TASKS)}, got {model.task!r}"
+    elif arm.arm not in ARMS:
+        wrong = f"arm: expected one of {', '.join(ARMS)}, got {arm.arm!r}"
+    elif (model.model_type is None) == (model.checkpoint is None):
+        wrong = "expected either model_type (from scratch) or checkpoint (finetuning): --checkpoint"
+        wrong += " FOLDER_OR_HUB_ID"
+    elif data.data_dir is None and data.dataset is None:
+        wrong = "no data: expected data_dir or dataset, e.g. --data_dir FOLDER"
+    elif not 0.0 <= arm.ramp <= 1.0:
+        wrong = f"ramp: expected a share of the run in 0 … 1, got {arm.ramp}"
+    elif arm.measure_every < 1:
+        wrong = f"measure_every: expected at least 1, got {arm.measure_every}"
+    elif not 0.0 <= data.label_smoothing < 1.0:
+        wrong = f"label_smoothing: expected a share in 0 … 1, got {data.label_smoothing}"
+    elif recipe.training.label_smoothing_factor:
+        wrong = "label_smoothing_factor: it cannot take mixed labels; use label_smoothing"
+    elif data.streaming and recipe.training.max_steps < 1:
+        wrong = "a stream has no length: expected max_steps, e.g. --max_steps 100000"
+    elif model.lora_rank and not model.lora_targets:
+        wrong = "lora_rank: expected lora_targets too, e.g. --lora_targets q v"
+    if wrong is not None:
+        raise RecipeError(f"{path}: {wrong}")
+    model_settings(model)
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The values of a recipe, the Trainer's own defaults left out, as JSON values.
+
+    Args:
+        recipe: as it is run.
+    """
+    ours = {**vars(recipe.model), **vars(recipe.data), **vars(recipe.arm)}
+    return {"recipe": recipe.name, **ours}

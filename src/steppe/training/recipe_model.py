@@ -1,0 +1,139 @@
+"""The model of a recipe: new or from a vanilla checkpoint, with its plug-ins and LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
+
+from steppe.blocks import find_blocks
+from steppe.errors import CheckpointError, RecipeError
+from steppe.plugins import JumpingSquaredReLU, Plugin, RestrictedNorm, ZerothBias
+from steppe.plugins.sparsify import sparsification_of
+from steppe.training.loading import load_checkpoint
+from steppe.training.recipe import CAUSAL, IMAGES, SPANS, Recipe, model_settings
+
+_MODELS: dict[str, Any] = {
+    IMAGES: AutoModelForImageClassification,
+    CAUSAL: AutoModelForCausalLM,
+    SPANS: AutoModelForSeq2SeqLM,
+}
+
+
+def config_of(recipe: Recipe) -> Any:
+    """The model's config, before the data is known.
+
+    Args:
+        recipe: what is trained.
+
+    Raises:
+        RecipeError: there is no such architecture.
+        CheckpointError: the checkpoint is none, or no vanilla one for the task.
+    """
+    if recipe.model.checkpoint is not None:
+        return _vanilla(recipe.model.checkpoint, recipe.model.task).config
+    settings = model_settings(recipe.model)
+    try:
+        return AutoConfig.for_model(str(recipe.model.model_type), **settings)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"model_type, model_config: {error}") from None
+
+
+def build_model(recipe: Recipe, **known: Any) -> PreTrainedModel:
+    """The model: a new one, or the vanilla checkpoint.
+
+    Args:
+        recipe: what is trained.
+        **known: settings of a new model's config that the data tells, where the recipe does not.
+
+    Raises:
+        RecipeError: its settings cannot be.
+        CheckpointError: the checkpoint is none, or no vanilla one for the task.
+    """
+    if recipe.model.checkpoint is not None:
+        return _vanilla(recipe.model.checkpoint, recipe.model.task)
+    settings = {**known, **model_settings(recipe.model)}
+    try:
+        config = AutoConfig.for_model(str(recipe.model.model_type), **settings)
+        return _MODELS[recipe.model.task].from_config(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"model_type, model_config: {error}") from None
+
+
+def _vanilla(checkpoint: str, task: str) -> PreTrainedModel:
+    """A checkpoint of a model for a task that steppe has not changed."""
+    model = load_checkpoint(checkpoint)
+    if sparsification_of(model) is not None:
+        raise CheckpointError(
+            f"{checkpoint}: is no vanilla model, it has plug-ins of steppe. Name the one that they"
+            " were put into; to go on with a run: --resume"
+        )
+    if type(model) not in _MODELS[task]._model_mapping.values():
+        raise CheckpointError(
+            f"{checkpoint}: expected a model for {task}, got {type(model).__name__}"
+        )
+    return model.train()
+
+
+def plugins_of(recipe: Recipe) -> list[Plugin]:
+    """The plug-ins of the arm, and those that flags add or leave out.
+
+    Args:
+        recipe: its arm.
+    """
+    arm = recipe.arm
+    usual = arm.arm == "steppe"
+    positions = None if recipe.model.task == IMAGES else recipe.data.length
+    wanted: list[tuple[bool | None, Plugin]] = [
+        (arm.zeroth_bias, ZerothBias(max_tokens=positions)),
+        (arm.restricted_norm, RestrictedNorm(ramp=arm.ramp)),
+        (arm.jumping_squared_relu, JumpingSquaredReLU(ramp=arm.ramp)),
+    ]
+    return [plugin for asked, plugin in wanted if (usual if asked is None else asked)]
+
+
+def add_lora_(model: PreTrainedModel, recipe: Recipe) -> LoraModel | None:
+    """Put LoRA on the attention, in place; all else is trained as it is.
+
+    Args:
+        model: with its plug-ins.
+        recipe: rank and targets.
+
+    Returns:
+        PEFT's handle, to merge LoRA at the end; None where the recipe has none.
+
+    Raises:
+        RecipeError: the model has no such layers.
+    """
+    if not recipe.model.lora_rank:
+        return None
+    rank = recipe.model.lora_rank
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(recipe.model.lora_targets))
+    try:
+        tuner = LoraModel(model, config, "default")
+    except ValueError as error:
+        raise RecipeError(f"lora_targets: {str(error).splitlines()[0]}") from None
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in frozen and ".base_layer." not in name:
+            parameter.requires_grad_(True)
+    return tuner
+
+
+def norm_parameter_names(model: nn.Module) -> set[str]:
+    """Names of the parameters of the norms before the MLPs.
+
+    Args:
+        model: with MLP blocks.
+    """
+    own = {id(p) for block in find_blocks(model) if block.norm for p in block.norm.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}

@@ -1,0 +1,93 @@
+"""Span corruption, what T5 is trained on (Raffel et al. 2020, section 3.1.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steppe.errors import DataError
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """Replaces random spans of a text by sentinels; the model answers the spans.
+
+    Attributes:
+        sentinels: their ids, in the order in which they are used.
+        end: id that ends input and answer.
+        density: share of the tokens that is taken out.
+        mean_span: mean length of what is taken out, in tokens.
+    """
+
+    sentinels: Sequence[int]
+    end: int
+    density: float = 0.15
+    mean_span: float = 3.0
+
+    def raw_length(self, length: int) -> int:
+        """How many tokens of text make an input of a length, so that nothing is padded.
+
+        Args:
+            length: of the corrupted input, its end included.
+
+        Raises:
+            DataError: so short an input has no span, or a longer one than sentinels.
+        """
+        raw = length
+        while self._input_length(raw + 1) <= length:
+            raw += 1
+        spans = self._counts(raw)[1]
+        if raw - self._counts(raw)[0] < spans or length < 4:
+            raise DataError(
+                f"span corruption: an input of {length} tokens is too short: --length 64"
+            )
+        if spans > len(self.sentinels):
+            raise DataError(
+                f"span corruption: an input of {length} tokens has {spans} spans, the tokenizer"
+                f" {len(self.sentinels)} sentinels <extra_id_…>. Shorter inputs: --length 512"
+            )
+        return raw
+
+    def __call__(self, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Input and answer of one text; their lengths depend on the text's alone.
+
+        Args:
+            ids: int64 ``[L]``, without sentinels.
+            generator: what is random.
+
+        Returns:
+            int64 each: the text with a sentinel for each span, and each sentinel with its span;
+            both with the end.
+        """
+        taken, spans = self._counts(len(ids))
+        kept = _random_parts(len(ids) - taken, spans, generator)
+        lengths = torch.stack([kept, _random_parts(taken, spans, generator)], 1).flatten()
+        # Spans of text and spans taken out take turns, beginning with text.
+        part = torch.arange(2 * spans).repeat_interleave(lengths)
+        is_taken = part % 2 == 1
+        starts = torch.cat([torch.ones(1, dtype=torch.bool), part[1:] != part[:-1]])
+        sentinel = torch.tensor(self.sentinels[:spans])[part // 2]
+        end = torch.tensor([self.end])
+        marked = torch.where(is_taken & starts, sentinel, ids)[~is_taken | starts]
+        # Of the answer, each part of text becomes the sentinel of the span behind it.
+        answered = torch.where(~is_taken & starts, sentinel, ids)[is_taken | starts]
+        return torch.cat([marked, end]), torch.cat([answered, end])
+
+    def _counts(self, length: int) -> tuple[int, int]:
+        """Tokens that are taken out of a text, and in how many spans."""
+        taken = min(max(round(length * self.density), 1), length - 1)
+        return taken, max(round(taken / self.mean_span), 1)
+
+    def _input_length(self, raw: int) -> int:
+        taken, spans = self._counts(raw)
+        return raw - taken + spans + 1
+
+
+def _random_parts(total: int, parts: int, generator: torch.Generator) -> Tensor:
+    """Lengths ≥ 1 that sum to a total, each way to cut it equally likely; int64 ``[parts]``."""
+    cuts = torch.randperm(total - 1, generator=generator)[: parts - 1].sort().values + 1
+    edges = torch.cat([torch.tensor([0]), cuts, torch.tensor([total])])
+    return edges.diff()

@@ -1,0 +1,166 @@
+"""The stock Trainer with four of its methods filled in, as it is meant to be."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from steppe.errors import OutputError
+from steppe.files import writing_to
+from steppe.training.saved import (
+    UNFINISHED,
+    discard_unfinished,
+    publish_checkpoint,
+    seal_checkpoint,
+)
+
+Prepare = Callable[[dict[str, Any], bool], dict[str, Any]]
+"""Makes a batch on the device what the model takes; told whether it is for training."""
+
+
+class RecipeTrainer(Trainer):
+    """A Trainer whose checkpoints are whole or not there, with the recipe's decay and batches.
+
+    Args:
+        not_decayed: parameters without weight decay; all others have it, as in the paper.
+        prepare: augments and normalises batches on the device.
+        draws: the sampler of the training data; None where it is a stream.
+        settings: of the run, kept in its checkpoints.
+        **kwargs: as `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        not_decayed: set[str],
+        prepare: Prepare | None,
+        draws: Sampler[Any] | None,
+        settings: dict[str, object],
+        **kwargs: Any,
+    ) -> None:
+        self._not_decayed = not_decayed
+        self._prepare = prepare
+        self._draws = draws
+        self._settings = settings
+        self._run_folder: Path | None = None
+        super().__init__(**kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters with weight decay."""
+        return [name for name, _ in model.named_parameters() if name not in self._not_decayed]
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Any:
+        """The draws of the training data."""
+        return self._draws
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The batch on the device, augmented where the model trains."""
+        inputs = super()._prepare_inputs(inputs)
+        if self._prepare is None or self.model is None:
+            return inputs
+        return self._prepare(inputs, self.model.training)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The run's folder; while a checkpoint is written, that of unfinished ones."""
+        return str(self._run_folder or super()._get_output_dir(trial=trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let the stock Trainer write under a temporary name, then rename.
+
+        Raises:
+            OutputError: it cannot be written; the checkpoints before are whole.
+        """
+        run = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            discard_unfinished(run)
+        self.accelerator.wait_for_everyone()
+        self._run_folder = run / UNFINISHED
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal_checkpoint(self._run_folder / name, self._settings)
+                publish_checkpoint(run, name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # torch.save tells a full disk as a RuntimeError of its writer.
+            if isinstance(error, RuntimeError) and "riter" not in str(error):
+                raise
+            shutil.rmtree(self._run_folder, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise OutputError(
+                f"{run / name}: cannot be written ({reason}); the checkpoints before it are whole."
+                " Make room, then the same command with --resume"
+            ) from None
+        finally:
+            self._run_folder = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run), save_total_limit=self.args.save_total_limit, use_mtime=True
+            )
+
+    def save_result(self, name: str, processor: Any) -> Path:
+        """Save the model for users, under a temporary name first.
+
+        Args:
+            name: of the folder, within the run's.
+            processor: tokenizer or image processor, saved beside the weights.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        run = Path(str(self.args.output_dir))
+        unfinished = run / UNFINISHED / name
+        with writing_to(run / name):
+            self.save_model(str(unfinished))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                processor.save_pretrained(str(unfinished))
+                publish_checkpoint(run, name)
+        return run / name
+
+
+class SoftCrossEntropy:
+    """The loss of a classifier whose labels may be mixed.
+
+    Args:
+        smoothing: label smoothing, in training only.
+    """
+
+    def __init__(self, smoothing: float) -> None:
+        self._smoothing = smoothing
+
+    def __call__(
+        self,
+        labels: Tensor,
+        logits: Tensor,
+        config: Any = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The mean over the samples, those of all accumulated batches where they are told.
+
+        Args:
+            labels: int64 ``[B]``, or float ``[B, classes]`` with rows that sum to 1.
+            logits: float ``[B, classes]``.
+            config: not needed.
+            num_items_in_batch: samples of the step.
+            **kwargs: not needed.
+        """
+        smoothing = self._smoothing if torch.is_grad_enabled() else 0.0
+        total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
