@@ -1,0 +1,54 @@
+"""Runs recipes in processes of their own, which a test may kill."""
+
+from __future__ import annotations
+
+import os
+import pydoc_data.topics
+import sys
+from pathlib import Path
+
+import torch
+
+from steppe.training.recipe import Recipe, read_recipe
+from steppe.training.run_recipe import run_recipe
+
+TINY_GPT = (
+    '{"activation_function": "relu", "n_positions": 32, "n_embd": 16, "n_inner": 32, "n_layer": 2,'
+    ' "n_head": 2, "resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.0}'
+)
+
+
+def write_text(folder: Path, topics: int = 40) -> Path:
+    """A folder of plain text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(pydoc_data.topics.topics)[:topics]
+    text = "\n".join(pydoc_data.topics.topics[name] for name in names)
+    (folder / "topics.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def tiny_text_recipe(data: Path, cache: Path, out: Path, *flags: str) -> Recipe:
+    """A GPT of two blocks with all plug-ins and dropout, for some steps."""
+    return read_recipe(
+        "text-gpt",
+        [
+            *("--data_dir", str(data), "--cache_dir", str(cache), "--output_dir", str(out)),
+            *("--model_config", TINY_GPT, "--length", "32", "--vocab_size", "300"),
+            *("--max_steps", "24", "--save_steps", "3", "--eval_steps", "12"),
+            *("--logging_steps", "4", "--measure_every", "2", "--held_out_samples", "16"),
+            *("--per_device_train_batch_size", "4", "--ramp", "0.5", "--use_cpu", "true"),
+            *("--report_to", "none", "--gradient_accumulation_steps", "2", *flags),
+        ],
+    )
+
+
+def run_tiny_text(data: Path, cache: Path, out: Path, *flags: str) -> None:
+    """Run that recipe; tell each step in a file."""
+    torch.set_num_threads(1)
+    recipe = tiny_text_recipe(data, cache, out, *flags)
+    run_recipe(recipe, on_step=lambda step, _: (out / "step").write_text(str(step)))
+
+
+if __name__ == "__main__":
+    run_tiny_text(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
+    os._exit(0)
