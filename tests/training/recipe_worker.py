@@ -6,8 +6,10 @@ import os
 import pydoc_data.topics
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import DistributedType, PartialState
 
 from steppe.training.recipe import Recipe, read_recipe
 from steppe.training.run_recipe import run_recipe
@@ -49,6 +51,20 @@ def run_tiny_text(data: Path, cache: Path, out: Path, *flags: str) -> None:
     run_recipe(recipe, on_step=lambda step, _: (out / "step").write_text(str(step)))
 
 
+def allow_fsdp_on_cpu() -> None:
+    """Let accelerate shard on the CPU, which it does on GPUs only; torch's FSDP2 can."""
+    init = PartialState.__init__
+
+    def init_as_if_on_gpus(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init_as_if_on_gpus
+
+
 if __name__ == "__main__":
+    if "--fsdp" in sys.argv:
+        allow_fsdp_on_cpu()
     run_tiny_text(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
     os._exit(0)

@@ -20,6 +20,9 @@ ARMS = ("vanilla", "control", "steppe")
 IMAGES, CAUSAL, SPANS = "image-classification", "causal-lm", "span-corruption"
 TASKS = (IMAGES, CAUSAL, SPANS)
 _NEAREST = 3
+# In place of the Trainer's own: logs of any kind at all, and no search for parameters that a step
+# has not used, which the Trainer switches on for every model.
+_DEFAULTS = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
 
 
 @dataclass
@@ -167,8 +170,9 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if flag.startswith("--") and key not in known:
             raise RecipeError(f"unknown flag {flag}{_nearest(key, known, '--')}")
     given = {*values, *(flag.removeprefix("--").partition("=")[0] for flag in overrides)}
-    if "report_to" not in given:
-        values["report_to"] = "tensorboard"
+    for key, value in _DEFAULTS.items():
+        if key not in given:
+            values[key] = value
     if "output_dir" not in given:
         arm = _last_value(overrides, "arm") or values.get("arm", ArmArguments.arm)
         values["output_dir"] = f"runs/{path.stem}/{arm}"

@@ -106,9 +106,7 @@ class RecipeTrainer(Trainer):
             self._run_folder = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run), save_total_limit=self.args.save_total_limit, use_mtime=True
-            )
+            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
 
     def save_result(self, name: str, processor: Any) -> Path:
         """Save the model for users, under a temporary name first.

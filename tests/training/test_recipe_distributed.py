@@ -1,0 +1,90 @@
+"""A recipe on two processes is the same recipe on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from training import recipe_worker
+
+WORKER = Path(recipe_worker.__file__)
+FSDP2 = (
+    '{"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"],'
+    ' "state_dict_type": "FULL_STATE_DICT"}'
+)
+WAYS = {
+    "ddp": ("--per_device_train_batch_size", "4"),
+    "fsdp2": (
+        *("--per_device_train_batch_size", "4"),
+        *("--fsdp", "full_shard", "--fsdp_config", FSDP2),
+    ),
+}
+# Without dropout, whose masks differ, and with an ε that keeps Adam from making differences of
+# rounding as large as a step.
+SAME = (
+    *("--model_config", recipe_worker.TINY_GPT.replace("0.1", "0.0")),
+    *("--gradient_accumulation_steps", "1", "--max_steps", "8", "--save_steps", "4"),
+    *("--eval_steps", "8", "--adam_epsilon", "1e-3"),
+)
+
+
+def run(place: Path, out: str, processes: int, *flags: str) -> Path:
+    """Run the tiny recipe in processes of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = (
+        *("-m", "torch.distributed.run", "--nproc_per_node", str(processes)),
+        *("--master_addr", "127.0.0.1", "--master_port", str(port)),
+    )
+    words = [str(place / "data"), str(place / "cache"), str(place / out), *SAME, *flags]
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else ()), str(WORKER), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place / out
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("distributed")
+    recipe_worker.write_text(place / "data")
+    return run(place, "alone", 1, "--per_device_train_batch_size", "8")
+
+
+def counts_of(out: Path) -> list[dict]:
+    state = json.loads((out / "checkpoint-8" / "trainer_state.json").read_text())
+    return state["stateful_callbacks"]["SteppeCallback"]["attributes"]["history"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_are_as_one(alone: Path, way: str) -> None:
+    together = run(alone.parent, way, 2, *WAYS[way])
+    expected = load_file(alone / "model" / "model.safetensors")
+    got = load_file(together / "model" / "model.safetensors")
+    assert expected.keys() <= got.keys()  # FSDP keeps a tied weight twice
+    for name, tensor in expected.items():
+        assert (tensor - got[name]).abs().max() < 1e-6, name
+    moved = "transformer.h.0.mlp.c_fc.zeroth_bias"
+    assert expected[moved].abs().max() > 1e-4  # a hundred times what the two may differ
+    for mine, other in zip(counts_of(alone), counts_of(together), strict=True):
+        assert mine["samples_per_block"] == other["samples_per_block"]
+        assert mine["tokens_per_block"] == other["tokens_per_block"]
+        assert mine["density_per_block"] == pytest.approx(other["density_per_block"], abs=1e-5)
+        assert mine["AF_up_per_block"] == pytest.approx(other["AF_up_per_block"], rel=1e-4)
+    one, two = (json.loads((out / "summary.json").read_text()) for out in (alone, together))
+    assert two["world_size"] == 2
+    assert one["quality"] == pytest.approx(two["quality"], rel=1e-5)
+    assert one["density"] == pytest.approx(two["density"], abs=1e-5)
