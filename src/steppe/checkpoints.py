@@ -80,6 +80,37 @@ def load_pretrained(
     return model
 
 
+def load_weights_(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Fill all of a model's tensors from a folder that its own ``save_pretrained`` wrote.
+
+    Names are translated as ``from_pretrained`` does it: Transformers 5 saves some architectures
+    (ViT) under the names of older versions, and ``load_state_dict`` would pass over those.
+
+    Args:
+        model: of the same class, with the same plug-ins.
+        folder: the folder.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another shape, or damaged.
+    """
+    root = unwrap(model)
+    files = _weight_files(str(folder))
+    state = root.state_dict()
+    saved_as = _saved_names(root, state)
+    held = {state[name].data_ptr() for name in state if saved_as[name] in files}
+    # Of tied tensors one is saved.
+    wanted = {
+        saved_as[name]: tensor
+        for name, tensor in state.items()
+        if saved_as[name] in files or tensor.data_ptr() not in held
+    }
+    _copy_tensors(str(folder), wanted, {name: (name, file) for name, file in files.items()})
+    return model
+
+
 def _read_record(folder: str) -> tuple[_Applied, float]:
     """The plug-ins with the names of their blocks, and the progress, from ``config.json``."""
     path = _find(folder, _CONFIG)
@@ -216,7 +247,7 @@ def _copy_tensors(
     missing = [name for name in wanted if name not in files]
     if missing:
         raise CheckpointError(
-            f"{folder}: the record says that the model has {missing[0]}, and the weights do not"
+            f"{folder}: the model has {missing[0]}, and the weights do not"
             f" hold it ({len(missing)} missing). The files are of different checkpoints."
         )
     values: dict[str, Tensor] = {}

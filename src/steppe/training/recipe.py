@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -267,7 +268,7 @@ def _as_flag(key: str, value: Any) -> list[str]:
 def _last_value(overrides: Sequence[str], key: str) -> str | None:
     """The value that flags give a key."""
     found = None
-    for word, following in zip(overrides, [*overrides[1:], ""], strict=True):
+    for word, following in pairwise([*overrides, ""]):
         if word == f"--{key}":
             found = following
         elif word.startswith(f"--{key}="):

@@ -36,11 +36,11 @@ class SpanCorruption:
         Raises:
             DataError: so short an input has no span, or a longer one than sentinels.
         """
-        raw = length
+        raw = max(2, length - 2)
         while self._input_length(raw + 1) <= length:
             raw += 1
-        spans = self._counts(raw)[1]
-        if raw - self._counts(raw)[0] < spans or length < 4:
+        taken, spans = self._counts(raw)
+        if raw - taken < spans or self._input_length(raw) != length:
             raise DataError(
                 f"span corruption: an input of {length} tokens is too short: --length 64"
             )

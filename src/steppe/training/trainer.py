@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from steppe.checkpoints import load_weights_
 from steppe.errors import OutputError
 from steppe.files import writing_to
 from steppe.training.saved import (
@@ -69,6 +70,19 @@ class RecipeTrainer(Trainer):
         if self._prepare is None or self.model is None:
             return inputs
         return self._prepare(inputs, self.model.training)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a checkpoint, all of them: the stock one passes over renamed ones.
+
+        Raises:
+            CheckpointError: they are not this model's.
+        """
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            wanted = self.model if model is None else model
+            assert wanted is not None
+            load_weights_(wanted, resume_from_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         """The run's folder; while a checkpoint is written, that of unfinished ones."""

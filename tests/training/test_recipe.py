@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from steppe.errors import RecipeError
+from steppe.training.recipe import RECIPES, list_recipes, model_settings, read_recipe
+
+FLAGS = ("--bf16", "false", "--use_cpu", "true", "--data_dir", "there")
+NAMES = {
+    *("vit-b16-imagenet1k", "vit-b16-imagenet1k-finetune", "vit-cifar10"),
+    *("t5-base-c4", "t5-base-c4-finetune", "fashion-mnist-vit", "text-gpt", "text-t5"),
+}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_recipes_are_these_and_each_says_what_it_is() -> None:
+    assert set(list_recipes()) == NAMES
+    assert all(len(about) > 20 for about in list_recipes().values())
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_recipe_can_be_read(name: str) -> None:
+    more = ("--checkpoint", "there") if "finetune" in name else ()
+    recipe = read_recipe(name, [*FLAGS, *more])
+    assert recipe.name == name
+    assert recipe.training.output_dir == f"runs/{name}/steppe"
+    assert model_settings(recipe.model).get("hidden_act", "relu") == "relu"
+
+
+def test_the_papers_numbers() -> None:
+    vit = read_recipe("vit-b16-imagenet1k", FLAGS)
+    assert (vit.training.learning_rate, vit.training.weight_decay) == (3e-3, 0.3)
+    assert (vit.training.num_train_epochs, vit.training.max_grad_norm) == (300, 1.0)
+    assert 8 * vit.training.per_device_train_batch_size == 2048
+    assert (vit.data.label_smoothing, vit.data.mixup, vit.data.cutmix) == (0.11, 0.2, 1.0)
+    t5 = read_recipe("t5-base-c4", FLAGS)
+    assert (t5.training.learning_rate, t5.training.weight_decay) == (0.01, 0.001)
+    assert (t5.training.max_steps, t5.training.warmup_steps) == (100_000, 10_000)
+    assert 8 * t5.training.per_device_train_batch_size == 256
+    assert t5.data.length == 512
+    for name, share in (("vit-b16-imagenet1k", 5 / 15), ("t5-base-c4", 3 / 10)):
+        tuned = read_recipe(f"{name}-finetune", [*FLAGS, "--checkpoint", "there"])
+        assert tuned.arm.ramp == pytest.approx(share, abs=1e-3)
+        assert tuned.model.lora_rank == 192
+
+
+def test_flags_stand_before_the_file_which_stands_before_the_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "task: causal-lm\nmodel_type: gpt2\nlearning_rate: 1e-4\nlength: 32\n")
+    recipe = read_recipe(path, ["--data_dir", "d", "--length=64", "--use_cpu", "true"])
+    assert recipe.training.learning_rate == 1e-4
+    assert recipe.data.length == 64
+    assert recipe.data.vocab_size == 8192
+    assert recipe.training.report_to == ["tensorboard"]
+    assert read_recipe(path, ["--data_dir", "d", "--arm", "control"]).training.output_dir == (
+        "runs/mine/control"
+    )
+
+
+def test_a_path_to_a_recipe_of_ours_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe("recipes/text-gpt.yaml", FLAGS).name == "text-gpt"
+    assert read_recipe(RECIPES / "text-gpt.yaml", FLAGS).name == "text-gpt"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--learnin_rate", "1"), r"unknown flag --learnin_rate\. Did you mean --learning_rate"),
+        (("--arm", "vanila"), r"arm: expected one of vanilla, control, steppe, got 'vanila'"),
+        (("--length", "many"), r"argument --length: invalid int value: 'many'"),
+        (("--model_config", "{"), r"model_config: not valid JSON"),
+        (("--model_config", "[1]"), r"model_config: expected a mapping"),
+        (("--streaming", "true", "--max_steps", "-1"), r"a stream has no length"),
+        (("--ramp", "2"), r"ramp: expected a share"),
+        (("--lora_rank", "4"), r"expected lora_targets"),
+        (("--checkpoint", "x"), r"either model_type .* or checkpoint"),
+        (("--label_smoothing_factor", "0.1"), r"use label_smoothing"),
+        (("--measure_every", "0"), r"measure_every: expected at least 1"),
+        (("--task", "chess"), r"task: expected one of image-classification"),
+    ],
+)
+def test_wrong_flags_say_what_is_right(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_recipe("text-gpt", [*FLAGS, *flags])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: causal-lm\nlerning_rate: 1\n", r"unknown key 'lerning_rate'\. Did you mean learni"),
+        ("task: causal-lm\ntask: causal-lm\n", "stands twice"),
+        ("task: [\n", "not valid YAML"),
+        ("just words\n", "expected lines `key: value`"),
+        ("task: causal-lm\nmodel_type: gpt2\n", "no data: expected data_dir"),
+        ("model_type: gpt2\n", "required: --task"),
+    ],
+)
+def test_wrong_files_say_what_is_right(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(write(tmp_path, text))
+
+
+def test_a_recipe_that_is_not_there_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="Did you mean: steppe train text-gpt"):
+        read_recipe("text-gtp")
