@@ -17,6 +17,7 @@ import models
 import steppe
 from steppe.runs import read_run
 from training.data_makers import TEXT, words_tokenizer
+from training.recipe_worker import TINY_GPT, write_text
 
 COMMAND = [sys.executable, "-m", "steppe.cli"]
 PLAIN = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
@@ -38,7 +39,7 @@ def message_of(result: subprocess.CompletedProcess[str]) -> str:
 def test_version_and_help_say_what_there_is() -> None:
     assert run("--version").stdout == "steppe 0.1.0\n"
     described = run("--help").stdout
-    for command in ("demo", "measure", "report", "bench"):
+    for command in ("demo", "train", "measure", "report", "bench"):
         assert command in described
 
 
@@ -54,6 +55,11 @@ def test_version_and_help_say_what_there_is() -> None:
         (["report"], "RUN"),
         (["bench", "--threads", "0"], "--threads"),
         (["bench", "fast"], "fast"),
+        (["train", "text-gtp"], "steppe train text-gpt"),
+        (["train", "text-gpt", "--data_dir", "./nowhere"], "there is no such file or folder"),
+        (["train", "text-gpt", "--lerning_rate", "1"], "--learning_rate"),
+        (["train", "text-gpt"], "--data_dir FOLDER"),
+        (["train", "fashion-mnist-vit", "--data_dir", "tests"], "or images, found none"),
     ],
 )
 def test_wrong_arguments_exit_with_2_and_are_named(arguments: list[str], named: str) -> None:
@@ -216,3 +222,32 @@ def test_bench_refuses_a_place_where_it_cannot_write_before_it_times(tmp_path: P
         result = run("bench", "--quick", option, str(tmp_path / "file" / "rows"))
         assert "error: cannot write to" in message_of(result)
         assert result.stdout == ""
+
+
+def test_train_lists_its_recipes() -> None:
+    listed = run("train", "--list").stdout
+    for name in ("vit-b16-imagenet1k", "t5-base-c4-finetune", "fashion-mnist-vit"):
+        assert name in listed
+
+
+def test_train_ends_with_a_table_a_page_and_what_it_wrote(tmp_path: Path) -> None:
+    write_text(tmp_path / "data", topics=20)
+    command = [
+        *("train", "text-gpt", "--data_dir", str(tmp_path / "data"), "--model_config", TINY_GPT),
+        *("--length", "32", "--vocab_size", "300", "--cache_dir", str(tmp_path / "cache")),
+        *("--output_dir", str(tmp_path / "run"), "--max_steps", "6", "--save_steps", "3"),
+        *("--logging_steps", "2", "--measure_every", "1", "--eval_steps", "6"),
+        *("--held_out_samples", "8", "--use_cpu", "true"),
+    ]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "step 6  loss" in done.stdout
+    assert "derivative" in done.stdout
+    assert "perplexity" in done.stdout
+    for name in ("summary.json", "report.html", "steppe.json", "model/config.json"):
+        assert (tmp_path / "run" / name).is_file()
+    assert list((tmp_path / "run" / "runs").rglob("events.out.tfevents.*"))
+    assert "--resume" in message_of(run(*command))
+    assert run(*command, "--resume").returncode == 0
+    measured = run("measure", str(tmp_path / "run" / "model"), "--data", str(tmp_path / "data"))
+    assert measured.returncode == 0, measured.stderr

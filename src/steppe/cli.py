@@ -162,7 +162,7 @@ def train(
             progress.console.print(_escape(line), highlight=False)
 
         summary = run_recipe(asked, on_step=show, on_log=tell)
-    if not asked.training.should_log:
+    if asked.training.process_index != 0:
         return
     page = write_report(find_runs([folder]), folder / "report.html")
     _console.print(recipe_table(summary))

@@ -190,7 +190,7 @@ def run_recipe(
 
     Source: arXiv 2605.25612.
     """
-    folder = prepare_folder(str(recipe.training.output_dir))
+    folder = Path(str(recipe.training.output_dir))
     settings = _run_settings(recipe)
     resumed = None
     if recipe.arm.resume:
@@ -202,13 +202,14 @@ def run_recipe(
         )
     set_seed(recipe.training.seed)
     job = _Job(recipe)
+    prepare_folder(folder)  # nothing is left behind where there is no data
     plugins = plugins_of(recipe)
     if plugins:
         sparsify_(job.model, plugins)
     tuner = add_lora_(job.model, recipe)
     callback = SteppeCallback(every=recipe.arm.measure_every)
     trainer = _trainer(job, settings, [callback, _Teller(on_step, on_log)])
-    if on_log is not None:
+    if on_log is not None and trainer.is_world_process_zero():
         for note in job.notes:
             on_log(note)
         if resumed is not None:
