@@ -243,7 +243,7 @@ class _LossTap(torch.autograd.Function):
     def forward(ctx: Any, loss: Tensor, probe: Tensor) -> Tensor:
         """The loss."""
         ctx.probe_dtype = probe.dtype
-        return loss.detach()
+        return loss.clone()  # no view: the Trainer multiplies it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

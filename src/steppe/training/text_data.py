@@ -204,7 +204,7 @@ def _pack(
 
 def _tokenizer(data: str, split: Any, column: str, settings: TextSettings) -> Any:
     """The tokenizer that was named, or one of the text's own."""
-    if settings.tokenizer is not None:
+    if settings.tokenizer:
         return load_tokenizer(settings.tokenizer)
     path = Path(data).expanduser()
     kept = {
