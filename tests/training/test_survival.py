@@ -26,7 +26,10 @@ KILLS = 20
 def processes() -> multiprocessing.context.BaseContext:
     """Processes that start in a moment: what they import is imported once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.recipe_worker"])
+    # Of installed packages: Python 3.11 looks for them without the test's sys.path.
+    context.set_forkserver_preload(
+        ["steppe.training.run_recipe", "transformers.models.gpt2.modeling_gpt2"]
+    )
     return context
 
 
