@@ -20,7 +20,7 @@ PENDING := $(VENV)/.installing
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results cost bench test test-slow test-native valgrind lint format clean
+.PHONY: help install demo results twins cost bench test test-slow test-native valgrind lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,11 @@ demo: $(STAMP) ## train the demo models and print the table
 results: $(STAMP) ## measure the README's table and plot anew (ten minutes)
 	$(BIN)/steppe demo --seeds 3 --out runs/results
 	cp runs/results/summary.json docs/results/demo.json
+	$(BIN)/python docs/render.py
+
+twins: $(STAMP) ## train the recipes' twins anew: TEXT=FOLDER IMAGES=FOLDER (a quarter of an hour)
+	$(BIN)/python benchmarks/twins.py --text '$(TEXT)' --images '$(IMAGES)' \
+	  --json docs/results/twins.json
 	$(BIN)/python docs/render.py
 
 cost: $(STAMP) ## measure anew what measuring costs (ten minutes, nothing else running)

@@ -1,4 +1,4 @@
-"""Render the committed results into the README, and the plot of the demo.
+"""Render the committed results into the README and docs/recipes.md, and the plot of the demo.
 
 python docs/render.py
 """
@@ -16,31 +16,37 @@ ROOT = Path(__file__).parents[1]
 DEMO = "docs/results/demo.json"
 SPEED = "benchmarks/results/mlp_cpu.json"
 MONITOR_COST = "benchmarks/results/monitor_cost.json"
+TWINS = "docs/results/twins.json"
+PAGES = ("README.md", "docs/recipes.md")
 
 
-def render(readme: str) -> str:
-    """The README with each marked passage as its result file says.
+def render(page: str) -> str:
+    """A page with each marked passage as its result file says.
 
     Raises:
-        SystemExit: a passage is missing, or there twice.
+        SystemExit: the page marks a passage that there is not, or none.
     """
     passages = {
-        f"table: {DEMO}": "\n" + demo_markdown(_read(DEMO)),
-        f"speed: {SPEED}": "\n" + speed_markdown(_read(SPEED)),
-        f"sampled step: {MONITOR_COST}": f"{_cost('sampled step'):.2f}×",
-        f"run: {MONITOR_COST}": f"{100 * (_cost('run measured every 50 steps') - 1):+.1f} %",
+        f"table: {DEMO}": lambda: "\n" + demo_markdown(_read(DEMO)),
+        f"speed: {SPEED}": lambda: "\n" + speed_markdown(_read(SPEED)),
+        f"sampled step: {MONITOR_COST}": lambda: f"{_cost('sampled step'):.2f}×",
+        f"run: {MONITOR_COST}": lambda: (
+            f"{100 * _cost('run measured every 50 steps') - 100:+.1f} %"
+        ),
+        f"twins: {TWINS}": lambda: "\n" + twins_markdown(_read(TWINS)),
     }
-    for name, passage in passages.items():
-        pattern = rf"(<!-- {re.escape(name)} -->).*?(<!-- end -->)"
-        readme, found = re.subn(
-            pattern,
-            lambda match, passage=passage: match[1] + passage + match[2],
-            readme,
-            flags=re.DOTALL,
-        )
-        if found != 1:
-            raise SystemExit(f"README.md: expected one passage <!-- {name} -->, got {found}")
-    return readme
+
+    def passage(match: re.Match[str]) -> str:
+        if match[2] not in passages:
+            raise SystemExit(f"no such passage: <!-- {match[2]} -->")
+        return match[1] + passages[match[2]]() + match[3]
+
+    page, found = re.subn(
+        r"(<!-- ([a-z ]+: [\w/.]+\.json) -->).*?(<!-- end -->)", passage, page, flags=re.DOTALL
+    )
+    if not found:
+        raise SystemExit("a page without passages")
+    return page
 
 
 def speed_markdown(result: dict[str, Any]) -> str:
@@ -86,11 +92,27 @@ def _trained_speed(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def twins_markdown(result: dict[str, Any]) -> str:
+    """Quality and densities of the twins by arm."""
+    lines = [
+        "| twin | arm | held-out loss | right | density | density over training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        quality = row["quality"]
+        right = quality.get("top1", quality.get("accuracy"))
+        shares = [right, row["density"], row["training_density"]]
+        cells = " | ".join(f"{100 * share:.1f} %" for share in shares)
+        lines.append(f"| `{row['recipe']}` | {row['arm']} | {quality['loss']:.3f} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Rewrite the README and the plot."""
+    """Rewrite the pages and the plot."""
     plot_training_density(_read(DEMO), ROOT / "docs/results/demo.png")
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _read(path: str) -> dict[str, Any]:
