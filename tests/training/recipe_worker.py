@@ -29,18 +29,22 @@ def write_text(folder: Path, topics: int = 40) -> Path:
     return folder
 
 
+def tiny_text_flags(data: Path, cache: Path) -> list[str]:
+    """Of text-gpt: two blocks with all plug-ins and dropout, for some steps."""
+    return [
+        *("--data_dir", str(data), "--cache_dir", str(cache)),
+        *("--model_config", TINY_GPT, "--length", "32", "--vocab_size", "300"),
+        *("--max_steps", "24", "--save_steps", "3", "--eval_steps", "12"),
+        *("--logging_steps", "4", "--measure_every", "2", "--held_out_samples", "16"),
+        *("--per_device_train_batch_size", "4", "--ramp", "0.5", "--use_cpu", "true"),
+        *("--report_to", "none", "--gradient_accumulation_steps", "2"),
+    ]
+
+
 def tiny_text_recipe(data: Path, cache: Path, out: Path, *flags: str) -> Recipe:
-    """A GPT of two blocks with all plug-ins and dropout, for some steps."""
+    """The recipe of those flags, and more."""
     return read_recipe(
-        "text-gpt",
-        [
-            *("--data_dir", str(data), "--cache_dir", str(cache), "--output_dir", str(out)),
-            *("--model_config", TINY_GPT, "--length", "32", "--vocab_size", "300"),
-            *("--max_steps", "24", "--save_steps", "3", "--eval_steps", "12"),
-            *("--logging_steps", "4", "--measure_every", "2", "--held_out_samples", "16"),
-            *("--per_device_train_batch_size", "4", "--ramp", "0.5", "--use_cpu", "true"),
-            *("--report_to", "none", "--gradient_accumulation_steps", "2", *flags),
-        ],
+        "text-gpt", [*tiny_text_flags(data, cache), "--output_dir", str(out), *flags]
     )
 
 

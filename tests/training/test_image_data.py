@@ -12,6 +12,7 @@ from steppe.errors import DataError
 from steppe.training.draws import Draw
 from steppe.training.idx import load_idx_folder, read_idx
 from steppe.training.image_data import load_image_data
+from steppe.training.sources import Source, open_rows
 
 NAMES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
@@ -56,6 +57,14 @@ def test_idx_files_are_read_as_they_are(idx: Path) -> None:
     assert images[7].unique().tolist() == [7]
     assert labels.tolist() == [index % 4 for index in range(20)]
     assert len(parts["test"][0]) == 8
+
+
+def test_idx_files_are_measured_as_images_of_their_test_part(idx: Path) -> None:
+    rows = open_rows(Source(str(idx)))
+    images, labels = load_idx_folder(idx)["test"]
+    assert rows.split == "test"
+    assert [row["label"] for row in rows] == labels.tolist()
+    assert np.array_equal(np.stack([np.array(row["image"]) for row in rows]), images.numpy())
 
 
 def test_idx_items_have_the_models_size_and_channels(idx: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import (
 
 from steppe import load_pretrained, restore_, sparsify_
 from steppe.blocks import find_blocks
-from steppe.errors import CheckpointError, OutOfMemoryError, RecipeError
+from steppe.errors import CheckpointError, DataError, OutOfMemoryError, RecipeError
 from steppe.plugins import JumpingSquaredReLU
 from steppe.training.held_out import measure_checkpoints
 from steppe.training.recipe import read_recipe
@@ -286,3 +286,32 @@ def test_language_models_can_be_loaded_by_others(text: Path, tmp_path: Path) -> 
     assert (Path(summary["model"]) / "tokenizer.json").is_file()
     assert model.config.vocab_size == 300
     assert summary["quality"]["perplexity"] == pytest.approx(np.exp(summary["quality"]["loss"]))
+
+
+def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path: Path) -> None:
+    recipe = read_recipe("text-gpt", ["--data_dir", str(tmp_path / "gone"), "--use_cpu", "true"])
+    with pytest.raises(DataError, match="gone: there is no such folder"):
+        run_recipe(recipe)
+
+
+def test_a_t5_of_a_recipe_is_measured_on_running_text(text: Path, tmp_path: Path) -> None:
+    small = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 2, "num_layers": 1}
+    recipe = read_recipe(
+        "text-t5",
+        [
+            *("--data_dir", str(text / "data"), "--output_dir", str(tmp_path), "--max_steps", "2"),
+            *("--cache_dir", str(text / "cache"), "--vocab_size", "700", "--length", "32"),
+            *("--use_cpu", "true", "--report_to", "none", "--eval_strategy", "no"),
+            *("--save_strategy", "no", "--model_config", json.dumps(small)),
+        ],
+    )
+    run_recipe(recipe)
+    source = Source(str(text / "data"), max_length=32, batch_size=4)
+    folder = tmp_path / "model"
+    runs = [measure_checkpoints([folder], source, max_batches=3) for _ in range(2)]
+    assert str(runs[0].held_out) == str(runs[1].held_out)
+    assert any("spans of the text are taken out" in note for note in runs[0].settings["notes"])
+    encoder, decoder = runs[0].held_out[0].blocks
+    assert encoder.tokens == 3 * 4 * 32  # every input is full, nothing is padded
+    assert 0 < decoder.tokens < encoder.tokens
+    assert 4 < runs[0].quality["loss"] < 8  # ln 700 is 6.6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import datasets
 import pytest
 
 from steppe.errors import DataError
-from steppe.training.sources import Source, open_rows
+from steppe.training.sources import Source, open_rows, open_splits, reading
 from training.data_makers import write_jsonl
 
 
@@ -45,6 +46,7 @@ def test_a_single_file_of_each_kind_is_read(tmp_path: Path) -> None:
         (["trainees.jsonl", "tested.jsonl"], "full"),
         (["sub/eval.jsonl", ".cache/x.jsonl"], "test"),
         (["other.jsonl", "train.jsonl", "val.jsonl"], "validation"),
+        (["c4-train.00000-of-00001.jsonl", "c4-validation.00000-of-00001.jsonl"], "validation"),
     ],
 )
 def test_the_split_is_told_by_folders_and_files(
@@ -147,3 +149,54 @@ def test_hub_ids_name_a_configuration_and_are_read_in_their_order(
     splits = {"train": rows}
     with pytest.raises(DataError, match="--split train"):  # not measured unless asked for
         open_rows(Source("c4"))
+
+
+def pack(path: Path, number: int = 2000) -> Path:
+    lines = "".join(json.dumps({"text": f"line {index}"}) + "\n" for index in range(number))
+    path.write_bytes(gzip.compress(lines.encode()))
+    return path
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_compressed_files_are_read_as_c4_comes(tmp_path: Path, streaming: bool) -> None:
+    pack(tmp_path / "c4-train.00000-of-00001.json.gz", 3)
+    pack(tmp_path / "c4-validation.00000-of-00001.json.gz", 2)
+    splits = open_splits(str(tmp_path), streaming)
+    assert {name: len(list(rows)) for name, rows in splits.items()} == {
+        "train": 3,
+        "validation": 2,
+    }
+    assert next(iter(splits["train"])) == {"text": "line 0"}
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_compressed_file_that_is_cut_short_is_told(tmp_path: Path, streaming: bool) -> None:
+    path = pack(tmp_path / "a.jsonl.gz", 200_000)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DataError, match=r"cannot be read.*ended before"), reading(str(tmp_path)):
+        list(open_splits(str(tmp_path), streaming)["full"])
+
+
+def test_a_download_that_did_not_end_is_told(tmp_path: Path) -> None:
+    pack(tmp_path / "a.jsonl.gz")
+    (tmp_path / "b.jsonl.gz.incomplete").write_bytes(b"")
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz\.incomplete: a download that did not end"):
+        open_splits(str(tmp_path), streaming=False)
+
+
+def test_files_with_other_columns_are_told_while_reading(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "one", "url": "two"}])
+    with (
+        pytest.raises(DataError, match=r"column names don't match.*the same columns"),
+        reading("x"),
+    ):
+        list(open_splits(str(tmp_path), streaming=True)["full"])
+
+
+def test_only_errors_of_reading_are_told_as_such() -> None:
+    with pytest.raises(ValueError, match=r"^mine$") as raised, reading("x"):
+        raise ValueError("mine")
+    assert not isinstance(raised.value, DataError)
+    with pytest.raises(DataError, match=r"^own$"), reading("x"):
+        raise DataError("own")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from safetensors.torch import load_file
 from steppe.errors import CheckpointError, OutputError, RecipeError
 from steppe.training import saved
 from steppe.training.run_recipe import run_recipe
-from training.recipe_worker import run_tiny_text, tiny_text_recipe, write_text
+from training.recipe_worker import run_tiny_text, tiny_text_flags, tiny_text_recipe, write_text
 
 KILLS = 20
 
@@ -168,3 +171,38 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(
     assert found is not None
     assert found.name == "checkpoint-6"
     assert not (out / saved.UNFINISHED).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_survive_a_kill_together(place: Path, tmp_path: Path) -> None:
+    settings = tiny_text_flags(place / "data", place / "cache")
+
+    def train(out: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        command += ["-m", "steppe.cli", "train", "text-gpt", "--resume", *settings]
+        return subprocess.Popen([*command, "--output_dir", str(out)], stderr=subprocess.DEVNULL)
+
+    assert train(tmp_path / "whole").wait() == 0
+    launcher = train(tmp_path / "killed")
+    while not list((tmp_path / "killed").glob("checkpoint-*")):
+        time.sleep(0.05)
+        assert launcher.poll() is None
+    ranks = children_of(launcher.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    assert launcher.wait(timeout=120) != 0
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)  # none is left behind
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    assert train(tmp_path / "killed").wait() == 0
+    expected, got = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed")
+    )
+    for name, tensor in expected.items():
+        assert tensor.equal(got[name]), name
+
+
+def children_of(process: int) -> list[int]:
+    """The processes that one has started and that run."""
+    told = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(child) for child in told.split()]

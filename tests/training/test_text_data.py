@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 from steppe.errors import DataError
 from steppe.training.draws import Draw
+from steppe.training.span_corruption import SENTINELS
 from steppe.training.text_data import TextSettings, load_text_data, require_shards
-from steppe.training.tokenizer import SENTINELS, load_or_train_tokenizer, train_tokenizer
+from steppe.training.tokenizer import load_or_train_tokenizer, train_tokenizer
 
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)][:40]
 

@@ -24,10 +24,12 @@ from steppe.training.image_batches import Images, image_shape_of
 from steppe.training.sources import EMBEDDED, Rows, Source, open_rows
 from steppe.training.text_batches import (
     ClassifiedTexts,
+    CorruptedWindows,
     MaskedWindows,
     Pairs,
     Windows,
     check_bytes,
+    corrupts_spans,
     load_tokenizer,
     tokens_per_window,
 )
@@ -125,9 +127,10 @@ def load_batches(
 ) -> Batches:
     """Held-out data as batches for a model, by its class, its config and its checkpoint's files.
 
-    Language models get windows of running text, encoder-decoders pairs of input and target, masked
-    language models windows with 15 % masked by a fixed seed, classifiers classes. Models without a
-    head get no ``labels``.
+    Language models get windows of running text, encoder-decoders pairs of input and target (of text
+    alone, windows with spans taken out, if the tokenizer has T5's sentinels), masked language
+    models windows with 15 % masked by a fixed seed, classifiers classes. Models without a head get
+    no ``labels``.
 
     Args:
         source: the data.
@@ -166,6 +169,9 @@ def load_batches(
         return _batches(preparation, rows, rows.number, notes)
     if model.config.is_encoder_decoder:
         _require_head(rows.name, kind, labelled)
+        if corrupts_spans(rows, tokenizer):
+            note = f"{rows.name}: no targets; spans of the text are taken out, as T5 was trained"
+            return _batches(CorruptedWindows(rows, model, tokenizer), rows, notes=(note,))
         return _batches(Pairs(rows, model, tokenizer), rows, rows.number)
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and "ForMaskedLM" in kind:
         return _batches(MaskedWindows(rows, model, tokenizer), rows)

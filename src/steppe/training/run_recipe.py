@@ -26,6 +26,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from steppe.errors import (
     CheckpointError,
+    DataError,
     NonFiniteLossError,
     OutOfMemoryError,
     RecipeError,
@@ -47,7 +48,7 @@ from steppe.training.quality import (
     perplexity,
     token_quality,
 )
-from steppe.training.recipe import IMAGES, SPANS, Recipe, settings_of
+from steppe.training.recipe import IMAGES, SPANS, DataArguments, Recipe, settings_of
 from steppe.training.recipe_model import (
     add_lora_,
     build_model,
@@ -56,6 +57,7 @@ from steppe.training.recipe_model import (
     plugins_of,
 )
 from steppe.training.saved import has_checkpoints, last_whole_checkpoint
+from steppe.training.sources import reading
 from steppe.training.text_data import TextSettings, load_text_data, require_shards
 from steppe.training.trainer import Prepare, RecipeTrainer, SoftCrossEntropy
 
@@ -89,7 +91,7 @@ class _Job:
         config = config_of(recipe)
         size, channels = int(config.image_size), int(getattr(config, "num_channels", 3))
         data = load_image_data(
-            str(asked.data_dir or asked.dataset),
+            _place_of(asked),
             size,
             channels,
             crop=asked.random_resized_crop,
@@ -142,7 +144,7 @@ class _Job:
             held_out_split=asked.held_out_split,
             held_out_samples=asked.held_out_samples,
         )
-        data = load_text_data(str(asked.data_dir or asked.dataset), settings)
+        data = load_text_data(_place_of(asked), settings)
         self.processor = data.tokenizer
         known: dict[str, Any] = {
             "vocab_size": len(data.tokenizer),
@@ -201,7 +203,8 @@ def run_recipe(
             " in another folder: --output_dir FOLDER"
         )
     set_seed(recipe.training.seed)
-    job = _Job(recipe)
+    with reading(_place_of(recipe.data)):
+        job = _Job(recipe)
     prepare_folder(folder)  # nothing is left behind where there is no data
     plugins = plugins_of(recipe)
     if plugins:
@@ -216,7 +219,8 @@ def run_recipe(
             on_log(f"going on from {resumed}")
     start = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        with reading(_place_of(recipe.data)):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not any(word in str(error).lower() for word in _FULL_MEMORY):
             raise
@@ -306,6 +310,19 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def _place_of(asked: DataArguments) -> str:
+    """Where the data is: a folder that must be there, or a hub id."""
+    if asked.data_dir is None:
+        return str(asked.dataset)
+    if not Path(asked.data_dir).expanduser().exists():
+        raise DataError(
+            f"{asked.data_dir}: there is no such folder. Put the data there, or name another:"
+            " --data_dir FOLDER"
+            + (f"; without it {asked.dataset} is fetched from the hub" if asked.dataset else "")
+        )
+    return asked.data_dir
 
 
 def _run_settings(recipe: Recipe) -> dict[str, object]:

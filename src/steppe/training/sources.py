@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,13 +13,16 @@ from typing import Any, TypeAlias
 import datasets
 from datasets.exceptions import DatasetsError
 
-from steppe.errors import DataError, MissingExtraError
+from steppe.errors import DataError, MissingExtraError, SteppeError
+from steppe.training.idx import is_idx_folder, load_idx_folder
 
 EMBEDDED = ("digits", "pydoc")
 """Sets that come with dependencies; a folder of the name is ``./digits``."""
 WHOLE = "full"
 """What the only split is called where the names of files and folders tell none."""
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # after .txt, .json, .jsonl
+_UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")  # of a download
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -27,6 +32,7 @@ _SPLIT_WORDS = {
 HELD_OUT = ("validation", "valid", "val", "dev", "test")
 """Names of held-out splits, the first that is there is taken."""
 _SHUFFLE_BUFFER = 1000  # rows
+_SHOWN = 300  # characters of another library's message
 _Data: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 
 
@@ -35,10 +41,10 @@ class Source:
     """Held-out data by name, and how a model shall see it.
 
     Attributes:
-        data: ``digits`` or ``pydoc`` (embedded); a file ``*.txt``, ``*.jsonl``, ``*.json``,
-            ``*.parquet``; a folder of such files, of images in one folder a class, or written by
-            ``Dataset.save_to_disk``; or the id of a data set on the Hugging Face hub, with
-            ``id:config`` for one of its configurations.
+        data: ``digits`` or ``pydoc`` (embedded); a file ``*.txt``, ``*.jsonl``, ``*.json`` (plain
+            or compressed), ``*.parquet``; a folder of such files, of images in one folder a class,
+            of MNIST's IDX files, or written by ``Dataset.save_to_disk``; or the id of a data set on
+            the Hugging Face hub, with ``id:config`` for one of its configurations.
         split: which split; by default the validation or test split, or the only one there is.
         batch_size: samples per batch.
         max_length: tokens per sample; by default the model's limit or 512, whichever is less.
@@ -139,7 +145,7 @@ class Rows:
                 return
             except ImportError as error:
                 raise MissingExtraError(f"{self.name}: {error}") from None
-            except (OSError, ValueError, TypeError, DatasetsError) as error:
+            except (OSError, EOFError, ValueError, TypeError, DatasetsError) as error:
                 raise DataError(
                     f"{self.name}: a row cannot be read ({first_line(error)}). Is a file damaged,"
                     " or of another format than its name says?"
@@ -228,6 +234,8 @@ def _open(data: str, streaming: bool) -> _Opened:
         (path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")
     ):
         return _open_saved(data, path)
+    if is_idx_folder(path):
+        return _open_idx(path)
     if path.is_dir():
         return _open_files(data, *_files_of(data, path), streaming)
     if path.is_file():
@@ -256,9 +264,29 @@ def _open_files(
         splits = datasets.load_dataset(
             builder, data_files=dict(files), streaming=streaming, **options
         )
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"{data}: cannot be read ({first_line(error)})") from None
+    except (OSError, EOFError, ValueError, DatasetsError) as error:
+        raise DataError(
+            f"{data}: cannot be read ({first_line(error)}). Was it downloaded whole? Fetch it anew."
+        ) from None
     return _Opened(splits, True, builder, files)
+
+
+def _open_idx(folder: Path) -> _Opened:
+    """MNIST's four files, as rows of images and classes."""
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    splits = {
+        split: datasets.IterableDataset.from_generator(
+            _idx_rows, features, gen_kwargs={"folder": str(folder), "split": split}
+        )
+        for split in load_idx_folder(folder)
+    }
+    return _Opened(splits, is_local=True)
+
+
+def _idx_rows(folder: str, split: str) -> Iterator[dict[str, Any]]:
+    images, labels = load_idx_folder(Path(folder))[split]
+    for image, label in zip(images.numpy(), labels.tolist(), strict=True):
+        yield {"image": image, "label": label}
 
 
 def _open_saved(data: str, path: Path) -> _Opened:
@@ -311,6 +339,8 @@ def _files_of(data: str, folder: Path) -> tuple[str, dict[str, list[str]]]:
     """The builder for what lies in a folder, and the files by split."""
     by_builder: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in _UNFINISHED:
+            raise DataError(f"{path}: a download that did not end. Fetch the file anew.")
         relative = path.relative_to(folder)
         builder = _builder_of(path)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -325,8 +355,9 @@ def _files_of(data: str, folder: Path) -> tuple[str, dict[str, list[str]]]:
     if len(by_builder) != 1:
         kinds = ", ".join(f"{name} ({len(paths)})" for name, paths in by_builder.items())
         raise DataError(
-            f"{data}: expected a folder of one kind of files, {', '.join(_BUILDERS)} or"
-            f" images, found {kinds or 'none'}. Name a single file, or the folder of one kind."
+            f"{data}: expected a folder of one kind of files, {', '.join(_BUILDERS)},"
+            f" images or IDX files, found {kinds or 'none'}. Name a single file, or the folder of"
+            " one kind."
         )
     builder, paths = next(iter(by_builder.items()))
     tops = {path.parts[0].lower() for path in paths if len(path.parts) > 1}
@@ -343,13 +374,16 @@ def _split_of(path: Path, builder: str) -> str | None:
     """The split that a path within a folder of data names, if it does."""
     words = [part.lower() for part in path.parts[:-1]]
     if builder != "imagefolder":
-        words.append(re.split(r"[-._ \d]", path.name.lower(), maxsplit=1)[0])
+        words += re.split(r"[-._ \d]", path.name.lower())  # c4-train.00000-of-01024.json.gz
     return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
 
 
 def _builder_of(path: Path) -> str | None:
     """The builder of ``datasets`` that reads a file."""
     ending = path.suffix.lower()
+    if ending in _COMPRESSED:
+        inner = _BUILDERS.get(Path(path.stem).suffix.lower())
+        return inner if inner != "parquet" else None
     return "imagefolder" if ending in _IMAGES else _BUILDERS.get(ending)
 
 
@@ -361,6 +395,35 @@ def _looks_like_a_path(data: str) -> bool:
         or "\\" in data
         or _builder_of(Path(data)) is not None
     )
+
+
+@contextmanager
+def reading(data: str) -> Iterator[None]:
+    """Tell the errors of ``datasets``, which a stream raises wherever it is read, by its name.
+
+    Args:
+        data: as the user named it.
+
+    Raises:
+        DataError: a file is damaged, ends too early, or has other columns than the first.
+    """
+    try:
+        yield
+    except SteppeError:
+        raise
+    except (OSError, EOFError, ValueError, TypeError, DatasetsError) as error:
+        of_worker = "in DataLoader worker process" in str(error)  # whose frames are only told
+        frames = [frame.f_globals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not of_worker and not any(
+            str(names.get("__name__")).partition(".")[0] == "datasets" for names in frames
+        ):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        told = lines[-1] if of_worker else " ".join(line.strip() for line in lines)
+        raise DataError(
+            f"{data}: cannot be read on ({told[:_SHOWN]}). Were all files downloaded whole, and"
+            " have they the same columns?"
+        ) from None
 
 
 def first_line(error: BaseException) -> str:

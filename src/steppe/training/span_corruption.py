@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steppe.errors import DataError
+
+SENTINELS = [f"<extra_id_{index}>" for index in range(100)]
+"""T5's tokens in place of spans."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,25 @@ class SpanCorruption:
     def _input_length(self, raw: int) -> int:
         taken, spans = self._counts(raw)
         return raw - taken + spans + 1
+
+
+def corruption_of(tokenizer: Any) -> SpanCorruption:
+    """Span corruption with a tokenizer's sentinels.
+
+    Args:
+        tokenizer: of Transformers.
+
+    Raises:
+        DataError: it has none, or no end token.
+    """
+    known = tokenizer.get_vocab()
+    sentinels = [known[name] for name in SENTINELS if name in known]
+    if not sentinels or tokenizer.eos_token_id is None:
+        raise DataError(
+            f"span corruption: expected a tokenizer with {SENTINELS[0]}, … and an end token, as"
+            " T5's have: --tokenizer google-t5/t5-base"
+        )
+    return SpanCorruption(sentinels, tokenizer.eos_token_id)
 
 
 def _random_parts(total: int, parts: int, generator: torch.Generator) -> Tensor:

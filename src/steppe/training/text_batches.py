@@ -18,6 +18,7 @@ from steppe.tokens import IGNORED_LABEL
 from steppe.training.columns import Classes, pair_columns, text_column
 from steppe.training.data import BYTES
 from steppe.training.sources import Rows, first_line
+from steppe.training.span_corruption import SENTINELS, corruption_of
 
 DEFAULT_LENGTH = 512  # tokens
 MASKED_SHARE = 0.15  # of the tokens, as BERT was trained
@@ -215,6 +216,35 @@ class MaskedWindows(Windows):
         return dict(self._collator(rows))
 
 
+class CorruptedWindows(Windows):
+    """Windows with spans taken out, as T5 was trained; the same spans every time.
+
+    A window's corrupted input has the length that was asked for.
+
+    Args:
+        rows: the data.
+        model: an encoder-decoder model.
+        tokenizer: the model's, with sentinels.
+    """
+
+    def __init__(self, rows: Rows, model: PreTrainedModel, tokenizer: Any) -> None:
+        super().__init__(rows, model, tokenizer, labelled=True)
+        self._corruption = corruption_of(tokenizer)
+        self._before, self._after = [], []
+        self._room = self._corruption.raw_length(self._length)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the random numbers anew."""
+        self._generator = torch.Generator().manual_seed(_MASKING_SEED)
+
+    def collate(self, samples: Sequence[list[int]]) -> dict[str, Tensor]:
+        """One batch."""
+        made = [self._corruption(torch.tensor(ids), self._generator) for ids in samples]
+        labels = pad([answer.tolist() for _, answer in made], IGNORED_LABEL)
+        return {**self._padded([ids.tolist() for ids, _ in made]), "labels": labels}
+
+
 class Pairs(TextBatches):
     """Inputs and targets for an encoder-decoder model, each cut to the length.
 
@@ -283,6 +313,20 @@ class ClassifiedTexts(TextBatches):
 
     def restart(self) -> None:
         """Begin anew."""
+
+
+def corrupts_spans(rows: Rows, tokenizer: Any) -> bool:
+    """Whether an encoder-decoder's data is running text, whose spans it has learned to answer.
+
+    Args:
+        rows: the data.
+        tokenizer: the model's.
+    """
+    return (
+        len(rows.first) == 1
+        and rows.source.target_column is None
+        and SENTINELS[0] in tokenizer.get_vocab()
+    )
 
 
 def pad(samples: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -20,9 +20,9 @@ from steppe.errors import DataError
 from steppe.training.columns import text_column
 from steppe.training.draws import Draw, as_draw
 from steppe.training.sources import HELD_OUT, Rows, Source, open_splits
-from steppe.training.span_corruption import SpanCorruption
+from steppe.training.span_corruption import SpanCorruption, corruption_of
 from steppe.training.text_batches import load_tokenizer
-from steppe.training.tokenizer import SENTINELS, load_or_train_tokenizer
+from steppe.training.tokenizer import load_or_train_tokenizer
 
 Item: TypeAlias = dict[str, Tensor]
 _ROWS = 10_000  # that are packed into windows together; the tokens left over are dropped
@@ -93,7 +93,7 @@ def load_text_data(data: str, settings: TextSettings) -> TextData:
     rows = Rows(splits[name], Source(data, text_column=settings.text_column), name, is_local=True)
     column = text_column(rows)
     tokenizer = _tokenizer(data, splits[name], column, settings)
-    corruption = _corruption(tokenizer) if settings.corrupted else None
+    corruption = corruption_of(tokenizer) if settings.corrupted else None
     raw = corruption.raw_length(settings.length) if corruption else settings.length
     # Lines of plain text belong together; rows of all else are texts of their own.
     is_plain = getattr(splits[name].info, "builder_name", None) == "text"
@@ -226,18 +226,6 @@ def _files(path: Path) -> list[Path]:
 
 def _texts(split: Any, column: str) -> Iterator[str]:
     return (row[column] for row in islice(split, _TRAINING_ROWS) if row[column])
-
-
-def _corruption(tokenizer: Any) -> SpanCorruption:
-    """Span corruption with a tokenizer's sentinels."""
-    known = tokenizer.get_vocab()
-    sentinels = [known[name] for name in SENTINELS if name in known]
-    if not sentinels or tokenizer.eos_token_id is None:
-        raise DataError(
-            f"span corruption: expected a tokenizer with {SENTINELS[0]}, … and an end token, as"
-            " T5's have: --tokenizer google-t5/t5-base"
-        )
-    return SpanCorruption(sentinels, tokenizer.eos_token_id)
 
 
 def _require_windows(data: str, number: int, length: int, least: int = 1) -> None:

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from steppe.errors import DataError
 from steppe.files import write_folder
 from steppe.training.sources import first_line
+from steppe.training.span_corruption import SENTINELS
 
 END_OF_TEXT = "<|endoftext|>"
-SENTINELS = [f"<extra_id_{index}>" for index in range(100)]
 _T5_SPECIAL = ["<pad>", "</s>", "<unk>"]  # ids 0, 1, 2
 _logger = logging.getLogger(__name__)
 
