@@ -25,6 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column, Table
 
 import steppe
 from steppe.errors import MissingExtraError, SteppeError
@@ -146,8 +147,10 @@ def train(
             f"`steppe train` needs {error.name}: pip install 'steppe[recipes]'"
         ) from None
     if list_them or recipe is None:
+        table = Table.grid(Column(no_wrap=True, style="bold"), Column(), padding=(0, 2, 0, 0))
         for name, about in list_recipes().items():
-            _console.print(f"[bold]{name}[/]  {_escape(about)}", highlight=False)
+            table.add_row(name, _escape(about))
+        _console.print(table, highlight=False)
         return
     asked = read_recipe(recipe, context.args)
     folder = Path(str(asked.training.output_dir))
