@@ -290,7 +290,7 @@ def test_language_models_can_be_loaded_by_others(text: Path, tmp_path: Path) -> 
 
 def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path: Path) -> None:
     recipe = read_recipe("text-gpt", ["--data_dir", str(tmp_path / "gone"), "--use_cpu", "true"])
-    with pytest.raises(DataError, match="gone: there is no such folder"):
+    with pytest.raises(DataError, match="gone: there is no such file or folder"):
         run_recipe(recipe)
 
 
