@@ -318,8 +318,8 @@ def _place_of(asked: DataArguments) -> str:
         return str(asked.dataset)
     if not Path(asked.data_dir).expanduser().exists():
         raise DataError(
-            f"{asked.data_dir}: there is no such file or folder. Put the data there, or name another:"
-            " --data_dir FOLDER"
+            f"{asked.data_dir}: there is no such file or folder. Put the data there, or name"
+            " another: --data_dir FOLDER"
             + (f"; without it {asked.dataset} is fetched from the hub" if asked.dataset else "")
         )
     return asked.data_dir
