@@ -22,7 +22,7 @@ PACKAGE = Path(steppe.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.errors",),
     ("steppe.files", "steppe.sharding"),
-    ("steppe.ops.native", "steppe.ops.rectifier", "steppe.ops.reference"),
+    ("steppe.ops.native", "steppe.ops.rectifier", "steppe.ops.reference", "steppe.ops.screening"),
     ("steppe.ops.calls", "steppe.ops.registry", "steppe.ops.dispatch"),
     ("steppe.ops.packing",),
     ("steppe.ops.cpu",),
