@@ -35,6 +35,13 @@ for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
     gradient = calls.sampled(support, calls.pack(got), calls.pack(matrix))
     expected = (got.double() @ matrix.double().T)[dense != 0].norm()
     assert abs(gradient.double().norm() - expected) < limit * expected
+    # The bits of an entry do not depend on which others are listed.
+    whole = reference.densify(gradient, support.index, support.offsets, 50, 777)
+    kept = torch.where(torch.rand(50, 777) < 0.7, p, 0.0)
+    fewer, part = calls.compact(kept)
+    again = calls.sampled(part, calls.pack(got), calls.pack(matrix))
+    again = reference.densify(again, part.index, part.offsets, 50, 777)
+    assert torch.equal(again, torch.where(kept > 0, whole, 0.0))
 """
 
 

@@ -60,7 +60,12 @@ inline void dot_row(const int16_t *index, int64_t count, const E *g, const E *pa
          row.times(panel + index[i + 2] * kPanel), row.times(panel + index[i + 3] * kPanel), four);
     for (int k = 0; k < 4; ++k) sums[i + k] += four[k];
   }
-  for (; i < count; ++i) sums[i] += sum(row.times(panel + index[i] * kPanel));
+  // The last ones summed as those are, so that the bits do not depend on the place in the list.
+  for (; i < count; ++i) {
+    float four[4];
+    sum4(row.times(panel + index[i] * kPanel), vec{}, vec{}, vec{}, four);
+    sums[i] += four[0];
+  }
 }
 
 template <typename E>
