@@ -46,11 +46,13 @@ def accelerate_(
     where: Callable[[MLPBlock], bool] | None = None,
     patterns: Sequence[BlockPattern] = (),
     max_density: float | None = None,
+    max_candidates: float | None = None,
 ) -> nn.Module:
     """Run the MLP blocks of a ReLU-type model on exact sparse kernels, forward and backward.
 
-    The same function at any density: nothing is dropped and nothing is predicted. A block's first
-    product is computed as before; of the others only what its active entries need. Where too many
+    The same function at any density: nothing is dropped and nothing is predicted. Of a block's
+    products only what its active entries need is computed; which they are is told from the first
+    product, or, where few can be, from an int8 product and a bound that misses none. Where too many
     are active, or there is too little to do, the block runs dense. Parameters stay the same objects
     under the same names, and hooks, `watch` and `measure` go on working. For backward a block keeps
     the list of its active entries. Call it after `sparsify_`; calling it again starts over.
@@ -63,6 +65,9 @@ def accelerate_(
         patterns: patterns of your own for `find_blocks`.
         max_density: up to which density a block runs sparse, in [0, 1], however little there is to
             do; by default as measured once on this machine.
+        max_candidates: up to which share of candidates, the entries that the int8 product cannot
+            tell to be zero, the first product is screened, in [0, 1], 0 for never; by default as
+            measured once on this machine.
 
     Returns:
         The model.
@@ -71,7 +76,7 @@ def accelerate_(
         BlocksNotFoundError: there is no MLP block.
         AccelerationError: a block does not fit; the model is as it was.
         KernelError: the native library is there and cannot be loaded.
-        ValueError: `max_density` is outside [0, 1].
+        ValueError: `max_density` or `max_candidates` is outside [0, 1].
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, 2, 32, dropout=0.0, batch_first=True)
@@ -80,8 +85,9 @@ def accelerate_(
         >>> torch.allclose(accelerate_(layer)(x), expected, atol=1e-5)
         True
     """
-    if max_density is not None and not 0.0 <= max_density <= 1.0:
-        raise ValueError(f"accelerate_: expected max_density in 0 … 1, got {max_density}")
+    for name, share in (("max_density", max_density), ("max_candidates", max_candidates)):
+        if share is not None and not 0.0 <= share <= 1.0:
+            raise ValueError(f"accelerate_: expected {name} in 0 … 1, got {share}")
     root = unwrap(model)
     blocks = find_blocks(root, where, patterns)
     for block in blocks:
@@ -97,7 +103,7 @@ def accelerate_(
     try:
         journal.hold_nested_tensors_off(root)
         for block in blocks:
-            compute = partial(_compute, max_density=max_density)
+            compute = partial(_compute, limits=(max_density, max_candidates))
             pays_here = partial(_pays, block) if max_density is None else _always
             Route(block, compute, pays_here).lay(journal)
         journal.add_attribute(Slot(root, _ATTRIBUTE), Acceleration(blocks, journal))
@@ -204,7 +210,9 @@ def _always(x: Tensor) -> bool:
     return True
 
 
-def _compute(route: Route, x: Tensor, max_density: float | None) -> Tensor:
+def _compute(
+    route: Route, x: Tensor, limits: tuple[float | None, float | None]
+) -> Tensor:
     """A block from its input, and its support for whoever watches."""
     block = route.block
     weights = _weights(block)
@@ -217,7 +225,7 @@ def _compute(route: Route, x: Tensor, max_density: float | None) -> Tensor:
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     op = mlp if trains or not _is_plain(x) else cpu.mlp
-    z, r, up, _, index, offsets = op(*tensors, alpha, beta, mix, dropout, trains, max_density)
+    z, r, up, _, index, offsets = op(*tensors, alpha, beta, mix, dropout, trains, *limits)
     if route.observers:
         listed = r, up, index, offsets
         active, slopes = _support(listed, block, rule_of(alpha, beta, mix, 0.0), len(flat))

@@ -53,8 +53,25 @@ def double(weights: Weights) -> Weights:
     return Weights(*[None if w is None else w.detach().double() for w in weights])
 
 
-def run(x: Tensor, weights: Weights, rule: Rule, max_density: float, trains: bool = True) -> Any:
-    return registry.mlp(x, *weights, rule.alpha, rule.beta, None, rule.dropout, trains, max_density)
+def run(
+    x: Tensor,
+    weights: Weights,
+    rule: Rule,
+    max_density: float,
+    trains: bool = True,
+    max_candidates: float = 0.0,
+) -> Any:
+    return registry.mlp(
+        x,
+        *weights,
+        rule.alpha,
+        rule.beta,
+        None,
+        rule.dropout,
+        trains,
+        max_density,
+        max_candidates,
+    )
 
 
 @native

@@ -23,8 +23,12 @@ Target choose() {
       {"avx512+bf16",
        __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq"),
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"),
        &avx512_bf16::float_kernels, &avx512_bf16::half_kernels},
+      {"avx512+vnni",
+       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+       &avx512_vnni::float_kernels, &avx512_vnni::half_kernels},
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
@@ -59,7 +63,7 @@ using steppe::kernels;
 
 extern "C" {
 
-int steppe_abi_version(void) { return 1; }
+int steppe_abi_version(void) { return 2; }
 
 const char *steppe_isa(void) { return steppe::target().name; }
 
@@ -102,8 +106,9 @@ int steppe_spmm(const void *values, const int16_t *index, const int64_t *offsets
 
 int steppe_sampled(const int16_t *index, const int64_t *offsets, int dtype, int64_t T, int64_t N,
                    int64_t tile, const void *panels_g, const void *panels_m, int64_t D,
-                   void *values, int threads) {
-  return kernels(dtype).sampled(index, offsets, T, N, tile, panels_g, panels_m, D, values, threads);
+                   const void *bias, void *values, int threads) {
+  return kernels(dtype).sampled(index, offsets, T, N, tile, panels_g, panels_m, D, bias, values,
+                                threads);
 }
 
 void steppe_transpose(const void *values_a, const void *values_b, const int16_t *index,
@@ -145,6 +150,58 @@ int64_t steppe_decode_mlp(const void *x, int dtype, int64_t T, int64_t D, int64_
     return kernels(dtype).decode_mlp(x, T, D, F, w, w_stride, w_bias, up, up_stride, up_bias, v,
                                      v_stride, v_bias, alpha, beta, most, r, up_values, out,
                                      threads);
+  } catch (const std::bad_alloc &) {
+    return -2;
+  }
+}
+
+int steppe_screen_weight(const void *w, int dtype, int64_t F, int64_t D, int64_t row_stride,
+                         int64_t panel_stride, uint8_t *bytes, double *bounds, int threads) {
+  return kernels(dtype).screen_weight(w, F, D, row_stride, panel_stride, bytes, bounds, threads);
+}
+
+int steppe_screen_tokens(const void *x, int dtype, int64_t T, int64_t D, int64_t stride,
+                         int8_t *integers, void *tokens, int threads) {
+  return kernels(dtype).screen_tokens(x, T, D, stride, integers, tokens, threads);
+}
+
+int64_t steppe_screen(const int8_t *integers, const void *tokens, int dtype, int64_t T, int64_t D,
+                      const uint8_t *bytes, const double *bounds, const void *bias, int64_t F,
+                      int64_t most, uint64_t *masks, int32_t *counts, int threads) {
+  return kernels(dtype).screen(integers, tokens, T, D, bytes, bounds, bias, F, most, masks, counts,
+                               threads);
+}
+
+void steppe_list_masks(const uint64_t *masks, int64_t T, int64_t F, int64_t tile,
+                       const int64_t *offsets, int16_t *index, int threads) {
+  kernels(0).list_masks(masks, T, F, tile, offsets, index, threads);
+}
+
+int64_t steppe_sift(void *values, int16_t *index, const int64_t *offsets, int dtype, int64_t T,
+                    int64_t tiles, int64_t *kept, int threads) {
+  kernels(dtype).sift(values, index, offsets, T, tiles, kept, threads);
+  for (int64_t list = 0; list < tiles * T; ++list) kept[list + 1] += kept[list];
+  return kept[tiles * T];
+}
+
+void steppe_close_up(const void *values, const int16_t *index, const int64_t *offsets, int dtype,
+                     int64_t T, int64_t tiles, const int64_t *kept, void *values_to,
+                     int16_t *index_to, int threads) {
+  kernels(dtype).close_up(values, index, offsets, T, tiles, kept, values_to, index_to, threads);
+}
+
+int64_t steppe_decode_screened(const void *x, int dtype, int64_t T, int64_t D, int64_t F,
+                               const void *w, int64_t w_stride, const void *w_bias, const void *up,
+                               int64_t up_stride, const void *up_bias, const void *v,
+                               int64_t v_stride, const void *v_bias, float alpha, float beta,
+                               const uint8_t *bytes, const double *bounds,
+                               int64_t most_candidates, int64_t most, int64_t *candidates,
+                               void *r, void *up_values, void *out, int threads) {
+  try {
+    return kernels(dtype).decode_screened(x, T, D, F, w, w_stride, w_bias, up, up_stride, up_bias,
+                                          v, v_stride, v_bias, alpha, beta, bytes, bounds,
+                                          most_candidates, most, candidates, r, up_values, out,
+                                          threads);
   } catch (const std::bad_alloc &) {
     return -2;
   }

@@ -91,15 +91,15 @@ inline void add_rows(const E *values, const int16_t *index, const E *v, int64_t 
 }
 
 // Threads share the columns: each element of the output is summed by one of them.
-constexpr int64_t kStrip = 128;  // columns
+constexpr int64_t kShare = 128;  // columns
 
 template <typename E>
 void decode(const E *values, const int16_t *index, const int64_t *offsets, int64_t T, int64_t F,
             int64_t tile, const E *v, int64_t stride, int64_t D, const E *bias, E *out,
             int threads) {
   const int64_t tiles = std::max<int64_t>((F + tile - 1) / tile, 1);
-  const int64_t strips = (D + kStrip - 1) / kStrip;
-  const int64_t share = std::max<int64_t>((strips + threads - 1) / threads, 1) * kStrip;
+  const int64_t strips = (D + kShare - 1) / kShare;
+  const int64_t share = std::max<int64_t>((strips + threads - 1) / threads, 1) * kShare;
   constexpr int64_t kMost = 512;  // columns whose sums stay in the first-level cache
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t start = 0; start < D; start += share) {
@@ -145,54 +145,86 @@ void decode_sampled(const int16_t *index, const int64_t *offsets, int64_t T, int
   }
 }
 
+constexpr int64_t kFewTile = 256;  // so many rows of V stay in the second-level cache for all tokens
+
+// A list of few rows, in tiles of kFewTile columns.
+template <typename E>
+struct FewList {
+  FewList(int64_t T, int64_t F)
+      : tiles(std::max<int64_t>((F + kFewTile - 1) / kFewTile, 1)), offsets(tiles * T + 1) {}
+  int64_t tiles;
+  std::vector<int64_t> offsets;
+  std::vector<int16_t> index;
+  std::vector<E> values;
+};
+
+// The weights and the rule of a block as steppe_decode_mlp has them.
+template <typename E>
+struct FewBlock {
+  const E *x;
+  int64_t T, D, F;
+  const E *w;
+  int64_t w_stride;
+  const E *w_bias, *up;
+  int64_t up_stride;
+  const E *up_bias, *v;
+  int64_t v_stride;
+  const E *v_bias;
+  float alpha, beta;
+  int threads;
+};
+
+// What comes after the first product: from the list of r to the output.
+template <typename E>
+void finish_few(const FewBlock<E> &block, FewList<E> &list, E *up_values, E *out) {
+  const int64_t T = block.T, F = block.F;
+  std::vector<E> multipliers;
+  if (block.up != nullptr) {
+    multipliers.resize(list.values.size());
+    decode_sampled(list.index.data(), list.offsets.data(), T, F, kFewTile, block.x, block.up,
+                   block.up_stride, block.D, block.up_bias, multipliers.data(), block.threads);
+    std::fill(up_values, up_values + T * F, E{});
+  }
+  for (int64_t at = 0; at < list.tiles * T; ++at) {
+    for (int64_t i = list.offsets[at]; i < list.offsets[at + 1]; ++i) {
+      const float p = to_float(list.values[i]);
+      float a = block.alpha == 1 && block.beta == 0 ? p : p * (block.alpha + block.beta * p);
+      if (block.up != nullptr) {
+        up_values[at % T * F + at / T * kFewTile + list.index[i]] = multipliers[i];
+        a *= to_float(multipliers[i]);
+      }
+      store(a, &list.values[i]);
+    }
+  }
+  decode(list.values.data(), list.index.data(), list.offsets.data(), T, F, kFewTile, block.v,
+         block.v_stride, block.D, block.v_bias, out, block.threads);
+}
+
 // A whole block at once: of so little work, calling each kernel for itself would be a third.
 template <typename E>
-int64_t decode_mlp(const E *x, int64_t T, int64_t D, int64_t F, const E *w, int64_t w_stride,
-                   const E *w_bias, const E *up, int64_t up_stride, const E *up_bias, const E *v,
-                   int64_t v_stride, const E *v_bias, float alpha, float beta, int64_t most, E *r,
-                   E *up_values, E *out, int threads) {
-  constexpr int64_t kTile = 256;  // so many rows of V stay in the second-level cache for all tokens
-  const int64_t tiles = std::max<int64_t>((F + kTile - 1) / kTile, 1);
-  matvec(x, T, D, w, w_stride, w_bias, F, r, threads);
-  std::vector<int64_t> offsets(tiles * T + 1);
-  std::vector<int16_t> index(T * F);
-  std::vector<E> values(T * F);
+int64_t decode_mlp(const FewBlock<E> &block, int64_t most, E *r, E *up_values, E *out) {
+  const int64_t T = block.T, F = block.F;
+  matvec(block.x, T, block.D, block.w, block.w_stride, block.w_bias, F, r, block.threads);
+  FewList<E> list(T, F);
+  list.index.resize(T * F), list.values.resize(T * F);
   int64_t active = 0;
-  for (int64_t j = 0; j < tiles; ++j) {
+  for (int64_t j = 0; j < list.tiles; ++j) {
     for (int64_t t = 0; t < T; ++t) {
-      offsets[j * T + t] = active;
-      const int64_t width = std::min(kTile, F - j * kTile);
+      list.offsets[j * T + t] = active;
+      const int64_t width = std::min(kFewTile, F - j * kFewTile);
       for (int64_t f = 0; f < width; f += kPanel) {
-        active += list_active(r + t * F + j * kTile + f, std::min(kPanel, width - f), f,
-                              index.data() + active, values.data() + active);
+        active += list_active(r + t * F + j * kFewTile + f, std::min(kPanel, width - f), f,
+                              list.index.data() + active, list.values.data() + active);
       }
     }
   }
-  offsets[tiles * T] = active;
+  list.offsets[list.tiles * T] = active;
+  list.index.resize(active), list.values.resize(active);
   for (int64_t i = 0; i < T * F; ++i) {
     if (!is_active(to_float(r[i]))) r[i] = E{};
   }
   if (active > most) return -1;
-  std::vector<E> multipliers;
-  if (up != nullptr) {
-    multipliers.resize(active);
-    decode_sampled(index.data(), offsets.data(), T, F, kTile, x, up, up_stride, D, up_bias,
-                   multipliers.data(), threads);
-    std::fill(up_values, up_values + T * F, E{});
-  }
-  for (int64_t list = 0; list < tiles * T; ++list) {
-    for (int64_t i = offsets[list]; i < offsets[list + 1]; ++i) {
-      const float p = to_float(values[i]);
-      float a = alpha == 1 && beta == 0 ? p : p * (alpha + beta * p);
-      if (up != nullptr) {
-        up_values[list % T * F + list / T * kTile + index[i]] = multipliers[i];
-        a *= to_float(multipliers[i]);
-      }
-      store(a, &values[i]);
-    }
-  }
-  decode(values.data(), index.data(), offsets.data(), T, F, kTile, v, v_stride, D, v_bias, out,
-         threads);
+  finish_few(block, list, up_values, out);
   return active;
 }
 

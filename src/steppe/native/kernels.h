@@ -15,7 +15,7 @@ struct Kernels {
   int (*spmm)(const void *, const int16_t *, const int64_t *, int64_t, int64_t, int64_t,
               const void *, int64_t, const void *, void *, int64_t, int64_t, bool, int);
   int (*sampled)(const int16_t *, const int64_t *, int64_t, int64_t, int64_t, const void *,
-                 const void *, int64_t, void *, int);
+                 const void *, int64_t, const void *, void *, int);
   void (*transpose)(const void *, const void *, const int16_t *, const int64_t *, int64_t, int64_t,
                     int64_t, int64_t, void *, void *, int16_t *, int64_t *, int);
   void (*row_sums)(const void *, const int64_t *, int64_t, int64_t, void *, int);
@@ -28,10 +28,25 @@ struct Kernels {
   int64_t (*decode_mlp)(const void *, int64_t, int64_t, int64_t, const void *, int64_t,
                         const void *, const void *, int64_t, const void *, const void *, int64_t,
                         const void *, float, float, int64_t, void *, void *, void *, int);
+  int (*screen_weight)(const void *, int64_t, int64_t, int64_t, int64_t, uint8_t *, double *, int);
+  int (*screen_tokens)(const void *, int64_t, int64_t, int64_t, int8_t *, void *, int);
+  int64_t (*screen)(const int8_t *, const void *, int64_t, int64_t, const uint8_t *,
+                    const double *, const void *, int64_t, int64_t, uint64_t *, int32_t *, int);
+  void (*list_masks)(const uint64_t *, int64_t, int64_t, int64_t, const int64_t *, int16_t *, int);
+  void (*sift)(void *, int16_t *, const int64_t *, int64_t, int64_t, int64_t *, int);
+  void (*close_up)(const void *, const int16_t *, const int64_t *, int64_t, int64_t,
+                   const int64_t *, void *, int16_t *, int);
+  int64_t (*decode_screened)(const void *, int64_t, int64_t, int64_t, const void *, int64_t,
+                             const void *, const void *, int64_t, const void *, const void *,
+                             int64_t, const void *, float, float, const uint8_t *, const double *,
+                             int64_t, int64_t, int64_t *, void *, void *, void *, int);
 };
 
 #if defined(STEPPE_X86)
 namespace avx512_bf16 {
+extern const Kernels float_kernels, half_kernels;
+}
+namespace avx512_vnni {
 extern const Kernels float_kernels, half_kernels;
 }
 namespace avx512 {

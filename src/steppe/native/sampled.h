@@ -1,4 +1,4 @@
-// Sampled product: the entries of G Mᵀ on a support, G and M as panels.
+// Sampled product: the entries of G Mᵀ + bias on a support, G and M as panels.
 //
 // Loops, outside in: chunk of rows, panel, tile, row, four entries. A row's 64 columns of G stay in
 // registers; each entry's sum grows by one panel at a time, in the order of the panels.
@@ -70,7 +70,8 @@ inline void dot_row(const int16_t *index, int64_t count, const E *g, const E *pa
 
 template <typename E>
 int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t N, int64_t tile,
-            const E *panels_g, const E *panels_m, int64_t D, E *values, int threads) {
+            const E *panels_g, const E *panels_m, int64_t D, const E *bias, E *values,
+            int threads) {
   const int64_t panel_count = (D + kPanel - 1) / kPanel, tiles = std::max<int64_t>((N + tile - 1) / tile, 1);
   const int64_t nnz = offsets[tiles * T];
   // float32 sums of all entries: the output itself, or a copy to be rounded once.
@@ -88,7 +89,9 @@ int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t N, 
     const int64_t first = std::min(c * chunk, T), last = std::min(first + chunk, T);
     if (first >= last) continue;
     for (int64_t j = 0; j < tiles; ++j) {
-      std::fill(sums + offsets[j * T + first], sums + offsets[j * T + last], 0.0f);
+      for (int64_t i = offsets[j * T + first]; i < offsets[j * T + last]; ++i) {
+        sums[i] = bias == nullptr ? 0.0f : to_float(bias[j * tile + index[i]]);
+      }
     }
     for (int64_t k = 0; k < panel_count; ++k) {
       for (int64_t j = 0; j < tiles; ++j) {

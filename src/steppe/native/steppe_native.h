@@ -32,7 +32,7 @@ extern "C" {
 
 STEPPE_API int steppe_abi_version(void);
 
-/* "avx512+bf16", "avx512", "avx2" or "portable"; the environment variable STEPPE_ISA caps it. */
+/* "avx512+bf16", "avx512+vnni", "avx512", "avx2" or "portable"; the environment variable STEPPE_ISA caps it. */
 STEPPE_API const char *steppe_isa(void);
 
 /* Entries of p [T, F] (rows `stride` apart) that are not <= 0, so that NaN counts, by blocks of 64
@@ -60,10 +60,11 @@ STEPPE_API int steppe_spmm(const void *values, const int16_t *index, const int64
                            int64_t D, const void *bias, void *out, int64_t row_stride,
                            int64_t col_stride, int accumulate, int threads);
 
-/* values of G Mᵀ on a support; G [T, D] and M [N, D] as panels. Returns 0, or 1 without memory. */
+/* values of G Mᵀ + bias on a support; G [T, D] and M [N, D] as panels, bias [N] or NULL. Returns 0,
+ * or 1 without memory. */
 STEPPE_API int steppe_sampled(const int16_t *index, const int64_t *offsets, int dtype, int64_t T,
                               int64_t N, int64_t tile, const void *panels_g, const void *panels_m,
-                              int64_t D, void *values, int threads);
+                              int64_t D, const void *bias, void *values, int threads);
 
 /* The list of the transposed matrix [N, T], `tile_t` rows of the old one a tile; values_b may be
  * NULL. offsets_t is int64 [ceil(T / tile_t) * N + 1]. */
@@ -104,6 +105,56 @@ STEPPE_API int64_t steppe_decode_mlp(const void *x, int dtype, int64_t T, int64_
                                      const void *v, int64_t v_stride, const void *v_bias,
                                      float alpha, float beta, int64_t most, void *r,
                                      void *up_values, void *out, int threads);
+
+/* Screening: which entries of x Wᵀ + bias can be above zero, told from an int8 product; for D below
+ * 133,000. With width = D rounded up to a multiple of 128 and blocks = ceil(F / 64):
+ *   bytes     uint8 [blocks * 4][width / 4][16][4]  W on its grids
+ *   bounds    double [4][blocks * 64]               what the bound needs of the units
+ *   integers  int8 [T][width]                       x on its grids
+ *   tokens    32 bytes [T]                          what the bound needs of the tokens
+ */
+
+/* bytes and bounds of W [F, D]; the element (f, d) is w[f * row_stride + d / 64 * panel_stride +
+ * d % 64]: panels have (64, 64 F), contiguous rows (D, 64). Returns 0, or 1 without memory. */
+STEPPE_API int steppe_screen_weight(const void *w, int dtype, int64_t F, int64_t D,
+                                    int64_t row_stride, int64_t panel_stride, uint8_t *bytes,
+                                    double *bounds, int threads);
+
+/* integers and tokens of x [T, D], rows `stride` apart. Returns 0, or 1 without memory. */
+STEPPE_API int steppe_screen_tokens(const void *x, int dtype, int64_t T, int64_t D, int64_t stride,
+                                    int8_t *integers, void *tokens, int threads);
+
+/* masks [T, blocks]: bit j of a block is set if its unit j is a candidate, with bias [F] of the
+ * dtype or NULL; counts [T, blocks] of them, for steppe_offsets. Returns how many there are; -1, with
+ * nothing to be used, if there are more than `most`. */
+STEPPE_API int64_t steppe_screen(const int8_t *integers, const void *tokens, int dtype, int64_t T,
+                                 int64_t D, const uint8_t *bytes, const double *bounds,
+                                 const void *bias, int64_t F, int64_t most, uint64_t *masks,
+                                 int32_t *counts, int threads);
+
+/* index of the list of the entries whose bits are set. */
+STEPPE_API void steppe_list_masks(const uint64_t *masks, int64_t T, int64_t F, int64_t tile,
+                                  const int64_t *offsets, int16_t *index, int threads);
+
+/* Moves those entries of a list that are not <= 0 to the front of their part of it, in place.
+ * kept int64 [tiles * T + 1]: the offsets of a list of them alone. Returns their number. */
+STEPPE_API int64_t steppe_sift(void *values, int16_t *index, const int64_t *offsets, int dtype,
+                               int64_t T, int64_t tiles, int64_t *kept, int threads);
+
+/* values and index of a list of the entries that steppe_sift has moved to the front. */
+STEPPE_API void steppe_close_up(const void *values, const int16_t *index, const int64_t *offsets,
+                                int dtype, int64_t T, int64_t tiles, const int64_t *kept,
+                                void *values_to, int16_t *index_to, int threads);
+
+/* steppe_decode_mlp with the first product screened, x on grids of 16 bits. `candidates` is how many
+ * there are. Returns also -3, with nothing else written, if they are more than `most_candidates`;
+ * -1 writes nothing else either. */
+STEPPE_API int64_t steppe_decode_screened(
+    const void *x, int dtype, int64_t T, int64_t D, int64_t F, const void *w, int64_t w_stride,
+    const void *w_bias, const void *up, int64_t up_stride, const void *up_bias, const void *v,
+    int64_t v_stride, const void *v_bias, float alpha, float beta, const uint8_t *bytes,
+    const double *bounds, int64_t most_candidates, int64_t most, int64_t *candidates, void *r,
+    void *up_values, void *out, int threads);
 
 #ifdef __cplusplus
 }

@@ -4,6 +4,8 @@
 #include "kernels.h"
 #include "pack.h"
 #include "sampled.h"
+#include "screen.h"
+#include "screen_decode.h"
 #include "spmm.h"
 #include "transpose.h"
 
@@ -37,9 +39,9 @@ struct Typed {
   }
   static int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t N,
                      int64_t tile, const void *panels_g, const void *panels_m, int64_t D,
-                     void *values, int threads) {
+                     const void *bias, void *values, int threads) {
     return STEPPE_TARGET::sampled(index, offsets, T, N, tile, in(panels_g), in(panels_m), D,
-                                  out(values), threads);
+                                  in(bias), out(values), threads);
   }
   static void transpose(const void *values_a, const void *values_b, const int16_t *index,
                         const int64_t *offsets, int64_t T, int64_t N, int64_t tile, int64_t tile_t,
@@ -69,19 +71,65 @@ struct Typed {
                                   out(values), threads);
   }
 
+  static FewBlock<E> few(const void *x, int64_t T, int64_t D, int64_t F, const void *w,
+                         int64_t w_stride, const void *w_bias, const void *up, int64_t up_stride,
+                         const void *up_bias, const void *v, int64_t v_stride, const void *v_bias,
+                         float alpha, float beta, int threads) {
+    return {in(x),     T,           D,     F,        in(w),      w_stride, in(w_bias), in(up),
+            up_stride, in(up_bias), in(v), v_stride, in(v_bias), alpha,    beta,       threads};
+  }
   static int64_t decode_mlp(const void *x, int64_t T, int64_t D, int64_t F, const void *w,
                             int64_t w_stride, const void *w_bias, const void *up,
                             int64_t up_stride, const void *up_bias, const void *v,
                             int64_t v_stride, const void *v_bias, float alpha, float beta,
                             int64_t most, void *r, void *up_values, void *to, int threads) {
-    return STEPPE_TARGET::decode_mlp(in(x), T, D, F, in(w), w_stride, in(w_bias), in(up), up_stride,
-                                     in(up_bias), in(v), v_stride, in(v_bias), alpha, beta, most,
-                                     out(r), out(up_values), out(to), threads);
+    return STEPPE_TARGET::decode_mlp(few(x, T, D, F, w, w_stride, w_bias, up, up_stride, up_bias, v,
+                                         v_stride, v_bias, alpha, beta, threads),
+                                     most, out(r), out(up_values), out(to));
+  }
+  static int64_t decode_screened(const void *x, int64_t T, int64_t D, int64_t F, const void *w,
+                                 int64_t w_stride, const void *w_bias, const void *up,
+                                 int64_t up_stride, const void *up_bias, const void *v,
+                                 int64_t v_stride, const void *v_bias, float alpha, float beta,
+                                 const uint8_t *bytes, const double *bounds,
+                                 int64_t most_candidates, int64_t most, int64_t *candidates,
+                                 void *r, void *up_values, void *to, int threads) {
+    return STEPPE_TARGET::decode_screened(
+        few(x, T, D, F, w, w_stride, w_bias, up, up_stride, up_bias, v, v_stride, v_bias, alpha,
+            beta, threads),
+        bytes, bounds, most_candidates, most, candidates, out(r), out(up_values), out(to));
+  }
+  static int screen_weight(const void *w, int64_t F, int64_t D, int64_t row_stride,
+                           int64_t panel_stride, uint8_t *bytes, double *bounds, int threads) {
+    return STEPPE_TARGET::screen_weight(in(w), F, D, row_stride, panel_stride, bytes, bounds,
+                                        threads);
+  }
+  static int screen_tokens(const void *x, int64_t T, int64_t D, int64_t stride, int8_t *integers,
+                           void *tokens, int threads) {
+    return STEPPE_TARGET::screen_tokens(in(x), T, D, stride, integers,
+                                        static_cast<Token *>(tokens), threads);
+  }
+  static int64_t screen(const int8_t *integers, const void *tokens, int64_t T, int64_t D,
+                        const uint8_t *bytes, const double *bounds, const void *bias, int64_t F,
+                        int64_t most, uint64_t *masks, int32_t *counts, int threads) {
+    return STEPPE_TARGET::screen(integers, static_cast<const Token *>(tokens), T, D, bytes, bounds,
+                                 in(bias), F, most, masks, counts, threads);
+  }
+  static void sift(void *values, int16_t *index, const int64_t *offsets, int64_t T, int64_t tiles,
+                   int64_t *kept, int threads) {
+    STEPPE_TARGET::sift(out(values), index, offsets, T, tiles, kept, threads);
+  }
+  static void close_up(const void *values, const int16_t *index, const int64_t *offsets,
+                       int64_t T, int64_t tiles, const int64_t *kept, void *values_to,
+                       int16_t *index_to, int threads) {
+    STEPPE_TARGET::close_up(in(values), index, offsets, T, tiles, kept, out(values_to), index_to,
+                            threads);
   }
 
   static constexpr Kernels table() {
-    return {STEPPE_ISA, count,  fill,   pack,           spmm,      sampled, transpose,
-            row_sums,   matvec, decode, decode_sampled, decode_mlp};
+    return {STEPPE_ISA, count,  fill,           pack,       spmm,           sampled,
+            transpose,  row_sums, matvec,       decode,     decode_sampled, decode_mlp,
+            screen_weight, screen_tokens, screen, list_masks, sift, close_up, decode_screened};
   }
 };
 

@@ -1,4 +1,4 @@
-"""Measures once on a machine up to which density the kernels are faster, and remembers it."""
+"""Measures once on a machine when the kernels are faster, and the screen, and remembers it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,15 +26,19 @@ from steppe.ops import dispatch
 from steppe.ops.calls import DECODE_ROWS, DTYPES
 from steppe.ops.dispatch import Thresholds
 from steppe.ops.native import ABI_VERSION, kernels
-from steppe.ops.packing import forget
+from steppe.ops.packing import forget, kept_screen
 from steppe.ops.registry import mlp
+from steppe.ops.screened import find_candidates, screen_of
 
-VERSION = 1
+Tables: TypeAlias = dict[bool, Thresholds]
+VERSION = 2
 _WIDTH, _HIDDEN = 512, 2048
 _ROWS = (1, 16, 64, 256)
 _DENSITIES = (0.05, 0.3, 0.6, 0.9)
+_SCREENED_DENSITIES = (0.02, 0.1, 0.2, 0.35)
 _ROUNDS = 5
 _COLD_BYTES = 2**27
+_KINDS = ("density", "candidates")  # what there are thresholds of
 _GAIN = 1.05  # what a sparse call must gain to be preferred: the measurement is no better
 
 
@@ -49,15 +55,19 @@ def calibrate(dtype: torch.dtype) -> None:
     if kernels().name != "native" or dtype not in DTYPES or dispatch.is_measured(dtype, threads):
         return
     path = _path(dtype, threads)
-    thresholds = _read(path)
-    if thresholds is None:
-        thresholds = measure_thresholds(dtype)
+    tables = _read(path)
+    if tables is None:
+        tables = measure_thresholds(dtype), measure_candidates(dtype)
+        named = {
+            kind: {_name(trains): table for trains, table in thresholds.items()}
+            for kind, thresholds in zip(_KINDS, tables, strict=True)
+        }
         try:
             prepare_folder(path.parent)
-            write_json(path, {_name(trains): table for trains, table in thresholds.items()})
+            write_json(path, named)
         except OutputError as error:
             warnings.warn(f"calibration is not remembered: {error}", stacklevel=3)
-    dispatch.use(dtype, threads, thresholds)
+    dispatch.use(dtype, threads, *tables)
 
 
 def measure_thresholds(
@@ -66,8 +76,8 @@ def measure_thresholds(
     width: int = _WIDTH,
     hidden: int = _HIDDEN,
     rounds: int = _ROUNDS,
-) -> dict[bool, Thresholds]:
-    """Measure them.
+) -> Tables:
+    """Measure up to which density the kernels are faster than dense torch.
 
     Args:
         dtype: of the block.
@@ -79,29 +89,69 @@ def measure_thresholds(
     Returns:
         Thresholds for inference, under False, and for training, under True.
     """
+
+    def threshold(tokens: int, trains: bool) -> float:
+        ratios = []
+        for density in _DENSITIES:
+            blocks = _blocks(tokens, width, hidden, density, dtype)
+            sparse = partial(_Block.sparse, trains=trains, max_candidates=0.0)
+            ratios.append(_ratio(blocks, _Block.dense, sparse, trains, rounds))
+        return crossover(_DENSITIES, ratios)
+
+    return _for_each(rows, threshold)
+
+
+def measure_candidates(
+    dtype: torch.dtype,
+    rows: Sequence[int] = _ROWS,
+    width: int = _WIDTH,
+    hidden: int = _HIDDEN,
+    rounds: int = _ROUNDS,
+) -> Tables:
+    """Measure up to which share of candidates a screened block is faster than an unscreened one.
+
+    Args:
+        dtype: of the block.
+        rows: numbers of tokens to measure at.
+        width: d_model of the block that is measured.
+        hidden: its d_hidden.
+        rounds: pairs of calls for each number.
+
+    Returns:
+        Thresholds as of `measure_thresholds`.
+    """
+    if kernels().unscreened:
+        return _for_each(rows, lambda tokens, trains: 0.0)
+
+    def threshold(tokens: int, trains: bool) -> float:
+        shares, ratios = [], []
+        for density in _SCREENED_DENSITIES:
+            blocks = _blocks(tokens, width, hidden, density, dtype)
+            plain, screened = (
+                partial(_Block.sparse, trains=trains, max_candidates=most) for most in (0.0, 1.0)
+            )
+            ratios.append(_ratio(blocks, plain, screened, trains, rounds))
+            shares.append(blocks[0].candidates(few=tokens <= DECODE_ROWS and not trains))
+        return crossover(shares, ratios)
+
+    return _for_each(rows, threshold)
+
+
+def _for_each(rows: Sequence[int], threshold: Callable[[int, bool], float]) -> Tables:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return {
-            trains: {
-                tokens: crossover(
-                    _DENSITIES,
-                    [
-                        _ratio(_blocks(tokens, width, hidden, density, dtype), trains, rounds)
-                        for density in _DENSITIES
-                    ],
-                )
-                for tokens in rows
-            }
+            trains: {tokens: threshold(tokens, trains) for tokens in rows}
             for trains in (False, True)
         }
 
 
 def crossover(densities: Sequence[float], ratios: Sequence[float]) -> float:
-    """Up to which density a sparse call gains, by straight lines between what was measured.
+    """Up to which density, or share, a call gains, by straight lines between what was measured.
 
     Args:
         densities: ascending.
-        ratios: time of a dense call over that of a sparse one, at each.
+        ratios: time of the other call over that of a sparse one, at each.
 
     Returns:
         The density; 0 where the first gains nothing, the last where all gain.
@@ -139,11 +189,20 @@ class _Block:
         hidden = torch.relu(torch.addmm(self.up_bias, self.x, self.up.T))
         return hidden @ self.down.T
 
-    def sparse(self, trains: bool) -> Tensor:
+    def sparse(self, trains: bool, max_candidates: float) -> Tensor:
         """As the kernels compute it."""
         weights = (self.up, self.up_bias, None, None, self.down.T, None)
-        z: Tensor = mlp(self.x, *weights, 1.0, 0.0, None, 0.0, trains, 1.0)[0]
+        z: Tensor = mlp(self.x, *weights, 1.0, 0.0, None, 0.0, trains, 1.0, max_candidates)[0]
         return z
+
+    def candidates(self, few: bool) -> float:
+        """The share of candidates; of few tokens it is what the last call has counted."""
+        if few:
+            return kept_screen(self.up).habit.share
+        with torch.no_grad():
+            found = find_candidates(self.x, screen_of(self.up), self.up_bias)
+        assert found is not None  # of any share
+        return found.share
 
 
 def _blocks(rows: int, width: int, hidden: int, density: float, dtype: torch.dtype) -> list[_Block]:
@@ -155,8 +214,14 @@ def _blocks(rows: int, width: int, hidden: int, density: float, dtype: torch.dty
     return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
 
 
-def _ratio(blocks: Sequence[_Block], trains: bool, rounds: int) -> float:
-    """Median over pairs of the time of dense calls over that of sparse ones."""
+def _ratio(
+    blocks: Sequence[_Block],
+    one: Callable[[_Block], Tensor],
+    other: Callable[[_Block], Tensor],
+    trains: bool,
+    rounds: int,
+) -> float:
+    """Median over pairs of the time of calls of one kind over that of another."""
 
     def seconds(call: Callable[[_Block], Tensor]) -> float:
         start = time.perf_counter()
@@ -170,15 +235,9 @@ def _ratio(blocks: Sequence[_Block], trains: bool, rounds: int) -> float:
                 torch.autograd.grad(z, leaves, block.grad)
         return time.perf_counter() - start
 
-    def sparse(block: _Block) -> Tensor:
-        return block.sparse(trains)
-
-    seconds(_Block.dense), seconds(sparse)  # the first call of each finds its memory
-    ratios = [seconds(_Block.dense) / seconds(sparse) for _ in range(rounds)]
-    for block in blocks:
-        forget(block.up)
-        forget(block.down)
-    return statistics.median(ratios)
+    for call in (one, other, other):  # the first calls find their memory and lay weights out
+        seconds(call)
+    return statistics.median(seconds(one) / seconds(other) for _ in range(rounds))
 
 
 def _path(dtype: torch.dtype, threads: int) -> Path:
@@ -205,13 +264,17 @@ def _name(trains: bool) -> str:
     return "training" if trains else "inference"
 
 
-def _read(path: Path) -> dict[bool, Thresholds] | None:
+def _read(path: Path) -> tuple[Tables, Tables] | None:
     """Thresholds of a file; None if it is not there or no such file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            trains: {int(rows): float(density) for rows, density in values[_name(trains)].items()}
-            for trains in (False, True)
-        }
+        densities, candidates = (
+            {
+                trains: {int(rows): float(most) for rows, most in values[kind][_name(trains)].items()}
+                for trains in (False, True)
+            }
+            for kind in _KINDS
+        )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
+    return densities, candidates

@@ -114,7 +114,7 @@ def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | Non
         Values and support; None where there are more.
     """
     rows, columns = p.shape
-    _require(rows_are_contiguous(p), f"rows of p contiguous, got strides {p.stride()}")
+    require(rows_are_contiguous(p), f"rows of p contiguous, got strides {p.stride()}")
     sample = rows // _SAMPLE
     if (
         max_density < 1.0
@@ -127,15 +127,15 @@ def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | Non
     if density > max_density:
         return None
     blocks = ceil_div(columns, TILE_UNIT)
-    tile = _balanced(blocks, _tile(density, rows, p.dtype))
+    tile = balanced(blocks, tile_for(density, rows, p.dtype))
     tiles = ceil_div(blocks * TILE_UNIT, tile)
     offsets = torch.empty(tiles * rows + 1, dtype=torch.int64)
-    entries = _library().steppe_offsets(counts.data_ptr(), rows, columns, tile, offsets.data_ptr())
+    entries = library().steppe_offsets(counts.data_ptr(), rows, columns, tile, offsets.data_ptr())
     support = Support(torch.empty(entries, dtype=torch.int16), offsets, rows, columns)
     values = p.new_empty(entries)
-    _library().steppe_fill(
+    library().steppe_fill(
         p.data_ptr(),
-        _dtype(p),
+        dtype_code(p),
         rows,
         columns,
         stride,
@@ -143,7 +143,7 @@ def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | Non
         offsets.data_ptr(),
         support.index.data_ptr(),
         values.data_ptr(),
-        _threads(),
+        threads(),
     )
     return values, support
 
@@ -152,8 +152,8 @@ def _counts(p: Tensor) -> Tensor:
     """Number of active entries of each row and each 64 columns, int32 ``[T · ⌈F / 64⌉]``."""
     rows, columns = p.shape
     counts = torch.empty(rows * ceil_div(columns, TILE_UNIT), dtype=torch.int32)
-    _library().steppe_count(
-        p.data_ptr(), _dtype(p), rows, columns, p.stride(0), counts.data_ptr(), _threads()
+    library().steppe_count(
+        p.data_ptr(), dtype_code(p), rows, columns, p.stride(0), counts.data_ptr(), threads()
     )
     return counts
 
@@ -172,14 +172,14 @@ def pack(matrix: Tensor, buffer: str | None = None) -> Panels:
     rows, width = matrix.shape
     shape = (ceil_div(width, TILE_UNIT), rows, TILE_UNIT)
     data = matrix.new_empty(shape) if buffer is None else scratch(buffer, shape, matrix)
-    _library().steppe_pack(
+    library().steppe_pack(
         matrix.data_ptr(),
-        _dtype(matrix),
+        dtype_code(matrix),
         rows,
         width,
         *matrix.stride(),
         data.data_ptr(),
-        _threads(),
+        threads(),
     )
     return Panels(data, width)
 
@@ -201,14 +201,14 @@ def spmm_into(
     """``A M + bias`` written to a tensor ``[T, D]`` of any strides, or added to it."""
     _check_list(support, values)
     _check_panels(panels, support.columns, values)
-    _require(out.shape == (support.rows, panels.width), f"out {tuple(out.shape)}")
+    require(out.shape == (support.rows, panels.width), f"out {tuple(out.shape)}")
     if bias is not None:
-        _check_vector(bias, panels.width, values)
-    failed = _library().steppe_spmm(
+        check_vector(bias, panels.width, values)
+    failed = library().steppe_spmm(
         values.data_ptr(),
         support.index.data_ptr(),
         support.offsets.data_ptr(),
-        _dtype(values),
+        dtype_code(values),
         support.rows,
         support.columns,
         support.tile,
@@ -218,32 +218,35 @@ def spmm_into(
         out.data_ptr(),
         *out.stride(),
         accumulate,
-        _threads(),
+        threads(),
     )
     if failed:
         raise MemoryError("spmm: no memory for the sums")
     return out
 
 
-def sampled(support: Support, left: Panels, right: Panels) -> Tensor:
-    """Values of ``G Mᵀ`` on a support."""
+def sampled(support: Support, left: Panels, right: Panels, bias: Tensor | None = None) -> Tensor:
+    """Values of ``G Mᵀ + bias`` on a support; bias ``[F]``."""
     _check_panels(left, support.rows, right.data)
     _check_panels(right, support.columns, left.data)
     _check_list(support, None)
-    _require(left.width == right.width, f"one width, got {left.width} and {right.width}")
+    require(left.width == right.width, f"one width, got {left.width} and {right.width}")
+    if bias is not None:
+        check_vector(bias, support.columns, right.data)
     values = left.data.new_empty(support.index.shape[0])
-    failed = _library().steppe_sampled(
+    failed = library().steppe_sampled(
         support.index.data_ptr(),
         support.offsets.data_ptr(),
-        _dtype(values),
+        dtype_code(values),
         support.rows,
         support.columns,
         support.tile,
         left.data.data_ptr(),
         right.data.data_ptr(),
         left.width,
+        pointer(bias),
         values.data_ptr(),
-        _threads(),
+        threads(),
     )
     if failed:
         raise MemoryError("sampled: no memory for the sums")
@@ -252,13 +255,13 @@ def sampled(support: Support, left: Panels, right: Panels) -> Tensor:
 
 def transpose(support: Support, *values: Tensor) -> tuple[Support, list[Tensor]]:
     """The lists of one or two transposed matrices on the same support."""
-    _require(len(values) in (1, 2), f"one or two lists of values, got {len(values)}")
+    require(len(values) in (1, 2), f"one or two lists of values, got {len(values)}")
     for one in values:
         _check_list(support, one)
     rows, columns = support.rows, support.columns
     density = len(support.index) / max(rows * columns, 1)
     blocks = ceil_div(rows, TILE_UNIT)
-    tile = _balanced(blocks, _tile(density, columns, values[0].dtype))
+    tile = balanced(blocks, tile_for(density, columns, values[0].dtype))
     tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
     turned = Support(
         torch.empty_like(support.index),
@@ -268,12 +271,12 @@ def transpose(support: Support, *values: Tensor) -> tuple[Support, list[Tensor]]
     )
     outputs = [torch.empty_like(one) for one in values]
     second = len(values) == 2
-    _library().steppe_transpose(
+    library().steppe_transpose(
         values[0].data_ptr(),
         values[1].data_ptr() if second else None,
         support.index.data_ptr(),
         support.offsets.data_ptr(),
-        _dtype(values[0]),
+        dtype_code(values[0]),
         rows,
         columns,
         support.tile,
@@ -282,7 +285,7 @@ def transpose(support: Support, *values: Tensor) -> tuple[Support, list[Tensor]]
         outputs[1].data_ptr() if second else None,
         turned.index.data_ptr(),
         turned.offsets.data_ptr(),
-        _threads(),
+        threads(),
     )
     return turned, outputs
 
@@ -291,34 +294,34 @@ def row_sums(values: Tensor, support: Support) -> Tensor:
     """Sum of each row, ``[T]``."""
     _check_list(support, values)
     out = values.new_empty(support.rows)
-    _library().steppe_row_sums(
+    library().steppe_row_sums(
         values.data_ptr(),
         support.offsets.data_ptr(),
-        _dtype(values),
+        dtype_code(values),
         support.rows,
         support.tiles,
         out.data_ptr(),
-        _threads(),
+        threads(),
     )
     return out
 
 
 def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x Wᵀ + bias`` for at most `DECODE_ROWS` rows of x; rows of W ``[F, D]`` contiguous."""
-    _check_few(x, weight)
+    check_few(x, weight)
     out = x.new_empty(x.shape[0], weight.shape[0])
     if bias is not None:
-        _check_vector(bias, weight.shape[0], x)
-    _library().steppe_matvec(
+        check_vector(bias, weight.shape[0], x)
+    library().steppe_matvec(
         x.data_ptr(),
-        _dtype(x),
+        dtype_code(x),
         *x.shape,
         weight.data_ptr(),
         weight.stride(0),
         None if bias is None else bias.data_ptr(),
         weight.shape[0],
         out.data_ptr(),
-        _threads(),
+        threads(),
     )
     return out
 
@@ -326,16 +329,16 @@ def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def decode(values: Tensor, support: Support, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``A V + bias`` for at most `DECODE_ROWS` rows of A; rows of V ``[F, D]`` contiguous."""
     _check_list(support, values)
-    _require(support.rows <= DECODE_ROWS, f"at most {DECODE_ROWS} rows, got {support.rows}")
-    _check_rows(weight, support.columns, values)
+    require(support.rows <= DECODE_ROWS, f"at most {DECODE_ROWS} rows, got {support.rows}")
+    check_rows(weight, support.columns, values)
     if bias is not None:
-        _check_vector(bias, weight.shape[1], values)
+        check_vector(bias, weight.shape[1], values)
     out = values.new_empty(support.rows, weight.shape[1])
-    _library().steppe_decode(
+    library().steppe_decode(
         values.data_ptr(),
         support.index.data_ptr(),
         support.offsets.data_ptr(),
-        _dtype(values),
+        dtype_code(values),
         support.rows,
         support.columns,
         support.tile,
@@ -344,24 +347,24 @@ def decode(values: Tensor, support: Support, weight: Tensor, bias: Tensor | None
         weight.shape[1],
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        _threads(),
+        threads(),
     )
     return out
 
 
 def decode_sampled(support: Support, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Values of ``x Wᵀ + bias`` on a support of at most `DECODE_ROWS` rows."""
-    _check_few(x, weight)
+    check_few(x, weight)
     _check_list(support, None)
-    _require(x.shape[0] == support.rows, f"{support.rows} rows of x, got {x.shape[0]}")
-    _check_rows(weight, support.columns, x)
+    require(x.shape[0] == support.rows, f"{support.rows} rows of x, got {x.shape[0]}")
+    check_rows(weight, support.columns, x)
     if bias is not None:
-        _check_vector(bias, weight.shape[0], x)
+        check_vector(bias, weight.shape[0], x)
     values = x.new_empty(support.index.shape[0])
-    _library().steppe_decode_sampled(
+    library().steppe_decode_sampled(
         support.index.data_ptr(),
         support.offsets.data_ptr(),
-        _dtype(x),
+        dtype_code(x),
         support.rows,
         support.columns,
         support.tile,
@@ -371,7 +374,7 @@ def decode_sampled(support: Support, x: Tensor, weight: Tensor, bias: Tensor | N
         weight.shape[1],
         None if bias is None else bias.data_ptr(),
         values.data_ptr(),
-        _threads(),
+        threads(),
     )
     return values
 
@@ -394,56 +397,75 @@ def decode_mlp(
         z ``[T, D]``, r ``[T, F]`` and what multiplies σ(r) in a gated block ``[T, F]``, else empty;
         r alone where more are active.
     """
+    check_few_block(x, weights)
+    outputs = z, r, up_values = few_outputs(x, weights)
+    active = library().steppe_decode_mlp(
+        *few_arguments(x, weights, rule),
+        most,
+        r.data_ptr(),
+        pointer(None if weights.up is None else up_values),
+        z.data_ptr(),
+        threads(),
+    )
+    if active == -2:
+        raise MemoryError("decode_mlp: no memory for the list")
+    return r if active == -1 else outputs
+
+
+def check_few_block(x: Tensor, weights: Weights) -> None:
+    """Refuse what a whole block for few rows cannot take."""
     hidden, width = weights.down.shape
-    _check_few(x, weights.activated)
+    check_few(x, weights.activated)
     if weights.activated.shape[0] != hidden:
-        _refuse(f"{hidden} rows, got {tuple(weights.activated.shape)}")
-    _check_rows(weights.down, hidden, x)
+        refuse(f"{hidden} rows, got {tuple(weights.activated.shape)}")
+    check_rows(weights.down, hidden, x)
     if width != x.shape[1]:
-        _refuse(f"{width} columns, got {x.shape[1]}")
+        refuse(f"{width} columns, got {x.shape[1]}")
     for bias, length in (
         (weights.activated_bias, hidden),
         (weights.up_bias, hidden),
         (weights.down_bias, width),
     ):
         if bias is not None:
-            _check_vector(bias, length, x)
+            check_vector(bias, length, x)
+    if weights.up is not None:
+        check_rows(weights.up, hidden, x)
+        require(weights.up.shape[1] == width, f"{width} columns, got {weights.up.shape[1]}")
+
+
+def few_outputs(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for z, r and up_values of a whole block for few rows."""
+    rows, hidden = x.shape[0], weights.down.shape[0]
+    up_shape = (rows, hidden) if weights.up is not None else (0,)
+    return torch.empty_like(x), x.new_empty(rows, hidden), x.new_empty(up_shape)
+
+
+def few_arguments(x: Tensor, weights: Weights, rule: Rule) -> tuple[Any, ...]:
+    """What the native functions of a whole block take first."""
     up = weights.up
-    if up is not None:
-        _check_rows(up, hidden, x)
-        _require(up.shape[1] == width, f"{width} columns, got {up.shape[1]}")
-    rows = x.shape[0]
-    z, r = torch.empty_like(x), x.new_empty(rows, hidden)
-    up_values = x.new_empty((rows, hidden) if up is not None else 0)
-    active = _library().steppe_decode_mlp(
+    hidden, width = weights.down.shape
+    return (
         x.data_ptr(),
-        _dtype(x),
-        rows,
+        dtype_code(x),
+        x.shape[0],
         width,
         hidden,
         weights.activated.data_ptr(),
         weights.activated.stride(0),
-        _pointer(weights.activated_bias),
-        _pointer(up),
+        pointer(weights.activated_bias),
+        pointer(up),
         0 if up is None else up.stride(0),
-        _pointer(weights.up_bias),
+        pointer(weights.up_bias),
         weights.down.data_ptr(),
         weights.down.stride(0),
-        _pointer(weights.down_bias),
+        pointer(weights.down_bias),
         rule.alpha,
         rule.beta,
-        most,
-        r.data_ptr(),
-        _pointer(None if up is None else up_values),
-        z.data_ptr(),
-        _threads(),
     )
-    if active == -2:
-        raise MemoryError("decode_mlp: no memory for the list")
-    return r if active == -1 else (z, r, up_values)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor's elements are; None, which is NULL, for none."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -452,33 +474,40 @@ def rows_are_contiguous(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 or matrix.shape[1] <= 1
 
 
-def _tile(density: float, rows: int, dtype: torch.dtype) -> int:
+def tile_for(density: float, rows: int, dtype: torch.dtype) -> int:
     """The width of tiles that gathers fastest."""
     if rows <= DECODE_ROWS:
         return _DECODE_TILE
     return next(tile for above, tile in _TILES[dtype] if density >= above)
 
 
-def _balanced(blocks: int, tile: int) -> int:
+def balanced(blocks: int, tile: int) -> int:
     """Of as many tiles as wanted, the width that `tile_of` tells from their number."""
     tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
     return TILE_UNIT * max(ceil_div(blocks, tiles), 1)
 
 
-def _library() -> Any:
-    library = load()
-    if library is None:
+def library() -> Any:
+    """The native library.
+
+    Raises:
+        KernelError: it is not built.
+    """
+    loaded = load()
+    if loaded is None:
         raise KernelError("the native kernels are not built; steppe.kernels() says why")
-    return library
+    return loaded
 
 
-def _threads() -> int:
+def threads() -> int:
+    """Size of the team."""
     return torch.get_num_threads()
 
 
-def _dtype(tensor: Tensor) -> int:
+def dtype_code(tensor: Tensor) -> int:
+    """What the library calls a tensor's dtype."""
     code = DTYPES.get(tensor.dtype)
-    _require(code is not None and tensor.device.type == "cpu", f"{tensor.dtype}, {tensor.device}")
+    require(code is not None and tensor.device.type == "cpu", f"{tensor.dtype}, {tensor.device}")
     assert code is not None
     return code
 
@@ -487,18 +516,19 @@ def _check_list(support: Support, values: Tensor | None) -> None:
     """Refuse a list whose parts do not go together; its numbers are our own and are trusted."""
     index, offsets = support.index, support.offsets
     rows, columns = support.rows, support.columns
-    _require(index.dtype == torch.int16 and index.is_contiguous(), f"index {index.dtype}")
-    _require(offsets.dtype == torch.int64 and offsets.is_contiguous(), f"offsets {offsets.dtype}")
+    require(index.dtype == torch.int16 and index.is_contiguous(), f"index {index.dtype}")
+    require(offsets.dtype == torch.int64 and offsets.is_contiguous(), f"offsets {offsets.dtype}")
     tiles = max(ceil_div(columns, support.tile), 1) if rows else 0
-    _require(len(offsets) == tiles * rows + 1 or rows == 0, f"{tiles} tiles, got {len(offsets)}")
-    _require(int(offsets[-1]) == len(index), f"{int(offsets[-1])} entries, got {len(index)}")
+    require(len(offsets) == tiles * rows + 1 or rows == 0, f"{tiles} tiles, got {len(offsets)}")
+    require(int(offsets[-1]) == len(index), f"{int(offsets[-1])} entries, got {len(index)}")
     if values is not None:
-        _check_vector(values, len(index), values)
+        check_vector(values, len(index), values)
 
 
-def _check_vector(vector: Tensor, length: int, like: Tensor) -> None:
+def check_vector(vector: Tensor, length: int, like: Tensor) -> None:
+    """Refuse what is no contiguous vector of a length and of another's dtype."""
     if vector.shape != (length,) or not vector.is_contiguous() or vector.dtype != like.dtype:
-        _refuse(
+        refuse(
             f"a contiguous vector of {length} {like.dtype},"
             f" got {tuple(vector.shape)} {vector.dtype}"
         )
@@ -507,37 +537,41 @@ def _check_vector(vector: Tensor, length: int, like: Tensor) -> None:
 def _check_panels(panels: Panels, rows: int, like: Tensor) -> None:
     shape = (ceil_div(panels.width, TILE_UNIT), rows, TILE_UNIT)
     data = panels.data
-    _require(
+    require(
         data.shape == shape and data.is_contiguous() and data.dtype == like.dtype,
         f"panels {shape} of {like.dtype}, got {tuple(data.shape)} of {data.dtype}",
     )
 
 
-def _check_rows(weight: Tensor, rows: int, like: Tensor) -> None:
+def check_rows(weight: Tensor, rows: int, like: Tensor) -> None:
+    """Refuse a weight that has not so many rows, each contiguous, of another's dtype."""
     if (
         weight.ndim != 2
         or weight.shape[0] != rows
         or not rows_are_contiguous(weight)
         or weight.dtype != like.dtype
     ):
-        _refuse(
+        refuse(
             f"{rows} contiguous rows of {like.dtype}, got {tuple(weight.shape)} {weight.dtype} with"
             f" strides {weight.stride()}"
         )
 
 
-def _check_few(x: Tensor, weight: Tensor) -> None:
+def check_few(x: Tensor, weight: Tensor) -> None:
+    """Refuse more than `DECODE_ROWS` rows, or a weight of another width."""
     if x.ndim != 2 or not x.is_contiguous() or x.shape[0] > DECODE_ROWS:
-        _refuse(f"at most {DECODE_ROWS} contiguous rows, got {tuple(x.shape)}")
-    _check_rows(weight, weight.shape[0], x)
+        refuse(f"at most {DECODE_ROWS} contiguous rows, got {tuple(x.shape)}")
+    check_rows(weight, weight.shape[0], x)
     if weight.shape[1] != x.shape[1]:
-        _refuse(f"width {x.shape[1]}, got {weight.shape[1]}")
+        refuse(f"width {x.shape[1]}, got {weight.shape[1]}")
 
 
-def _require(holds: bool, expected: str) -> None:
+def require(holds: bool, expected: str) -> None:
+    """Refuse a call unless something holds."""
     if not holds:
-        _refuse(expected)
+        refuse(expected)
 
 
-def _refuse(expected: str) -> NoReturn:
+def refuse(expected: str) -> NoReturn:
+    """Refuse a call, and say what was expected."""
     raise KernelError(f"native kernel: expected {expected}")

@@ -9,11 +9,19 @@ from torch import Tensor
 
 from steppe.ops import calls, reference, registry
 from steppe.ops.calls import DECODE_ROWS, Support
-from steppe.ops.dispatch import max_density_for
+from steppe.ops.dispatch import MARGIN, max_candidates_for, max_density_for
 from steppe.ops.native import load
-from steppe.ops.packing import kept_panels, kept_rows
+from steppe.ops.packing import kept_panels, kept_rows, kept_screen, kept_screen_of_known
 from steppe.ops.reference import Rule, Weights
 from steppe.ops.registry import Seven, no_list, only_needed, rule_of
+from steppe.ops.screened import (
+    MAX_WIDTH,
+    compact_product,
+    decode_screened,
+    find_candidates,
+    sample,
+    screen_of,
+)
 
 
 def _runs(*tensors: Tensor | None) -> bool:
@@ -77,6 +85,7 @@ def mlp(
     dropout: float,
     trains: bool,
     max_density: float | None,
+    max_candidates: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `registry.mlp`."""
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
@@ -89,27 +98,54 @@ def mlp(
         most = max_density_for(rows, x.dtype, trains)
     if most <= 0.0:
         return *reference.mlp(x, weights, rule), *no_list(x.device)
+    share = max_candidates
+    if share is None:
+        share = max_candidates_for(rows, x.dtype, trains)
+    if not rows or x.shape[1] >= MAX_WIDTH:
+        share = 0.0
     if rows <= DECODE_ROWS and not trains and not dropout:
-        return *_decode(x.contiguous(), weights, rule, most), *no_list(x.device)
-    p = reference.linear(x, activated, activated_bias, calls.scratch("p", (rows, columns), x))
-    listed = calls.compact(p, most)
+        return *_decode(x.contiguous(), weights, rule, most, share), *no_list(x.device)
+    listed = _screened(x, weights, share, trains) if share > 0.0 else None
     if listed is None:
-        return *reference.mlp_from(p, x, weights, rule), *no_list(x.device)
+        p = reference.linear(x, activated, activated_bias, calls.scratch("p", (rows, columns), x))
+        listed = calls.compact(p, most)
+        if listed is None:
+            return *reference.mlp_from(p, x, weights, rule), *no_list(x.device)
+    elif len(listed[0]) > most * rows * columns:
+        return *reference.mlp(x, weights, rule), *no_list(x.device)
     r, support = listed
     panels = _passing_panels if trains else kept_panels
     up_values = r.new_empty(0)
     if up is not None:
-        up_values = calls.sampled(support, calls.pack(x, "x"), panels(up))
-        if up_bias is not None:
-            up_values += up_bias[_columns_of(support)]
+        up_values = calls.sampled(support, calls.pack(x, "x"), panels(up), up_bias)
     kept = rule.draw_kept(r)
     hidden = rule.hidden(r, up_values, kept)
     z = calls.spmm(hidden, support, panels(down), down_bias)
     return z, r, up_values, kept, support.index, support.offsets
 
 
+def _screened(
+    x: Tensor, weights: Weights, share: float, trains: bool
+) -> tuple[Tensor, Support] | None:
+    """The list of r by the screen; None where more than a share of the entries are candidates.
+
+    What it decides follows from x and the weight alone: a forward pass that checkpointing repeats
+    must come to the same list.
+    """
+    weight, bias = weights.activated, weights.activated_bias
+    x = x if calls.rows_are_contiguous(x) else x.contiguous()
+    screen = screen_of(weight, "weight") if trains else kept_screen(weight).screen
+    if find_candidates(sample(x), screen, bias, share) is None:
+        return None
+    found = find_candidates(x, screen, bias, share + MARGIN)
+    if found is None:
+        return None
+    panels = _passing_panels(weight) if trains else kept_panels(weight)
+    return compact_product(calls.pack(x, "x"), panels, bias, found)
+
+
 def _decode(
-    x: Tensor, weights: Weights, rule: Rule, most: float
+    x: Tensor, weights: Weights, rule: Rule, most: float, share: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A block on few rows: what takes time is to read the weights, each once."""
     rows, columns = x.shape[0], weights.down.shape[0]
@@ -118,7 +154,14 @@ def _decode(
         up=None if weights.up is None else kept_rows(weights.up),
         down=kept_rows(weights.down),
     )
-    done = calls.decode_mlp(x, laid_out, rule, int(most * rows * columns))
+    limit = int(most * rows * columns)
+    done: tuple[Tensor, Tensor, Tensor] | Tensor | None = None
+    kept = kept_screen_of_known(weights.activated) if share > 0.0 else None
+    if kept is not None and (max_share := kept.habit.limit(share)) > 0.0:
+        done, found = decode_screened(x, laid_out, rule, kept.screen, max_share, limit)
+        kept.habit.note(found, done is not None)
+    if done is None:
+        done = calls.decode_mlp(x, laid_out, rule, limit)
     if isinstance(done, Tensor):
         return reference.mlp_from(done, x, weights, rule)
     z, r, up_values = done
@@ -207,7 +250,3 @@ def _sparse_gradients(
 def _passing_panels(weight: Tensor) -> calls.Panels:
     """The panels of a weight until the next one's, for a weight that is about to change."""
     return calls.pack(weight, "weight")
-
-
-def _columns_of(support: Support) -> Tensor:
-    return reference.positions(support.index, support.offsets, support.rows, support.columns)[1]

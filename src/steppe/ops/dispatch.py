@@ -1,12 +1,16 @@
-"""When the sparse kernels are faster: thresholds on the density, by machine, dtype and threads."""
+"""When the sparse kernels are faster, and the screen: thresholds by machine, dtype and threads."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 
-# From so many rows (tokens of a call) on, the kernels are faster up to such a density.
+from steppe.ops.native import kernels
+
+# From so many rows (tokens of a call) on, the kernels are faster up to such a density, or the
+# screen up to such a share of candidates.
 Thresholds: TypeAlias = dict[int, float]
 
 # Measured at d 768, F 3072 on one machine, and less than was measured there: what is used until
@@ -15,9 +19,16 @@ DEFAULTS: dict[bool, Thresholds] = {
     False: {1: 0.5, 9: 0.0, 32: 0.3, 128: 0.6},
     True: {1: 0.0, 64: 0.2, 128: 0.5, 256: 0.7},
 }
+SCREENED_DEFAULTS: dict[bool, Thresholds] = {
+    False: {1: 0.3, 9: 0.0, 64: 0.3},
+    True: {1: 0.0, 256: 0.3},
+}
+MARGIN = 0.05  # by which a share may be above a threshold, once it was below it
+_LEAST_WAIT, _MOST_WAIT = 16, 256  # calls
 _LEAST_WORK = 2**23  # multiply-adds of the first product, below which calling an op costs more
 _LARGE_WEIGHT = 2**20  # elements: reading it takes longer than calling an op
 _measured: dict[tuple[torch.dtype, int], dict[bool, Thresholds]] = {}
+_screened: dict[tuple[torch.dtype, int], dict[bool, Thresholds]] = {}
 
 
 def pays(rows: int, d_model: int, d_hidden: int) -> bool:
@@ -43,20 +54,93 @@ def max_density_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
     Returns:
         A density; 0 for never.
     """
-    thresholds = _measured.get((dtype, torch.get_num_threads()), DEFAULTS)[trains]
-    reached = [density for least, density in sorted(thresholds.items()) if rows >= least]
+    return _reached(_measured.get((dtype, torch.get_num_threads()), DEFAULTS)[trains], rows)
+
+
+def max_candidates_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
+    """The most of the entries that may be candidates for the screen to pay.
+
+    Args:
+        rows: tokens of the call.
+        dtype: of the block.
+        trains: whether a backward pass follows.
+
+    Returns:
+        A share; 0 for never.
+    """
+    if kernels().unscreened:
+        return 0.0
+    return _reached(_screened.get((dtype, torch.get_num_threads()), SCREENED_DEFAULTS)[trains], rows)
+
+
+def _reached(thresholds: Thresholds, rows: int) -> float:
+    reached = [threshold for least, threshold in sorted(thresholds.items()) if rows >= least]
     return reached[-1] if reached else 0.0
 
 
-def use(dtype: torch.dtype, threads: int, thresholds: dict[bool, Thresholds]) -> None:
+@dataclass
+class Habit:
+    """Whether to screen few rows, which are too few to look at some of them first.
+
+    It goes by the last share of candidates: once that is above the threshold by more than `MARGIN`,
+    some calls go unscreened before the next try, twice as many each time; the try has to get below
+    the threshold itself.
+
+    Attributes:
+        share: of candidates, when it was last counted; NaN before that.
+        screens: whether it was low enough.
+        wait: calls until the next try.
+        next_wait: calls to wait after the next try that fails.
+    """
+
+    share: float = float("nan")
+    screens: bool = True
+    wait: int = 0
+    next_wait: int = _LEAST_WAIT
+
+    def limit(self, threshold: float) -> float:
+        """Up to which share this call is screened; 0 for not at all.
+
+        Args:
+            threshold: up to which it pays.
+        """
+        if self.screens:
+            return threshold + MARGIN
+        if self.wait:
+            self.wait -= 1
+            return 0.0
+        return threshold
+
+    def note(self, share: float, threshold_held: bool) -> None:
+        """Take down what came of a screened call.
+
+        Args:
+            share: of candidates.
+            threshold_held: whether it was low enough.
+        """
+        self.share, self.screens = share, threshold_held
+        if threshold_held:
+            self.next_wait = _LEAST_WAIT
+        else:
+            self.wait, self.next_wait = self.next_wait, min(2 * self.next_wait, _MOST_WAIT)
+
+
+def use(
+    dtype: torch.dtype,
+    threads: int,
+    densities: dict[bool, Thresholds],
+    candidates: dict[bool, Thresholds],
+) -> None:
     """Dispatch by thresholds from now on.
 
     Args:
         dtype: of the blocks they hold for.
         threads: the number of threads they hold for.
-        thresholds: for inference, under False, and for training, under True.
+        densities: for inference, under False, and for training, under True.
+        candidates: likewise, of shares of candidates.
     """
-    _measured[dtype, threads] = thresholds
+    _measured[dtype, threads] = densities
+    _screened[dtype, threads] = candidates
 
 
 def is_measured(dtype: torch.dtype, threads: int) -> bool:

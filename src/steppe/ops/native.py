@@ -14,7 +14,8 @@ from pathlib import Path
 
 from steppe.errors import KernelError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
+_VNNI = ("avx512+bf16", "avx512+vnni")
 _FILE = "libsteppe_native.so"
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 # What each function of steppe_native.h takes and gives; p: pointer, n: int64, i: int, f: float.
@@ -26,13 +27,20 @@ _SIGNATURES = {
     "fill": ("pinnnnpppi", None),
     "pack": ("pinnnnpi", None),
     "spmm": ("pppinnnpnppnnii", _INT),
-    "sampled": ("ppinnnppnpi", _INT),
+    "sampled": ("ppinnnppnppi", _INT),
     "transpose": ("ppppinnnnppppi", None),
     "row_sums": ("ppinnpi", None),
     "matvec": ("pinnpnpnpi", None),
     "decode": ("pppinnnpnnppi", None),
     "decode_sampled": ("ppinnnppnnppi", None),
     "decode_mlp": ("pinnnpnppnppnpffnpppi", _SIZE),
+    "screen_weight": ("pinnnnppi", _INT),
+    "screen_tokens": ("pinnnppi", _INT),
+    "screen": ("ppinnpppnnppi", _SIZE),
+    "list_masks": ("pnnnppi", None),
+    "sift": ("pppinnpi", _SIZE),
+    "close_up": ("pppinnpppi", None),
+    "decode_screened": ("pinnnpnppnppnpffppnnppppi", _SIZE),
 }
 _TYPES = {"p": _POINTER, "n": _SIZE, "i": _INT, "f": ctypes.c_float}
 
@@ -43,14 +51,16 @@ class Kernels:
 
     Attributes:
         name: ``native``, or ``reference`` for plain torch, which is dense.
-        isa: instruction set of the native kernels, ``avx512+bf16``, ``avx512``, ``avx2`` or
-            ``portable``; empty for the reference.
+        isa: instruction set of the native kernels, ``avx512+bf16``, ``avx512+vnni``, ``avx512``,
+            ``avx2`` or ``portable``; empty for the reference.
         reason: why there are no native kernels; empty if there are.
+        unscreened: why no first product is screened; empty if first products are.
     """
 
     name: str
     isa: str
     reason: str
+    unscreened: str
 
 
 @cache
@@ -72,11 +82,14 @@ def kernels() -> Kernels:
         return Kernels(
             name="reference",
             isa="",
+            unscreened="there are no native kernels",
             reason=f"there is no {_FILE}: steppe was installed without a C++ compiler. Install one"
             " (Debian, Ubuntu: apt install g++), then: pip install --force-reinstall --no-deps"
             " steppe",
         )
-    return Kernels(name="native", isa=library.steppe_isa().decode(), reason="")
+    isa = library.steppe_isa().decode()
+    unscreened = "" if isa in _VNNI else f"{isa}: int8 products gain nothing without AVX-512 VNNI"
+    return Kernels(name="native", isa=isa, reason="", unscreened=unscreened)
 
 
 @cache

@@ -10,17 +10,31 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from steppe.ops.calls import Panels, pack, rows_are_contiguous
+from steppe.ops.dispatch import Habit
+from steppe.ops.screened import Screen, screen_of
 
 _PROBES = 8  # each a read from memory, of a weight that only its copy is read of else
-_Copy = TypeVar("_Copy", Panels, Tensor)
+_Copy = TypeVar("_Copy", Panels, Tensor, "KeptScreen", None)
 _Key = tuple[object, ...]
+
+
+class KeptScreen(NamedTuple):
+    """The screen of a weight, and whether it has paid.
+
+    Attributes:
+        screen: the integers and their bounds.
+        habit: of calls with few rows.
+    """
+
+    screen: Screen
+    habit: Habit
 
 
 @dataclass
@@ -30,7 +44,7 @@ class _Entry:
     storage: StorageWeakRef
     version: int
     probes: Tensor
-    copy: Panels | Tensor
+    copy: Panels | Tensor | KeptScreen | None
 
 
 _entries: dict[_Key, _Entry] = {}
@@ -45,6 +59,34 @@ def kept_panels(weight: Tensor) -> Panels:
 def kept_rows(weight: Tensor) -> Tensor:
     """A weight ``[N, D]`` with its rows contiguous; itself if they are."""
     return weight if rows_are_contiguous(weight) else _kept("rows", weight, Tensor.contiguous)
+
+
+def kept_screen(weight: Tensor) -> KeptScreen:
+    """The screen of a weight ``[F, D]``."""
+    return _kept("screen", weight, _make_screen)
+
+
+def kept_screen_of_known(weight: Tensor) -> KeptScreen | None:
+    """The same; None for a weight that is met for the first time, as one of autocast always is.
+
+    Making it takes longer than a call with few rows.
+    """
+    sight = _Sight()
+    _kept("sight", weight, sight)
+    return None if sight.is_first else kept_screen(weight)
+
+
+class _Sight:
+    """Makes nothing of a weight, and tells that it was asked to."""
+
+    is_first = False
+
+    def __call__(self, weight: Tensor) -> None:
+        self.is_first = True
+
+
+def _make_screen(weight: Tensor) -> KeptScreen:
+    return KeptScreen(screen_of(weight), Habit())
 
 
 def forget(weight: Tensor) -> None:

@@ -70,6 +70,7 @@ def mlp(
     dropout: float,
     trains: bool,
     max_density: float | None,
+    max_candidates: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """An MLP block.
 
@@ -88,6 +89,8 @@ def mlp(
         trains: whether a backward pass follows.
         max_density: use the sparse kernels up to this density; None for what was measured on this
             machine.
+        max_candidates: screen the first product up to this share of candidates, see
+            `steppe.ops.screening`; None for what was measured on this machine.
 
     Returns:
         z ``[T, D]``, and what the backward pass needs: the values of r = max(p, 0), of a gated
@@ -242,6 +245,7 @@ def _(
     dropout: float,
     trains: bool,
     max_density: float | None,
+    max_candidates: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     values = _new_size()
     return (
@@ -352,7 +356,7 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, *weights, ctx.alpha, ctx.beta, mix, ctx.dropout, _, _ = inputs
+    x, *weights, ctx.alpha, ctx.beta, mix, ctx.dropout, _, _, _ = inputs
     ctx.save_for_backward(x, *weights, mix, *output[1:])
     ctx.set_materialize_grads(False)
 
@@ -377,7 +381,7 @@ def _mlp_backward(ctx: Any, grad_z: Tensor | None, *_: Any) -> tuple[Tensor | No
         ctx.needs_input_grad[:7],
     )
     wanted = zip(grads, ctx.needs_input_grad, strict=False)
-    return *(grad if needed else None for grad, needed in wanted), *(None,) * 6
+    return *(grad if needed else None for grad, needed in wanted), *(None,) * 7
 
 
 compact.register_autograd(_compact_backward, setup_context=_save_compact)

@@ -1,0 +1,447 @@
+// Screening: which entries of x Wᵀ + b can be above zero, told from an int8 product and a bound on
+// what that leaves out. docs/screening.md has the proof; steppe/ops/screening.py is the definition.
+//
+// Each row of x and of W is rotated and put on a grid of its own, scale × integers. In units of the
+// scale of a row of W the bound on an entry is
+//
+//   I · scale_x + bias + ‖x‖ · of_norm + ‖x − x̃‖ · of_residual
+//
+// with I the integer product, and the entry is a candidate unless that is <= 0. All of it is float64,
+// where no square of a float32 under- or overflows.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "compact.h"
+#include "vector.h"
+
+namespace steppe {
+namespace STEPPE_TARGET {
+
+constexpr int kFold = 16;         // features that one step of the rotation mixes
+constexpr int64_t kGrain = 128;   // columns are padded with zeros to a multiple of it
+constexpr int64_t kStrip = 16;    // units whose bytes lie together
+constexpr double kMost = 127;         // of an 8-bit grid
+constexpr double kMostWide = 32639;   // of a 16-bit one: 127 · 256 + 127, so that both digits are bytes
+constexpr double kUnit = 0x1p-24;     // half the distance from 1 to the next float32
+constexpr double kTiny = 0x1p-126;    // the least normal float32: what flushing to zero loses at most
+constexpr double kOurs = 0x1p-36;     // of the float64 arithmetic here, many times over
+// Norms and biases from which on a sum of products could overflow on its way.
+constexpr double kLargeInput = 0x1p62, kLargeRow = 0x1p63, kLargeBias = 0x1p125;
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+constexpr int kDoubles = kWidth / 2;
+typedef double dvec __attribute__((vector_size(kWidth * 4), aligned(8), may_alias));
+typedef int64_t lvec __attribute__((vector_size(kWidth * 4), aligned(8), may_alias));
+typedef float narrow_vec __attribute__((vector_size(kDoubles * 4), aligned(4), may_alias));
+typedef int32_t narrow_ivec __attribute__((vector_size(kDoubles * 4), aligned(4), may_alias));
+typedef uint32_t narrow_uvec __attribute__((vector_size(kDoubles * 4), aligned(4), may_alias));
+typedef int8_t byte_vec __attribute__((vector_size(kDoubles), aligned(1), may_alias));
+
+inline int64_t padded_width(int64_t D) { return (D + kGrain - 1) / kGrain * kGrain; }
+inline int64_t blocks_of(int64_t F) { return (F + kPanel - 1) / kPanel; }
+
+inline double sum(dvec v) {
+  double total = 0;
+  for (int i = 0; i < kDoubles; ++i) total += v[i];
+  return total;
+}
+inline double largest(dvec v) {
+  double most = 0;
+  for (int i = 0; i < kDoubles; ++i) most = std::max(most, v[i]);
+  return most;
+}
+
+// Row [D], in pieces of 64 columns `panel_stride` apart, as float32 padded with zeros: in the buffer,
+// or where it is if it lies so.
+template <typename E>
+inline const float *read_row(const E *from, int64_t D, int64_t panel_stride, float *row) {
+  const int64_t width = padded_width(D);
+  if (sizeof(E) == sizeof(float) && panel_stride == kPanel && width == D) {
+    return reinterpret_cast<const float *>(from);
+  }
+  for (int64_t start = 0; start < D; start += kPanel, from += panel_stride) {
+    int64_t d = 0;
+    const int64_t count = std::min(kPanel, D - start);
+    for (; d + kWidth <= count; d += kWidth) store(load(from + d), row + start + d);
+    for (; d < count; ++d) row[start + d] = to_float(from[d]);
+  }
+  std::fill(row + D, row + width, 0.0f);
+  return row;
+}
+
+// A row on its grid: the norm is not below ‖row‖, the residual not below ‖row − scale · integers‖.
+// The norm is not finite if the row is not.
+struct Grid {
+  double scale, norm, residual;
+};
+
+// Memory to work on a row.
+struct RowBuffer {
+  explicit RowBuffer(int64_t D)
+      : width(padded_width(D)), row(new(std::nothrow) float[width]),
+        rotated(new(std::nothrow) double[width]) {}
+  bool is_there() const { return row && rotated; }
+  int64_t width;
+  std::unique_ptr<float[]> row;
+  std::unique_ptr<double[]> rotated;
+};
+
+// A step of the transform: the sum and the difference of each two that lie so far apart.
+template <int kApart>
+inline void mix(dvec *part) {
+#pragma GCC unroll 16
+  for (int k = 0; k < kFold; ++k) {
+    if (k & kApart) continue;
+    const dvec one = part[k], other = part[k + kApart];
+    part[k] = one + other;
+    part[k + kApart] = one - other;
+  }
+}
+
+// A Hadamard transform over features that lie a sixteenth of the width apart, orthonormal: no single
+// feature stays large. Then the nearest integers up to ±most: `put(i, integers)` gets kDoubles of
+// them, from feature i on.
+template <typename Put>
+inline Grid to_grid(const float *row, const RowBuffer &buffer, double most, Put put) {
+  double *rotated = buffer.rotated.get();
+  const int64_t step = buffer.width / kFold;
+  dvec squares{}, magnitude{};
+  for (int64_t i = 0; i < step; i += kDoubles) {
+    dvec part[kFold];
+#pragma GCC unroll 16
+    for (int k = 0; k < kFold; ++k) {
+      part[k] = __builtin_convertvector(
+          *reinterpret_cast<const narrow_vec *>(row + k * step + i), dvec);
+    }
+    mix<1>(part), mix<2>(part), mix<4>(part), mix<8>(part);
+#pragma GCC unroll 16
+    for (int k = 0; k < kFold; ++k) {
+      part[k] *= 0.25;
+      squares += part[k] * part[k];
+      const dvec absolute = (dvec)((lvec)part[k] & 0x7fffffffffffffff);
+      magnitude = absolute > magnitude ? absolute : magnitude;
+      *reinterpret_cast<dvec *>(rotated + k * step + i) = part[k];
+    }
+  }
+  const double most_of_row = largest(magnitude), norm = std::sqrt(sum(squares)) * (1 + kOurs);
+  const bool usable = std::isfinite(norm) && most_of_row > 0;
+  const double scale = usable ? most_of_row / most : 1, inverse = usable ? 1 / scale : 0;
+  // Adding and taking away 1.5 · 2⁵² rounds to an integer.
+  constexpr double kRounder = 6755399441055744.0;
+  dvec off{};
+  for (int64_t i = 0; i < buffer.width; i += kDoubles) {
+    __builtin_prefetch(row + buffer.width + i);  // the next row, which is then not read in order
+    const dvec value = *reinterpret_cast<const dvec *>(rotated + i);
+    const dvec integers = usable ? (value * inverse + kRounder) - kRounder : dvec{};
+    const dvec difference = value - integers * scale;
+    off += difference * difference;
+    put(i, __builtin_convertvector(integers, narrow_ivec));
+  }
+  return {scale, norm, std::sqrt(sum(off)) * (1 + kOurs)};
+}
+
+// What the bound needs of the units, `padded` of them a row: 1 / scale, of_norm, of_residual, and
+// what is added whatever x is.
+template <typename Number>
+struct BoundsOf {
+  BoundsOf(Number *from, int64_t padded)
+      : inverse(from), of_norm(from + padded), of_residual(from + 2 * padded),
+        constant(from + 3 * padded) {}
+  Number *inverse, *of_norm, *of_residual, *constant;
+};
+using Bounds = BoundsOf<const double>;
+
+// W [F, D] on its grids: bytes [strips of 16 units][width / 4][16][4], integers + 128, and the bounds.
+template <typename E>
+int screen_weight(const E *w, int64_t F, int64_t D, int64_t row_stride, int64_t panel_stride,
+                  uint8_t *bytes, double *bounds, int threads) {
+  const int64_t width = padded_width(D), padded = blocks_of(F) * kPanel;
+  const BoundsOf<double> to(bounds, padded);
+  const double root = std::sqrt(double(D)), rounding = (2.0 * double(D) + 64) * kUnit;
+  int failed = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const RowBuffer buffer(D);
+    if (!buffer.is_there()) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(static)
+    for (int64_t f = 0; f < padded; ++f) {
+      if (!buffer.is_there()) continue;
+      uint8_t *column = bytes + f / kStrip * kStrip * width + f % kStrip * 4;
+      if (f >= F) {  // no unit at all: its integers are 0
+        for (int64_t d = 0; d < width; d += 4) std::fill_n(column + d * kStrip, 4, uint8_t(128));
+        to.inverse[f] = to.of_norm[f] = to.of_residual[f] = 0;
+        to.constant[f] = -1;
+        continue;
+      }
+      const float *row = read_row(w + f * row_stride, D, panel_stride, buffer.row.get());
+      const Grid grid = to_grid(row, buffer, kMost, [&](int64_t i, narrow_ivec integers) {
+        const byte_vec shifted = __builtin_convertvector(integers + 128, byte_vec);
+        constexpr int kPiece = kDoubles < 4 ? kDoubles : 4;
+        for (int j = 0; j < kDoubles; j += kPiece) {
+          std::memcpy(column + (i + j) / 4 * (4 * kStrip) + (i + j) % 4,
+                      reinterpret_cast<const char *>(&shifted) + j, kPiece);
+        }
+      });
+      // ‖k̃‖ ≤ ‖k‖ + ‖k − k̃‖.
+      const double inverse = 1 / grid.scale, size = (grid.norm + grid.residual) * (1 + kOurs);
+      to.inverse[f] = inverse;
+      to.of_norm[f] = grid.norm < kLargeRow
+                          ? (grid.residual + (rounding + kOurs) * size + kTiny * root) *
+                                (1 + kOurs) * inverse
+                          : kNaN;
+      to.of_residual[f] = size * (1 + kOurs) * inverse;
+      to.constant[f] = kTiny * (root * grid.norm + 2.0 * double(D) + 64) * (1 + kOurs) * inverse;
+    }
+  }
+  return failed;
+}
+
+// A token as the bound needs it; `norm` is NaN where all units are to be candidates. The sums are of
+// the integers, of which 128 times is taken from a product with bytes that are 128 too large.
+struct Token {
+  double scale, norm, residual;
+  int32_t sum, sum_low;
+};
+
+inline Token token_of(const Grid &grid, int64_t sum, int64_t sum_low) {
+  return {grid.scale, grid.norm < kLargeInput ? grid.norm : kNaN, grid.residual, int32_t(sum),
+          int32_t(sum_low)};
+}
+
+// x [T, D], rows `stride` apart, on its grids: int8 [T, width], and what the bound needs.
+template <typename E>
+int screen_tokens(const E *x, int64_t T, int64_t D, int64_t stride, int8_t *integers,
+                  Token *tokens, int threads) {
+  int failed = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const RowBuffer buffer(D);
+    if (!buffer.is_there()) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < T; ++t) {
+      if (!buffer.is_there()) continue;
+      const float *row = read_row(x + t * stride, D, kPanel, buffer.row.get());
+      int8_t *to = integers + t * buffer.width;
+      narrow_ivec total{};
+      const Grid grid = to_grid(row, buffer, kMost, [&](int64_t i, narrow_ivec part) {
+        total += part;
+        *reinterpret_cast<byte_vec *>(to + i) = __builtin_convertvector(part, byte_vec);
+      });
+      int64_t whole = 0;
+      for (int i = 0; i < kDoubles; ++i) whole += total[i];
+      tokens[t] = token_of(grid, whole, 0);
+    }
+  }
+  return failed;
+}
+
+// sums [M][64] of M rows of integers, `stride` apart, with a block of bytes: Σ x · (k + 128). They
+// wrap, as the difference with 128 Σ x that is taken later does.
+#if defined(__AVX512VNNI__)
+template <int M>
+inline void multiply_block(const int8_t *x, int64_t stride, const uint8_t *block, int64_t width,
+                           int32_t *sums) {
+  __m512i total[M][4];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) total[m][k] = _mm512_setzero_si512();
+  }
+  for (int64_t d = 0; d < width; d += 4, block += 4 * kStrip) {
+    __m512i part[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) part[k] = _mm512_loadu_si512(block + k * kStrip * width);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      int32_t four;
+      std::memcpy(&four, x + m * stride + d, 4);
+      const __m512i all = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) total[m][k] = _mm512_dpbusd_epi32(total[m][k], part[k], all);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) _mm512_storeu_si512(sums + m * kPanel + 16 * k, total[m][k]);
+  }
+}
+#else
+template <int M>
+inline void multiply_block(const int8_t *x, int64_t stride, const uint8_t *block, int64_t width,
+                           int32_t *sums) {
+  uint32_t total[M][kPanel] = {};
+  for (int64_t d = 0; d < width; d += 4, block += 4 * kStrip) {
+    for (int m = 0; m < M; ++m) {
+      const int8_t *four = x + m * stride + d;
+      for (int64_t j = 0; j < kPanel; ++j) {
+        const uint8_t *unit = block + j / kStrip * kStrip * width + j % kStrip * 4;
+        total[m][j] += uint32_t(four[0] * unit[0] + four[1] * unit[1] + four[2] * unit[2] +
+                                four[3] * unit[3]);
+      }
+    }
+  }
+  std::memcpy(sums, total, sizeof(total));
+}
+#endif
+
+// The differences of int32 sums and an offset, which wrap, as doubles.
+inline dvec unshifted(const int32_t *sums, int32_t offset) {
+  const narrow_uvec raw = *reinterpret_cast<const narrow_uvec *>(sums);
+  return __builtin_convertvector((narrow_ivec)(raw - uint32_t(offset)), dvec);
+}
+
+// Which of 64 units are candidates for a token: bit j for unit j. `product(j)` is I of kDoubles of
+// them, `bias` [64] has the bias in units of the scale and the constant.
+template <typename Product>
+inline uint64_t candidate_mask(const Token &token, const double *bias, const Bounds &bounds,
+                               int64_t first, Product product) {
+  uint64_t mask = 0;
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < kPanel; j += kDoubles) {
+    const auto at = [&](const double *from) { return *reinterpret_cast<const dvec *>(from + j); };
+    const dvec bound = product(j) * token.scale + at(bias) +
+                       (at(bounds.of_norm + first) * token.norm +
+                        at(bounds.of_residual + first) * token.residual);
+#if defined(__AVX512F__)
+    mask |= uint64_t(_mm512_cmp_pd_mask((__m512d)bound, _mm512_setzero_pd(), _CMP_NLE_UQ)) << j;
+#else
+    for (int i = 0; i < kDoubles; ++i) mask |= uint64_t(!(bound[i] <= 0)) << (j + i);
+#endif
+  }
+  return mask;
+}
+
+// to [64]: the bias of the units from `first` on, in units of their scales, and the constant.
+template <typename E>
+inline void bias_bound(const E *bias, int64_t D, int64_t F, const Bounds &bounds, int64_t first,
+                       double *to) {
+  const double rounding = (2.0 * double(D) + 64) * kUnit + kOurs;
+  for (int64_t j = 0; j < kPanel; ++j) {
+    const int64_t f = first + j;
+    const double b = bias == nullptr || f >= F ? 0 : to_float(bias[f]);
+    const double above = b + rounding * std::fabs(b);
+    to[j] = (std::fabs(b) < kLargeBias ? above : kNaN) * bounds.inverse[f] + bounds.constant[f];
+  }
+}
+
+// masks [T, blocks]: the candidates, bit j of a block for its unit j; counts [T, blocks] of them.
+// Returns how many there are; -1, with nothing to be used, if more than `most`.
+template <typename E>
+int64_t screen(const int8_t *integers, const Token *tokens, int64_t T, int64_t D,
+               const uint8_t *bytes, const double *bounds, const E *bias, int64_t F, int64_t most,
+               uint64_t *masks, int32_t *counts, int threads) {
+  constexpr int kRows = 6;            // 24 sums, 4 parts of the weight and a part of x: 29 registers
+  constexpr int64_t kTokens = 96;     // of a task
+  constexpr int64_t kChunkBytes = 384 * 1024;  // of the weight, to stay in the second-level cache
+  const int64_t width = padded_width(D), blocks = blocks_of(F);
+  const int64_t per_chunk = std::max<int64_t>(kChunkBytes / (width * kPanel), 1);
+  const int64_t chunks = (blocks + per_chunk - 1) / per_chunk, groups = (T + kTokens - 1) / kTokens;
+  const Bounds units(bounds, blocks * kPanel);
+  int64_t found = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t group = 0; group < groups; ++group) {
+      int64_t so_far;
+#pragma omp atomic read
+      so_far = found;
+      if (so_far > most) continue;
+      const int64_t first_block = chunk * per_chunk;
+      const int64_t last_block = std::min(first_block + per_chunk, blocks);
+      const int64_t last = std::min((group + 1) * kTokens, T);
+      int64_t here = 0;
+      for (int64_t block = first_block; block < last_block; ++block) {
+        double shifted[kPanel];
+        bias_bound(bias, D, F, units, block * kPanel, shifted);
+        const uint8_t *at = bytes + block * kPanel * width;
+        const auto take = [&](int64_t t, const int32_t *sums) {
+          const int32_t offset = int32_t(128 * uint32_t(tokens[t].sum));
+          const uint64_t mask =
+              candidate_mask(tokens[t], shifted, units, block * kPanel,
+                             [&](int64_t j) { return unshifted(sums + j, offset); }) &
+              (F - block * kPanel >= kPanel ? ~uint64_t(0)
+                                            : (uint64_t(1) << (F - block * kPanel)) - 1);
+          masks[t * blocks + block] = mask;
+          counts[t * blocks + block] = __builtin_popcountll(mask);
+          here += __builtin_popcountll(mask);
+        };
+        int32_t sums[kRows * kPanel];
+        int64_t t = group * kTokens;
+        for (; t + kRows <= last; t += kRows) {
+          multiply_block<kRows>(integers + t * width, width, at, width, sums);
+          for (int m = 0; m < kRows; ++m) take(t + m, sums + m * kPanel);
+        }
+        for (; t < last; ++t) {
+          multiply_block<1>(integers + t * width, width, at, width, sums);
+          take(t, sums);
+        }
+      }
+#pragma omp atomic
+      found += here;
+    }
+  }
+  return found > most ? -1 : found;
+}
+
+// index of the list of the entries whose bits are set.
+inline void list_masks(const uint64_t *masks, int64_t T, int64_t F, int64_t tile,
+                       const int64_t *offsets, int16_t *index, int threads) {
+  const int64_t blocks = blocks_of(F), per_tile = tile / kPanel;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t first = 0, j = 0; first < blocks; first += per_tile, ++j) {
+      int16_t *to = index + offsets[j * T + t];
+      for (int64_t b = first; b < std::min(first + per_tile, blocks); ++b) {
+        for (uint64_t mask = masks[t * blocks + b]; mask != 0; mask &= mask - 1) {
+          *to++ = int16_t((b - first) * kPanel + __builtin_ctzll(mask));
+        }
+      }
+    }
+  }
+}
+
+// The entries that are not <= 0 to the front of their part of the list; kept[list + 1] of each.
+template <typename E>
+void sift(E *values, int16_t *index, const int64_t *offsets, int64_t T, int64_t tiles,
+          int64_t *kept, int threads) {
+  kept[0] = 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t list = 0; list < tiles * T; ++list) {
+    const int64_t first = offsets[list];
+    int64_t to = first;
+    for (int64_t i = first; i < offsets[list + 1]; ++i) {
+      const E value = values[i];
+      values[to] = value;
+      index[to] = index[i];
+      to += is_active(to_float(value));
+    }
+    kept[list + 1] = to - first;
+  }
+}
+
+// Those entries without the gaps between them.
+template <typename E>
+void close_up(const E *values, const int16_t *index, const int64_t *offsets, int64_t T,
+              int64_t tiles, const int64_t *kept, E *values_to, int16_t *index_to, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t list = 0; list < tiles * T; ++list) {
+    const int64_t count = kept[list + 1] - kept[list];
+    std::copy_n(values + offsets[list], count, values_to + kept[list]);
+    std::copy_n(index + offsets[list], count, index_to + kept[list]);
+  }
+}
+
+}  // namespace STEPPE_TARGET
+}  // namespace steppe

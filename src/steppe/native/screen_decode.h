@@ -1,0 +1,204 @@
+// A screened block for few rows, T <= 8: the bytes of W are read instead of W, and of W itself the
+// rows of candidates. x has 16 bits, two bytes of them, which costs nothing while memory is waited for.
+#pragma once
+
+#include "decode.h"
+#include "screen.h"
+
+namespace steppe {
+namespace STEPPE_TARGET {
+
+// Few tokens on grids of 16 bits: integers = 256 · high + low, both int8 [T][width].
+struct FewTokens {
+  FewTokens(int64_t T, int64_t D)
+      : width(padded_width(D)), high(T * width), low(T * width), tokens(T) {}
+  int64_t width;
+  std::vector<int8_t> high, low;
+  std::vector<Token> tokens;
+};
+
+template <typename E>
+FewTokens few_tokens(const E *x, int64_t T, int64_t D) {
+  FewTokens few(T, D);
+  const RowBuffer buffer(D);
+  if (!buffer.is_there()) throw std::bad_alloc();
+  for (int64_t t = 0; t < T; ++t) {
+    const float *row = read_row(x + t * D, D, kPanel, buffer.row.get());
+    int8_t *high = few.high.data() + t * few.width, *low = few.low.data() + t * few.width;
+    narrow_ivec sum_high{}, sum_low{};
+    const Grid grid = to_grid(row, buffer, kMostWide, [&](int64_t i, narrow_ivec part) {
+      const narrow_ivec upper = (part + 128) >> 8, lower = part - (upper << 8);
+      sum_high += upper, sum_low += lower;
+      *reinterpret_cast<byte_vec *>(high + i) = __builtin_convertvector(upper, byte_vec);
+      *reinterpret_cast<byte_vec *>(low + i) = __builtin_convertvector(lower, byte_vec);
+    });
+    int64_t of_high = 0, of_low = 0;
+    for (int i = 0; i < kDoubles; ++i) of_high += sum_high[i], of_low += sum_low[i];
+    few.tokens[t] = token_of(grid, of_high, of_low);
+  }
+  return few;
+}
+
+// sums [T][2][16] of the high and the low bytes with a strip of W's: Σ x · (k + 128), which wrap.
+template <int T>
+inline void multiply_strip(const FewTokens &few, const uint8_t *strip, int32_t (*sums)[2][kStrip]) {
+#if defined(__AVX512VNNI__)
+  constexpr int kSets = T >= 4 ? 1 : 4 / T;  // enough sums at once to hide the latency of adding
+  __m512i high[T][kSets], low[T][kSets];
+  for (int t = 0; t < T; ++t) {
+    for (int s = 0; s < kSets; ++s) high[t][s] = low[t][s] = _mm512_setzero_si512();
+  }
+  for (int64_t d = 0; d < few.width; d += 4 * kSets) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSets; ++s, strip += 4 * kStrip) {
+      __builtin_prefetch(strip + kAhead);
+      const __m512i bytes = _mm512_loadu_si512(strip);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        int32_t four[2];
+        std::memcpy(&four[0], few.high.data() + t * few.width + d + 4 * s, 4);
+        std::memcpy(&four[1], few.low.data() + t * few.width + d + 4 * s, 4);
+        high[t][s] = _mm512_dpbusd_epi32(high[t][s], bytes, _mm512_set1_epi32(four[0]));
+        low[t][s] = _mm512_dpbusd_epi32(low[t][s], bytes, _mm512_set1_epi32(four[1]));
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    for (int s = 1; s < kSets; ++s) {
+      high[t][0] = _mm512_add_epi32(high[t][0], high[t][s]);
+      low[t][0] = _mm512_add_epi32(low[t][0], low[t][s]);
+    }
+    _mm512_storeu_si512(sums[t][0], high[t][0]);
+    _mm512_storeu_si512(sums[t][1], low[t][0]);
+  }
+#else
+  uint32_t total[T][2][kStrip] = {};
+  for (int64_t d = 0; d < few.width; ++d) {
+    for (int64_t j = 0; j < kStrip; ++j) {
+      const int32_t byte = strip[(d / 4 * kStrip + j) * 4 + d % 4];
+      for (int t = 0; t < T; ++t) {
+        total[t][0][j] += uint32_t(few.high[t * few.width + d] * byte);
+        total[t][1][j] += uint32_t(few.low[t * few.width + d] * byte);
+      }
+    }
+  }
+  std::memcpy(sums, total, sizeof(total));
+#endif
+}
+
+// masks [T, blocks] of the candidates.
+template <int T, typename E>
+void screen_few(const FewTokens &few, const FewBlock<E> &block, const uint8_t *bytes,
+                const Bounds &bounds, uint64_t *masks) {
+  const int64_t blocks = blocks_of(block.F);
+#pragma omp parallel for num_threads(block.threads) schedule(static)
+  for (int64_t b = 0; b < blocks; ++b) {
+    constexpr int64_t kStrips = kPanel / kStrip;
+    int32_t sums[kStrips][T][2][kStrip];
+    for (int64_t s = 0; s < kStrips; ++s) {
+      multiply_strip<T>(few, bytes + (b * kStrips + s) * kStrip * few.width, sums[s]);
+    }
+    double shifted[kPanel];
+    bias_bound(block.w_bias, block.D, block.F, bounds, b * kPanel, shifted);
+    const int64_t units = block.F - b * kPanel;
+    for (int t = 0; t < T; ++t) {
+      const Token &token = few.tokens[t];
+      const int32_t offset = int32_t(128 * uint32_t(token.sum));
+      const int32_t offset_low = int32_t(128 * uint32_t(token.sum_low));
+      const uint64_t mask = candidate_mask(token, shifted, bounds, b * kPanel, [&](int64_t j) {
+        const int32_t(*of_strip)[kStrip] = sums[j / kStrip][t];
+        return unshifted(of_strip[0] + j % kStrip, offset) * 256.0 +
+               unshifted(of_strip[1] + j % kStrip, offset_low);
+      });
+      masks[t * blocks + b] = units >= kPanel ? mask : mask & ((uint64_t(1) << units) - 1);
+    }
+  }
+}
+
+template <typename E>
+void screen_few(const FewTokens &few, const FewBlock<E> &block, const uint8_t *bytes,
+                const Bounds &bounds, uint64_t *masks) {
+  switch (block.T) {
+    case 1: return screen_few<1>(few, block, bytes, bounds, masks);
+    case 2: return screen_few<2>(few, block, bytes, bounds, masks);
+    case 3: return screen_few<3>(few, block, bytes, bounds, masks);
+    case 4: return screen_few<4>(few, block, bytes, bounds, masks);
+    case 5: return screen_few<5>(few, block, bytes, bounds, masks);
+    case 6: return screen_few<6>(few, block, bytes, bounds, masks);
+    case 7: return screen_few<7>(few, block, bytes, bounds, masks);
+    case 8: return screen_few<8>(few, block, bytes, bounds, masks);
+  }
+}
+
+// The values of the candidates, x · row + bias.
+template <typename E>
+void fill_candidates(const FewBlock<E> &block, FewList<E> &list) {
+  const int64_t T = block.T;
+  std::vector<int32_t> lists(list.index.size());
+  for (int64_t at = 0; at < list.tiles * T; ++at) {
+    std::fill(lists.begin() + list.offsets[at], lists.begin() + list.offsets[at + 1], int32_t(at));
+  }
+#pragma omp parallel for num_threads(block.threads) schedule(static)
+  for (int64_t i = 0; i < int64_t(list.index.size()); ++i) {
+    const int64_t column = lists[i] / T * kFewTile + list.index[i];
+    float total;
+    dot_rows<1>(block.x + lists[i] % T * block.D, block.D, block.w + column * block.w_stride,
+                &total);
+    store(total + (block.w_bias == nullptr ? 0 : to_float(block.w_bias[column])), &list.values[i]);
+  }
+}
+
+template <typename E>
+int64_t decode_screened(const FewBlock<E> &block, const uint8_t *bytes, const double *bounds,
+                        int64_t most_candidates, int64_t most, int64_t *candidates, E *r,
+                        E *up_values, E *out) {
+  const int64_t T = block.T, F = block.F, blocks = blocks_of(F);
+  const FewTokens few = few_tokens(block.x, T, block.D);
+  std::vector<uint64_t> masks(T * blocks);
+  screen_few(few, block, bytes, Bounds(bounds, blocks * kPanel), masks.data());
+  std::vector<int32_t> counts(T * blocks);
+  int64_t found = 0;
+  for (int64_t i = 0; i < T * blocks; ++i) found += counts[i] = __builtin_popcountll(masks[i]);
+  *candidates = found;
+  if (found > most_candidates) return -3;
+
+  FewList<E> list(T, F);
+  list.index.resize(found), list.values.resize(found);
+  constexpr int64_t kBlocks = kFewTile / kPanel;
+  int64_t listed = 0;
+  for (int64_t j = 0; j < list.tiles; ++j) {
+    for (int64_t t = 0; t < T; ++t) {
+      list.offsets[j * T + t] = listed;
+      for (int64_t b = j * kBlocks; b < std::min((j + 1) * kBlocks, blocks); ++b) listed += counts[t * blocks + b];
+    }
+  }
+  list.offsets[list.tiles * T] = listed;
+  list_masks(masks.data(), T, F, kFewTile, list.offsets.data(), list.index.data(), 1);
+  fill_candidates(block, list);
+
+  int64_t active = 0, first = 0;
+  for (int64_t at = 0; at < list.tiles * T; ++at) {
+    const int64_t last = list.offsets[at + 1];
+    list.offsets[at] = active;
+    for (int64_t i = first; i < last; ++i) {
+      list.values[active] = list.values[i];
+      list.index[active] = list.index[i];
+      active += is_active(to_float(list.values[active]));
+    }
+    first = last;
+  }
+  list.offsets[list.tiles * T] = active;
+  list.index.resize(active), list.values.resize(active);
+  if (active > most) return -1;
+  std::fill(r, r + T * F, E{});
+  for (int64_t at = 0; at < list.tiles * T; ++at) {
+    for (int64_t i = list.offsets[at]; i < list.offsets[at + 1]; ++i) {
+      r[at % T * F + at / T * kFewTile + list.index[i]] = list.values[i];
+    }
+  }
+  finish_few(block, list, up_values, out);
+  return active;
+}
+
+}  // namespace STEPPE_TARGET
+}  // namespace steppe

@@ -1,0 +1,292 @@
+"""The first product where it can be above zero, by the native kernels; see `steppe.ops.screening`.
+
+An int8 product and a bound tell the candidates, the sampled product their values, and those that are
+not ≤ 0 are listed, as `steppe.ops.calls.compact` lists them of the whole product.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref, c_int64
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steppe.ops.calls import (
+    Panels,
+    Support,
+    balanced,
+    check_few_block,
+    check_vector,
+    dtype_code,
+    few_arguments,
+    few_outputs,
+    library,
+    pack,
+    pointer,
+    require,
+    rows_are_contiguous,
+    sampled,
+    scratch,
+    threads,
+    tile_for,
+)
+from steppe.ops.reference import TILE_UNIT, Rule, Weights, ceil_div
+
+MAX_WIDTH = 131_072  # of int8 products, whose sums are int32
+_GRAIN = 128  # the width is padded to a multiple of it
+_TOKEN_BYTES = 32
+_SAMPLED = 16  # one token in so many is looked at first
+_GOLDEN = 0.6180339887498949
+
+
+class Screen(NamedTuple):
+    """A weight ``[F, D]`` as the screen reads it.
+
+    Attributes:
+        integers: uint8 ``[F to 64 / 16, D to 128 / 4, 16, 4]``, one larger by 128 than on the grid.
+        bounds: float64 ``[4, F to 64]``.
+        hidden: F.
+        width: D.
+    """
+
+    integers: Tensor
+    bounds: Tensor
+    hidden: int
+    width: int
+
+
+def screen_of(weight: Tensor, buffer: str | None = None) -> Screen:
+    """Put a weight on the grids of its rows.
+
+    Args:
+        weight: ``[F, D]``, float32 or bfloat16, of any strides.
+        buffer: name of the `scratch` to write to; None for new memory.
+    """
+    hidden, width = weight.shape
+    require(width < MAX_WIDTH, f"a width below {MAX_WIDTH}, got {width}")
+    units = ceil_div(hidden, TILE_UNIT) * TILE_UNIT
+    shape = (units // 16, _padded(width) // 4, 16, 4)
+    if buffer is None:
+        integers = torch.empty(shape, dtype=torch.uint8)
+        bounds = torch.empty(4, units, dtype=torch.float64)
+    else:
+        integers = scratch(f"{buffer} integers", shape, _like(torch.uint8))
+        bounds = scratch(f"{buffer} bounds", (4, units), _like(torch.float64))
+    if rows_are_contiguous(weight):
+        source, strides = weight, (weight.stride(0), TILE_UNIT)
+    else:
+        source = pack(weight, f"{buffer} panels" if buffer else None).data
+        strides = (TILE_UNIT, hidden * TILE_UNIT)
+    failed = library().steppe_screen_weight(
+        source.data_ptr(),
+        dtype_code(weight),
+        hidden,
+        width,
+        *strides,
+        integers.data_ptr(),
+        bounds.data_ptr(),
+        threads(),
+    )
+    if failed:
+        raise MemoryError("screen_of: no memory for a row")
+    return Screen(integers, bounds, hidden, width)
+
+
+class Candidates(NamedTuple):
+    """Which entries may be above zero.
+
+    Attributes:
+        masks: int64 ``[T, ⌈F / 64⌉]``, a bit for each of 64 units.
+        counts: int32 ``[T, ⌈F / 64⌉]``, of the bits that are set.
+        share: of all T · F entries.
+    """
+
+    masks: Tensor
+    counts: Tensor
+    share: float
+
+
+def find_candidates(
+    x: Tensor, screen: Screen, bias: Tensor | None, max_share: float = 1.0
+) -> Candidates | None:
+    """The candidates of a first product.
+
+    Args:
+        x: ``[T, D]``, rows contiguous.
+        screen: of the weight.
+        bias: ``[F]`` of x's dtype, or None.
+        max_share: the most of them.
+
+    Returns:
+        The candidates, in buffers that the next call writes to; None if they are more.
+    """
+    rows, width = x.shape
+    require(width == screen.width, f"width {screen.width}, got {width}")
+    require(rows_are_contiguous(x), f"rows of x contiguous, got strides {x.stride()}")
+    if bias is not None:
+        check_vector(bias, screen.hidden, x)
+    integers = scratch("x integers", (rows, _padded(width)), _like(torch.int8))
+    tokens = scratch("x tokens", (rows, _TOKEN_BYTES), _like(torch.uint8))
+    failed = library().steppe_screen_tokens(
+        x.data_ptr(),
+        dtype_code(x),
+        rows,
+        width,
+        x.stride(0),
+        integers.data_ptr(),
+        tokens.data_ptr(),
+        threads(),
+    )
+    if failed:
+        raise MemoryError("find_candidates: no memory for a row")
+    blocks, entries = ceil_div(screen.hidden, TILE_UNIT), rows * screen.hidden
+    masks = scratch("masks", (rows, blocks), _like(torch.int64))
+    counts = scratch("counts", (rows, blocks), _like(torch.int32))
+    found = library().steppe_screen(
+        integers.data_ptr(),
+        tokens.data_ptr(),
+        dtype_code(x),
+        rows,
+        width,
+        screen.integers.data_ptr(),
+        screen.bounds.data_ptr(),
+        pointer(bias),
+        screen.hidden,
+        int(max_share * entries),
+        masks.data_ptr(),
+        counts.data_ptr(),
+        threads(),
+    )
+    return None if found < 0 else Candidates(masks, counts, found / max(entries, 1))
+
+
+def sample(x: Tensor) -> Tensor:
+    """One row in `_SAMPLED`, spread so that no period of the input is met.
+
+    Args:
+        x: ``[T, D]``.
+    """
+    return x[_sampled_rows(x.shape[0])]
+
+
+def compact_product(
+    x: Panels, weight: Panels, bias: Tensor | None, found: Candidates
+) -> tuple[Tensor, Support]:
+    """The list of the entries of ``x Wᵀ + bias`` that are not ≤ 0.
+
+    Args:
+        x: ``[T, D]``.
+        weight: ``[F, D]``.
+        bias: ``[F]``, or None.
+        found: the candidates.
+
+    Returns:
+        Values and support.
+    """
+    rows, columns = x.data.shape[1], weight.data.shape[1]
+    blocks = ceil_div(columns, TILE_UNIT)
+    require(found.masks.shape == (rows, blocks), f"masks {tuple(found.masks.shape)}")
+    tile = balanced(blocks, tile_for(found.share, rows, x.data.dtype))
+    tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
+    offsets = torch.empty(tiles * rows + 1, dtype=torch.int64)
+    entries = library().steppe_offsets(
+        found.counts.data_ptr(), rows, columns, tile, offsets.data_ptr()
+    )
+    index = torch.empty(entries, dtype=torch.int16)
+    library().steppe_list_masks(
+        found.masks.data_ptr(),
+        rows,
+        columns,
+        tile,
+        offsets.data_ptr(),
+        index.data_ptr(),
+        threads(),
+    )
+    values = sampled(Support(index, offsets, rows, columns), x, weight, bias)
+    kept_offsets = torch.empty_like(offsets)
+    code = dtype_code(values)
+    kept = library().steppe_sift(
+        values.data_ptr(),
+        index.data_ptr(),
+        offsets.data_ptr(),
+        code,
+        rows,
+        tiles,
+        kept_offsets.data_ptr(),
+        threads(),
+    )
+    support = Support(torch.empty(kept, dtype=torch.int16), kept_offsets, rows, columns)
+    kept_values = values.new_empty(kept)
+    library().steppe_close_up(
+        values.data_ptr(),
+        index.data_ptr(),
+        offsets.data_ptr(),
+        code,
+        rows,
+        tiles,
+        kept_offsets.data_ptr(),
+        kept_values.data_ptr(),
+        support.index.data_ptr(),
+        threads(),
+    )
+    return kept_values, support
+
+
+def decode_screened(
+    x: Tensor, weights: Weights, rule: Rule, screen: Screen, max_share: float, most: int
+) -> tuple[tuple[Tensor, Tensor, Tensor] | None, float]:
+    """`steppe.ops.calls.decode_mlp` with the first product screened.
+
+    Args:
+        x: ``[T, D]``, contiguous, of at most `DECODE_ROWS` rows.
+        weights: of the block, rows contiguous.
+        rule: the activation.
+        screen: of ``weights.activated``.
+        max_share: the most candidates, as a share of the T · F entries.
+        most: of the T · F entries may be active.
+
+    Returns:
+        What `decode_mlp` gives, or None where more are candidates or active; and the share of
+        candidates.
+    """
+    check_few_block(x, weights)
+    hidden, width = weights.down.shape
+    require((screen.hidden, screen.width) == (hidden, width), f"a screen of {hidden} × {width}")
+    outputs = z, r, up_values = few_outputs(x, weights)
+    entries = x.shape[0] * hidden
+    candidates = c_int64(0)
+    active = library().steppe_decode_screened(
+        *few_arguments(x, weights, rule),
+        screen.integers.data_ptr(),
+        screen.bounds.data_ptr(),
+        int(max_share * entries),
+        most,
+        byref(candidates),
+        r.data_ptr(),
+        pointer(None if weights.up is None else up_values),
+        z.data_ptr(),
+        threads(),
+    )
+    if active == -2:
+        raise MemoryError("decode_screened: no memory for the list")
+    return None if active < 0 else outputs, candidates.value / max(entries, 1)
+
+
+def _padded(width: int) -> int:
+    return ceil_div(width, _GRAIN) * _GRAIN
+
+
+@lru_cache(maxsize=64)
+def _like(dtype: torch.dtype) -> Tensor:
+    """A tensor to tell `scratch` a dtype."""
+    return torch.empty(0, dtype=dtype)
+
+
+@lru_cache(maxsize=64)
+def _sampled_rows(rows: int) -> Tensor:
+    """Different rows, ⌈rows / `_SAMPLED`⌉ of them, by steps of the golden ratio."""
+    count = ceil_div(rows, _SAMPLED)
+    steps = torch.arange(count, dtype=torch.float64) * _GOLDEN % 1.0
+    return (steps * rows).long().unique()
