@@ -16,9 +16,11 @@ from steppe.blocks import BlockPattern, MLPBlock, Slot, find_blocks, linear_weig
 from steppe.errors import AccelerationError
 from steppe.ops import cpu
 from steppe.ops.calibration import calibrate
-from steppe.ops.dispatch import pays
+from steppe.ops.calls import DECODE_ROWS, scratch
+from steppe.ops.dispatch import max_candidates_for, max_density_for, pays
+from steppe.ops.few import FewBlock
 from steppe.ops.packing import forget
-from steppe.ops.reference import Rule, Weights
+from steppe.ops.reference import Rule, Weights, mlp_from
 from steppe.ops.registry import mlp, rule_of, scatter
 from steppe.plugins.jumping_relu import JUMPING_SQUARED_RELU, MixedActivation
 from steppe.plugins.sparsify import sparsification_of
@@ -103,9 +105,8 @@ def accelerate_(
     try:
         journal.hold_nested_tensors_off(root)
         for block in blocks:
-            compute = partial(_compute, limits=(max_density, max_candidates))
             pays_here = partial(_pays, block) if max_density is None else _always
-            Route(block, compute, pays_here).lay(journal)
+            Route(block, _Computation(max_density, max_candidates), pays_here).lay(journal)
         journal.add_attribute(Slot(root, _ATTRIBUTE), Acceleration(blocks, journal))
     except BaseException:  # also Ctrl-C: never half a model
         journal.undo()
@@ -210,9 +211,101 @@ def _always(x: Tensor) -> bool:
     return True
 
 
-def _compute(
-    route: Route, x: Tensor, limits: tuple[float | None, float | None]
-) -> Tensor:
+class _Computation:
+    """Computes a block from its input.
+
+    What it has laid out for few rows it uses again, as long as the block's parameters are the same:
+    of a decoding step, looking at everything anew would take half.
+
+    Args:
+        max_density: as of `accelerate_`.
+        max_candidates: likewise.
+    """
+
+    def __init__(self, max_density: float | None, max_candidates: float | None) -> None:
+        self._limits = max_density, max_candidates
+        self._few: FewBlock | None = None
+        self._parameters: list[Tensor | None] = []
+
+    def __call__(self, route: Route, x: Tensor) -> Tensor:
+        """The block's output, and its support for whoever watches."""
+        if not route.observers and self._takes_few(route.block, x):
+            z = self._compute_few(route.block, x)
+            if z is not None:
+                return z
+        return _compute(route, x, self._limits)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Computation:
+        """Of a copied model's block; what is laid out is of the other's parameters."""
+        return _Computation(*self._limits)
+
+    def _takes_few(self, block: MLPBlock, x: Tensor) -> bool:
+        """Whether a call has few rows, and nothing else to it."""
+        return (
+            x.numel() <= DECODE_ROWS * block.d_model
+            and not torch.is_grad_enabled()
+            and _is_plain(x)
+            and x.is_contiguous()
+            and not torch.is_autocast_enabled("cpu")
+            and not _dropout(block)
+        )
+
+    def _compute_few(self, block: MLPBlock, x: Tensor) -> Tensor | None:
+        """The output; None where the parameters are not those of the last call, or do not fit."""
+        few = self._few
+        parameters = _parameters(block)
+        if not _same(parameters, self._parameters) or few is None or not few.holds():
+            few = self._few = self._lay_out(block, parameters, x)
+            self._parameters = parameters
+        if few is None or x.dtype != few.weights.down.dtype:
+            return None
+        rows = x.numel() // block.d_model
+        density, candidates = self._limits
+        if density is None:
+            density = max_density_for(rows, x.dtype, trains=False)
+        if candidates is None:
+            candidates = max_candidates_for(rows, x.dtype, trains=False)
+        if density <= 0.0:
+            return None
+        alpha, beta, mix = _coefficients(block)
+        if mix is not None:
+            beta *= float(mix)
+        z = torch.empty_like(x)
+        r = scratch("r", (rows, block.d_hidden), x)
+        up_values = r if block.gate is None else scratch("up", (rows, block.d_hidden), x)
+        done = few.run(x, (alpha, beta), density, candidates, (z, r, up_values))
+        if done is None:
+            self._few = None
+            return None
+        if not done:
+            flat = x.view(-1, block.d_model)
+            return mlp_from(r, flat, few.weights, Rule(alpha, beta, 0.0))[0].view_as(x)
+        return z
+
+    def _lay_out(
+        self, block: MLPBlock, parameters: list[Tensor | None], x: Tensor
+    ) -> FewBlock | None:
+        """The block for few rows, of parameters that were those of the last call too."""
+        weights = _weights(block)
+        if not _same(parameters, self._parameters) or not cpu.runs(x, *weights):
+            return None
+        if any(weight is not None and weight.is_inference() for weight in weights):
+            return None  # no version tells whether they have changed
+        screens = self._limits[1] != 0.0 and cpu.screens(weights)
+        return FewBlock(weights, screens=screens, stays=True)
+
+
+def _parameters(block: MLPBlock) -> list[Tensor | None]:
+    """The block's parameters as its layers have them."""
+    layers: list[Any] = _layers(block)
+    return [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
+
+
+def _same(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _compute(route: Route, x: Tensor, limits: tuple[float | None, float | None]) -> Tensor:
     """A block from its input, and its support for whoever watches."""
     block = route.block
     weights = _weights(block)

@@ -141,20 +141,6 @@ void steppe_decode_sampled(const int16_t *index, const int64_t *offsets, int dty
   kernels(dtype).decode_sampled(index, offsets, T, F, tile, x, w, stride, D, bias, values, threads);
 }
 
-int64_t steppe_decode_mlp(const void *x, int dtype, int64_t T, int64_t D, int64_t F, const void *w,
-                          int64_t w_stride, const void *w_bias, const void *up, int64_t up_stride,
-                          const void *up_bias, const void *v, int64_t v_stride, const void *v_bias,
-                          float alpha, float beta, int64_t most, void *r, void *up_values,
-                          void *out, int threads) {
-  try {
-    return kernels(dtype).decode_mlp(x, T, D, F, w, w_stride, w_bias, up, up_stride, up_bias, v,
-                                     v_stride, v_bias, alpha, beta, most, r, up_values, out,
-                                     threads);
-  } catch (const std::bad_alloc &) {
-    return -2;
-  }
-}
-
 int steppe_screen_weight(const void *w, int dtype, int64_t F, int64_t D, int64_t row_stride,
                          int64_t panel_stride, uint8_t *bytes, double *bounds, int threads) {
   return kernels(dtype).screen_weight(w, F, D, row_stride, panel_stride, bytes, bounds, threads);
@@ -190,18 +176,12 @@ void steppe_close_up(const void *values, const int16_t *index, const int64_t *of
   kernels(dtype).close_up(values, index, offsets, T, tiles, kept, values_to, index_to, threads);
 }
 
-int64_t steppe_decode_screened(const void *x, int dtype, int64_t T, int64_t D, int64_t F,
-                               const void *w, int64_t w_stride, const void *w_bias, const void *up,
-                               int64_t up_stride, const void *up_bias, const void *v,
-                               int64_t v_stride, const void *v_bias, float alpha, float beta,
-                               const uint8_t *bytes, const double *bounds,
-                               int64_t most_candidates, int64_t most, int64_t *candidates,
-                               void *r, void *up_values, void *out, int threads) {
+int64_t steppe_decode_mlp(const steppe_block *block, const void *x, int64_t T, float alpha,
+                          float beta, int64_t most_candidates, int64_t most, int64_t *candidates,
+                          void *r, void *up_values, void *out, int threads) {
   try {
-    return kernels(dtype).decode_screened(x, T, D, F, w, w_stride, w_bias, up, up_stride, up_bias,
-                                          v, v_stride, v_bias, alpha, beta, bytes, bounds,
-                                          most_candidates, most, candidates, r, up_values, out,
-                                          threads);
+    return kernels(block->dtype).decode_mlp(*block, x, T, alpha, beta, most_candidates, most,
+                                            candidates, r, up_values, out, threads);
   } catch (const std::bad_alloc &) {
     return -2;
   }

@@ -128,104 +128,64 @@ void decode(const E *values, const int16_t *index, const int64_t *offsets, int64
   }
 }
 
+// The dot products of rows of x with kRows rows of W, read side by side; the bits of each are those
+// of dot_rows<1>.
+template <int kRows, typename E>
+inline void dot_side_by_side(const E *const *x, const E *const *w, int64_t D, float *out) {
+  constexpr int kSets = 4;
+  constexpr int64_t kStep = int64_t(kSets) * kWidth;
+  vec sums[kRows][kSets] = {};
+  int64_t d = 0;
+  for (; d + kStep <= D; d += kStep) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows; ++k) {
+#pragma GCC unroll 4
+      for (int s = 0; s < kSets; ++s) {
+        sums[k][s] += load(w[k] + d + s * kWidth) * load(x[k] + d + s * kWidth);
+      }
+    }
+  }
+  for (int k = 0; k < kRows; ++k) {
+    vec all = sums[k][0];
+    for (int s = 1; s < kSets; ++s) all += sums[k][s];
+    float total = sum(all);
+    for (int64_t i = d; i < D; ++i) total += to_float(w[k][i]) * to_float(x[k][i]);
+    out[k] = total;
+  }
+}
+
 template <typename E>
 void decode_sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t F,
                     int64_t tile, const E *x, const E *w, int64_t stride, int64_t D, const E *bias,
                     E *values, int threads) {
-  const int64_t tiles = std::max<int64_t>((F + tile - 1) / tile, 1);
-  for (int64_t list = 0; list < tiles * T; ++list) {
-    const int64_t t = list % T, first_column = list / T * tile;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = offsets[list]; i < offsets[list + 1]; ++i) {
-      const int64_t column = first_column + index[i];
-      float total;
-      dot_rows<1>(x + t * D, D, w + column * stride, &total);
-      store(total + (bias == nullptr ? 0 : to_float(bias[column])), values + i);
-    }
-  }
-}
-
-constexpr int64_t kFewTile = 256;  // so many rows of V stay in the second-level cache for all tokens
-
-// A list of few rows, in tiles of kFewTile columns.
-template <typename E>
-struct FewList {
-  FewList(int64_t T, int64_t F)
-      : tiles(std::max<int64_t>((F + kFewTile - 1) / kFewTile, 1)), offsets(tiles * T + 1) {}
-  int64_t tiles;
-  std::vector<int64_t> offsets;
-  std::vector<int16_t> index;
-  std::vector<E> values;
-};
-
-// The weights and the rule of a block as steppe_decode_mlp has them.
-template <typename E>
-struct FewBlock {
-  const E *x;
-  int64_t T, D, F;
-  const E *w;
-  int64_t w_stride;
-  const E *w_bias, *up;
-  int64_t up_stride;
-  const E *up_bias, *v;
-  int64_t v_stride;
-  const E *v_bias;
-  float alpha, beta;
-  int threads;
-};
-
-// What comes after the first product: from the list of r to the output.
-template <typename E>
-void finish_few(const FewBlock<E> &block, FewList<E> &list, E *up_values, E *out) {
-  const int64_t T = block.T, F = block.F;
-  std::vector<E> multipliers;
-  if (block.up != nullptr) {
-    multipliers.resize(list.values.size());
-    decode_sampled(list.index.data(), list.offsets.data(), T, F, kFewTile, block.x, block.up,
-                   block.up_stride, block.D, block.up_bias, multipliers.data(), block.threads);
-    std::fill(up_values, up_values + T * F, E{});
-  }
-  for (int64_t at = 0; at < list.tiles * T; ++at) {
-    for (int64_t i = list.offsets[at]; i < list.offsets[at + 1]; ++i) {
-      const float p = to_float(list.values[i]);
-      float a = block.alpha == 1 && block.beta == 0 ? p : p * (block.alpha + block.beta * p);
-      if (block.up != nullptr) {
-        up_values[at % T * F + at / T * kFewTile + list.index[i]] = multipliers[i];
-        a *= to_float(multipliers[i]);
+  const int64_t tiles = std::max<int64_t>((F + tile - 1) / tile, 1), lists = tiles * T;
+  const int64_t entries = offsets[lists];
+  constexpr int kRows = 4;
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t list = 0;
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < entries; first += kRows) {
+      const int count = int(std::min<int64_t>(kRows, entries - first));
+      const E *tokens[kRows], *rows[kRows];
+      int64_t columns[kRows];
+      for (int k = 0; k < count; ++k) {
+        while (offsets[list + 1] <= first + k) ++list;
+        columns[k] = list / T * tile + index[first + k];
+        tokens[k] = x + list % T * D;
+        rows[k] = w + columns[k] * stride;
       }
-      store(a, &list.values[i]);
-    }
-  }
-  decode(list.values.data(), list.index.data(), list.offsets.data(), T, F, kFewTile, block.v,
-         block.v_stride, block.D, block.v_bias, out, block.threads);
-}
-
-// A whole block at once: of so little work, calling each kernel for itself would be a third.
-template <typename E>
-int64_t decode_mlp(const FewBlock<E> &block, int64_t most, E *r, E *up_values, E *out) {
-  const int64_t T = block.T, F = block.F;
-  matvec(block.x, T, block.D, block.w, block.w_stride, block.w_bias, F, r, block.threads);
-  FewList<E> list(T, F);
-  list.index.resize(T * F), list.values.resize(T * F);
-  int64_t active = 0;
-  for (int64_t j = 0; j < list.tiles; ++j) {
-    for (int64_t t = 0; t < T; ++t) {
-      list.offsets[j * T + t] = active;
-      const int64_t width = std::min(kFewTile, F - j * kFewTile);
-      for (int64_t f = 0; f < width; f += kPanel) {
-        active += list_active(r + t * F + j * kFewTile + f, std::min(kPanel, width - f), f,
-                              list.index.data() + active, list.values.data() + active);
+      float totals[kRows];
+      if (count == kRows) {
+        dot_side_by_side<kRows>(tokens, rows, D, totals);
+      } else {
+        for (int k = 0; k < count; ++k) dot_side_by_side<1>(tokens + k, rows + k, D, totals + k);
+      }
+      for (int k = 0; k < count; ++k) {
+        store(totals[k] + (bias == nullptr ? 0 : to_float(bias[columns[k]])), values + first + k);
       }
     }
   }
-  list.offsets[list.tiles * T] = active;
-  list.index.resize(active), list.values.resize(active);
-  for (int64_t i = 0; i < T * F; ++i) {
-    if (!is_active(to_float(r[i]))) r[i] = E{};
-  }
-  if (active > most) return -1;
-  finish_few(block, list, up_values, out);
-  return active;
 }
 
 }  // namespace STEPPE_TARGET

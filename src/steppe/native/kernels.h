@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "steppe_native.h"
+
 namespace steppe {
 
 // The functions of steppe_native.h for one dtype; E is the type of an element.
@@ -25,9 +27,8 @@ struct Kernels {
                  const void *, int64_t, int64_t, const void *, void *, int);
   void (*decode_sampled)(const int16_t *, const int64_t *, int64_t, int64_t, int64_t, const void *,
                          const void *, int64_t, int64_t, const void *, void *, int);
-  int64_t (*decode_mlp)(const void *, int64_t, int64_t, int64_t, const void *, int64_t,
-                        const void *, const void *, int64_t, const void *, const void *, int64_t,
-                        const void *, float, float, int64_t, void *, void *, void *, int);
+  int64_t (*decode_mlp)(const steppe_block &, const void *, int64_t, float, float, int64_t,
+                        int64_t, int64_t *, void *, void *, void *, int);
   int (*screen_weight)(const void *, int64_t, int64_t, int64_t, int64_t, uint8_t *, double *, int);
   int (*screen_tokens)(const void *, int64_t, int64_t, int64_t, int8_t *, void *, int);
   int64_t (*screen)(const int8_t *, const void *, int64_t, int64_t, const uint8_t *,
@@ -36,10 +37,6 @@ struct Kernels {
   void (*sift)(void *, int16_t *, const int64_t *, int64_t, int64_t, int64_t *, int);
   void (*close_up)(const void *, const int16_t *, const int64_t *, int64_t, int64_t,
                    const int64_t *, void *, int16_t *, int);
-  int64_t (*decode_screened)(const void *, int64_t, int64_t, int64_t, const void *, int64_t,
-                             const void *, const void *, int64_t, const void *, const void *,
-                             int64_t, const void *, float, float, const uint8_t *, const double *,
-                             int64_t, int64_t, int64_t *, void *, void *, void *, int);
 };
 
 #if defined(STEPPE_X86)

@@ -94,18 +94,6 @@ STEPPE_API void steppe_decode_sampled(const int16_t *index, const int64_t *offse
                                       const void *w, int64_t stride, int64_t D, const void *bias,
                                       void *values, int threads);
 
-/* A whole block for few rows: p = x Wᵀ + w_bias, r = max(p, 0), a = alpha r + beta r², times
- * x Uᵀ + up_bias in a gated block (`up` is NULL in another), out = a V + v_bias. T <= 8; rows of
- * W, U and V [F, D] `stride` apart; biases may be NULL. r [T, F] is written, and up_values [T, F]
- * of a gated block where r is active, elsewhere 0. Returns the number of active entries; -1, with r
- * alone written, if there are more than `most`; -2 without memory. */
-STEPPE_API int64_t steppe_decode_mlp(const void *x, int dtype, int64_t T, int64_t D, int64_t F,
-                                     const void *w, int64_t w_stride, const void *w_bias,
-                                     const void *up, int64_t up_stride, const void *up_bias,
-                                     const void *v, int64_t v_stride, const void *v_bias,
-                                     float alpha, float beta, int64_t most, void *r,
-                                     void *up_values, void *out, int threads);
-
 /* Screening: which entries of x Wᵀ + bias can be above zero, told from an int8 product; for D below
  * 133,000. With width = D rounded up to a multiple of 128 and blocks = ceil(F / 64):
  *   bytes     uint8 [blocks * 4][width / 4][16][4]  W on its grids
@@ -146,15 +134,33 @@ STEPPE_API void steppe_close_up(const void *values, const int16_t *index, const 
                                 int dtype, int64_t T, int64_t tiles, const int64_t *kept,
                                 void *values_to, int16_t *index_to, int threads);
 
-/* steppe_decode_mlp with the first product screened, x on grids of 16 bits. `candidates` is how many
- * there are. Returns also -3, with nothing else written, if they are more than `most_candidates`;
- * -1 writes nothing else either. */
-STEPPE_API int64_t steppe_decode_screened(
-    const void *x, int dtype, int64_t T, int64_t D, int64_t F, const void *w, int64_t w_stride,
-    const void *w_bias, const void *up, int64_t up_stride, const void *up_bias, const void *v,
-    int64_t v_stride, const void *v_bias, float alpha, float beta, const uint8_t *bytes,
-    const double *bounds, int64_t most_candidates, int64_t most, int64_t *candidates, void *r,
-    void *up_values, void *out, int threads);
+/* A block as steppe_decode_mlp reads it. W, U and V are [F, D], their rows so far apart; `up` is NULL
+ * in a block that is not gated, biases may be NULL. `bytes` and `bounds` are of W, or NULL. The copies
+ * among these are true as long as each of `probes` elements of the dtype, at `places`, is bit for bit
+ * what stands in `probed`. */
+typedef struct {
+  const void *w, *w_bias, *up, *up_bias, *v, *v_bias;
+  int64_t w_stride, up_stride, v_stride;
+  int64_t D, F;
+  const uint8_t *bytes;
+  const double *bounds;
+  const void *const *places;
+  const void *probed;
+  int64_t probes;
+  int dtype;
+} steppe_block;
+
+/* A whole block for few rows: p = x Wᵀ + w_bias, r = max(p, 0), a = alpha r + beta r², times
+ * x Uᵀ + up_bias in a gated block, out = a V + v_bias; x and out [T, D] with T <= 8. r [T, F] is
+ * written, and up_values [T, F] of a gated block where r is active, elsewhere 0. Where there are
+ * `bytes` and `most_candidates` > 0 the first product is screened, with x on grids of 16 bits;
+ * `candidates` tells how many there are, or -1; if more than `most_candidates`, all is computed.
+ * Returns the number of active entries; -1, with r alone written, if there are more than `most`; -2
+ * without memory; -3, with nothing written, if a probe does not hold. */
+STEPPE_API int64_t steppe_decode_mlp(const steppe_block *block, const void *x, int64_t T,
+                                     float alpha, float beta, int64_t most_candidates,
+                                     int64_t most, int64_t *candidates, void *r, void *up_values,
+                                     void *out, int threads);
 
 #ifdef __cplusplus
 }

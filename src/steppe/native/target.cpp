@@ -1,11 +1,12 @@
 // All kernels for one target: compiled once for each, with its flags and STEPPE_TARGET its name.
 #include "compact.h"
 #include "decode.h"
+#include "decode_mlp.h"
 #include "kernels.h"
 #include "pack.h"
 #include "sampled.h"
 #include "screen.h"
-#include "screen_decode.h"
+#include "screen_few.h"
 #include "spmm.h"
 #include "transpose.h"
 
@@ -71,33 +72,13 @@ struct Typed {
                                   out(values), threads);
   }
 
-  static FewBlock<E> few(const void *x, int64_t T, int64_t D, int64_t F, const void *w,
-                         int64_t w_stride, const void *w_bias, const void *up, int64_t up_stride,
-                         const void *up_bias, const void *v, int64_t v_stride, const void *v_bias,
-                         float alpha, float beta, int threads) {
-    return {in(x),     T,           D,     F,        in(w),      w_stride, in(w_bias), in(up),
-            up_stride, in(up_bias), in(v), v_stride, in(v_bias), alpha,    beta,       threads};
-  }
-  static int64_t decode_mlp(const void *x, int64_t T, int64_t D, int64_t F, const void *w,
-                            int64_t w_stride, const void *w_bias, const void *up,
-                            int64_t up_stride, const void *up_bias, const void *v,
-                            int64_t v_stride, const void *v_bias, float alpha, float beta,
-                            int64_t most, void *r, void *up_values, void *to, int threads) {
-    return STEPPE_TARGET::decode_mlp(few(x, T, D, F, w, w_stride, w_bias, up, up_stride, up_bias, v,
-                                         v_stride, v_bias, alpha, beta, threads),
-                                     most, out(r), out(up_values), out(to));
-  }
-  static int64_t decode_screened(const void *x, int64_t T, int64_t D, int64_t F, const void *w,
-                                 int64_t w_stride, const void *w_bias, const void *up,
-                                 int64_t up_stride, const void *up_bias, const void *v,
-                                 int64_t v_stride, const void *v_bias, float alpha, float beta,
-                                 const uint8_t *bytes, const double *bounds,
-                                 int64_t most_candidates, int64_t most, int64_t *candidates,
-                                 void *r, void *up_values, void *to, int threads) {
-    return STEPPE_TARGET::decode_screened(
-        few(x, T, D, F, w, w_stride, w_bias, up, up_stride, up_bias, v, v_stride, v_bias, alpha,
-            beta, threads),
-        bytes, bounds, most_candidates, most, candidates, out(r), out(up_values), out(to));
+  static int64_t decode_mlp(const steppe_block &block, const void *x, int64_t T, float alpha,
+                            float beta, int64_t most_candidates, int64_t most,
+                            int64_t *candidates, void *r, void *up_values, void *to,
+                            int threads) {
+    return STEPPE_TARGET::decode_mlp(FewBlock<E>(block, in(x), T, alpha, beta, threads),
+                                     most_candidates, most, candidates, out(r), out(up_values),
+                                     out(to));
   }
   static int screen_weight(const void *w, int64_t F, int64_t D, int64_t row_stride,
                            int64_t panel_stride, uint8_t *bytes, double *bounds, int threads) {
@@ -129,7 +110,7 @@ struct Typed {
   static constexpr Kernels table() {
     return {STEPPE_ISA, count,  fill,           pack,       spmm,           sampled,
             transpose,  row_sums, matvec,       decode,     decode_sampled, decode_mlp,
-            screen_weight, screen_tokens, screen, list_masks, sift, close_up, decode_screened};
+            screen_weight, screen_tokens, screen, list_masks, sift, close_up};
   }
 };
 

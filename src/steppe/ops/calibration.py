@@ -26,7 +26,7 @@ from steppe.ops import dispatch
 from steppe.ops.calls import DECODE_ROWS, DTYPES
 from steppe.ops.dispatch import Thresholds
 from steppe.ops.native import ABI_VERSION, kernels
-from steppe.ops.packing import forget, kept_screen
+from steppe.ops.packing import kept_screen
 from steppe.ops.registry import mlp
 from steppe.ops.screened import find_candidates, screen_of
 
@@ -270,7 +270,9 @@ def _read(path: Path) -> tuple[Tables, Tables] | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         densities, candidates = (
             {
-                trains: {int(rows): float(most) for rows, most in values[kind][_name(trains)].items()}
+                trains: {
+                    int(rows): float(most) for rows, most in values[kind][_name(trains)].items()
+                }
                 for trains in (False, True)
             }
             for kind in _KINDS

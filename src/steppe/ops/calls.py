@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steppe.errors import KernelError
 from steppe.ops.native import load
-from steppe.ops.reference import TILE_UNIT, Rule, Weights, ceil_div, tile_of
+from steppe.ops.reference import TILE_UNIT, ceil_div, tile_of
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 DECODE_ROWS = 8  # the most rows that `matvec`, `decode` and `decode_sampled` take
@@ -74,13 +74,18 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._taken: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """A contiguous tensor of a shape, of another's dtype, with whatever was there."""
+        last = self._taken.get(name)
+        if last is not None and last.shape == shape and last.dtype == like.dtype:
+            return last
         size = math.prod(shape) * like.element_size()
         if name not in self._buffers or len(self._buffers[name]) < size:
             self._buffers[name] = torch.empty(size, dtype=torch.uint8)
-        return self._buffers[name][:size].view(like.dtype).view(shape)
+        self._taken[name] = self._buffers[name][:size].view(like.dtype).view(shape)
+        return self._taken[name]
 
 
 _scratch = _Scratch()
@@ -377,91 +382,6 @@ def decode_sampled(support: Support, x: Tensor, weight: Tensor, bias: Tensor | N
         threads(),
     )
     return values
-
-
-def decode_mlp(
-    x: Tensor,
-    weights: Weights,
-    rule: Rule,
-    most: int,
-) -> tuple[Tensor, Tensor, Tensor] | Tensor:
-    """A whole block for at most `DECODE_ROWS` rows of x, without dropout.
-
-    Args:
-        x: ``[T, D]``, contiguous.
-        weights: of the block, rows contiguous.
-        rule: the activation.
-        most: of the T · F entries may be active.
-
-    Returns:
-        z ``[T, D]``, r ``[T, F]`` and what multiplies σ(r) in a gated block ``[T, F]``, else empty;
-        r alone where more are active.
-    """
-    check_few_block(x, weights)
-    outputs = z, r, up_values = few_outputs(x, weights)
-    active = library().steppe_decode_mlp(
-        *few_arguments(x, weights, rule),
-        most,
-        r.data_ptr(),
-        pointer(None if weights.up is None else up_values),
-        z.data_ptr(),
-        threads(),
-    )
-    if active == -2:
-        raise MemoryError("decode_mlp: no memory for the list")
-    return r if active == -1 else outputs
-
-
-def check_few_block(x: Tensor, weights: Weights) -> None:
-    """Refuse what a whole block for few rows cannot take."""
-    hidden, width = weights.down.shape
-    check_few(x, weights.activated)
-    if weights.activated.shape[0] != hidden:
-        refuse(f"{hidden} rows, got {tuple(weights.activated.shape)}")
-    check_rows(weights.down, hidden, x)
-    if width != x.shape[1]:
-        refuse(f"{width} columns, got {x.shape[1]}")
-    for bias, length in (
-        (weights.activated_bias, hidden),
-        (weights.up_bias, hidden),
-        (weights.down_bias, width),
-    ):
-        if bias is not None:
-            check_vector(bias, length, x)
-    if weights.up is not None:
-        check_rows(weights.up, hidden, x)
-        require(weights.up.shape[1] == width, f"{width} columns, got {weights.up.shape[1]}")
-
-
-def few_outputs(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for z, r and up_values of a whole block for few rows."""
-    rows, hidden = x.shape[0], weights.down.shape[0]
-    up_shape = (rows, hidden) if weights.up is not None else (0,)
-    return torch.empty_like(x), x.new_empty(rows, hidden), x.new_empty(up_shape)
-
-
-def few_arguments(x: Tensor, weights: Weights, rule: Rule) -> tuple[Any, ...]:
-    """What the native functions of a whole block take first."""
-    up = weights.up
-    hidden, width = weights.down.shape
-    return (
-        x.data_ptr(),
-        dtype_code(x),
-        x.shape[0],
-        width,
-        hidden,
-        weights.activated.data_ptr(),
-        weights.activated.stride(0),
-        pointer(weights.activated_bias),
-        pointer(up),
-        0 if up is None else up.stride(0),
-        pointer(weights.up_bias),
-        weights.down.data_ptr(),
-        weights.down.stride(0),
-        pointer(weights.down_bias),
-        rule.alpha,
-        rule.beta,
-    )
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -10,21 +10,21 @@ from torch import Tensor
 from steppe.ops import calls, reference, registry
 from steppe.ops.calls import DECODE_ROWS, Support
 from steppe.ops.dispatch import MARGIN, max_candidates_for, max_density_for
+from steppe.ops.few import FewBlock
 from steppe.ops.native import load
-from steppe.ops.packing import kept_panels, kept_rows, kept_screen, kept_screen_of_known
+from steppe.ops.packing import kept_panels, kept_screen
 from steppe.ops.reference import Rule, Weights
 from steppe.ops.registry import Seven, no_list, only_needed, rule_of
 from steppe.ops.screened import (
     MAX_WIDTH,
     compact_product,
-    decode_screened,
     find_candidates,
     sample,
     screen_of,
 )
 
 
-def _runs(*tensors: Tensor | None) -> bool:
+def runs(*tensors: Tensor | None) -> bool:
     """Whether the native kernels are there and take these tensors, which are of one dtype."""
     given = [tensor for tensor in tensors if tensor is not None]
     dtype = given[0].dtype
@@ -35,9 +35,14 @@ def _runs(*tensors: Tensor | None) -> bool:
     )
 
 
+def screens(weights: Weights) -> bool:
+    """Whether the first product of a block is not too wide to be screened."""
+    return weights.activated.shape[1] < MAX_WIDTH
+
+
 @registry.compact.register_kernel("cpu")
 def _(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not _runs(p):
+    if not runs(p):
         return reference.compact(p)
     listed = calls.compact(p.contiguous())
     assert listed is not None  # of any density
@@ -47,7 +52,7 @@ def _(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @registry.spmm.register_kernel("cpu")
 def _(values: Tensor, index: Tensor, offsets: Tensor, rows: int, matrix: Tensor) -> Tensor:
-    if not _runs(values, matrix):
+    if not runs(values, matrix):
         return reference.spmm(values, index, offsets, rows, matrix)
     support = Support(index, offsets, rows, matrix.shape[0])
     return calls.spmm(values.contiguous(), support, calls.pack(matrix))
@@ -55,7 +60,7 @@ def _(values: Tensor, index: Tensor, offsets: Tensor, rows: int, matrix: Tensor)
 
 @registry.spmm_t.register_kernel("cpu")
 def _(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, columns: int) -> Tensor:
-    if not _runs(values, matrix):
+    if not runs(values, matrix):
         return reference.spmm_t(values, index, offsets, matrix, columns)
     support = Support(index, offsets, matrix.shape[0], columns)
     turned, (turned_values,) = calls.transpose(support, values.contiguous())
@@ -64,7 +69,7 @@ def _(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, columns: i
 
 @registry.sampled.register_kernel("cpu")
 def _(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    if not _runs(left, right):
+    if not runs(left, right):
         return reference.sampled(index, offsets, left, right)
     support = Support(index, offsets, left.shape[0], right.shape[0])
     return calls.sampled(support, calls.pack(left), calls.pack(right))
@@ -90,7 +95,7 @@ def mlp(
     """See `registry.mlp`."""
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     rule = rule_of(alpha, beta, mix, dropout)
-    if not _runs(x, *weights):
+    if not runs(x, *weights):
         return *reference.mlp(x, weights, rule), *no_list(x.device)
     rows, columns = x.shape[0], down.shape[0]
     most = max_density
@@ -101,7 +106,7 @@ def mlp(
     share = max_candidates
     if share is None:
         share = max_candidates_for(rows, x.dtype, trains)
-    if not rows or x.shape[1] >= MAX_WIDTH:
+    if not rows or not screens(weights):
         share = 0.0
     if rows <= DECODE_ROWS and not trains and not dropout:
         return *_decode(x.contiguous(), weights, rule, most, share), *no_list(x.device)
@@ -149,22 +154,15 @@ def _decode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A block on few rows: what takes time is to read the weights, each once."""
     rows, columns = x.shape[0], weights.down.shape[0]
-    laid_out = weights._replace(
-        activated=kept_rows(weights.activated),
-        up=None if weights.up is None else kept_rows(weights.up),
-        down=kept_rows(weights.down),
+    up_shape = (rows, columns) if weights.up is not None else (0,)
+    outputs = z, r, up_values = (
+        torch.empty_like(x),
+        x.new_empty(rows, columns),
+        x.new_empty(up_shape),
     )
-    limit = int(most * rows * columns)
-    done: tuple[Tensor, Tensor, Tensor] | Tensor | None = None
-    kept = kept_screen_of_known(weights.activated) if share > 0.0 else None
-    if kept is not None and (max_share := kept.habit.limit(share)) > 0.0:
-        done, found = decode_screened(x, laid_out, rule, kept.screen, max_share, limit)
-        kept.habit.note(found, done is not None)
-    if done is None:
-        done = calls.decode_mlp(x, laid_out, rule, limit)
-    if isinstance(done, Tensor):
-        return reference.mlp_from(done, x, weights, rule)
-    z, r, up_values = done
+    block = FewBlock(weights, screens=share > 0.0, stays=False)
+    if not block.run(x, (rule.alpha, rule.beta), most, share, outputs):
+        return reference.mlp_from(r, x, weights, rule)
     return z, r.flatten(), up_values.flatten(), rule.draw_kept(x)
 
 
@@ -191,7 +189,7 @@ def _(
 ) -> Seven:
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     rule = rule_of(alpha, beta, mix, dropout)
-    if not offsets.numel() or not _runs(grad_z, x, *weights):
+    if not offsets.numel() or not runs(grad_z, x, *weights):
         return registry.reference_backward(
             grad_z, x, weights, rule, r, up_values, kept, index, offsets, needs
         )

@@ -54,7 +54,8 @@ def max_density_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
     Returns:
         A density; 0 for never.
     """
-    return _reached(_measured.get((dtype, torch.get_num_threads()), DEFAULTS)[trains], rows)
+    table = _measured.get((dtype, torch.get_num_threads()), DEFAULTS)
+    return _reached(table[trains], rows)
 
 
 def max_candidates_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
@@ -70,12 +71,13 @@ def max_candidates_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
     """
     if kernels().unscreened:
         return 0.0
-    return _reached(_screened.get((dtype, torch.get_num_threads()), SCREENED_DEFAULTS)[trains], rows)
+    table = _screened.get((dtype, torch.get_num_threads()), SCREENED_DEFAULTS)
+    return _reached(table[trains], rows)
 
 
 def _reached(thresholds: Thresholds, rows: int) -> float:
-    reached = [threshold for least, threshold in sorted(thresholds.items()) if rows >= least]
-    return reached[-1] if reached else 0.0
+    least = max((least for least in thresholds if rows >= least), default=None)
+    return 0.0 if least is None else thresholds[least]
 
 
 @dataclass

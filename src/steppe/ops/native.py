@@ -33,14 +33,13 @@ _SIGNATURES = {
     "matvec": ("pinnpnpnpi", None),
     "decode": ("pppinnnpnnppi", None),
     "decode_sampled": ("ppinnnppnnppi", None),
-    "decode_mlp": ("pinnnpnppnppnpffnpppi", _SIZE),
+    "decode_mlp": ("ppnffnnppppi", _SIZE),
     "screen_weight": ("pinnnnppi", _INT),
     "screen_tokens": ("pinnnppi", _INT),
     "screen": ("ppinnpppnnppi", _SIZE),
     "list_masks": ("pnnnppi", None),
     "sift": ("pppinnpi", _SIZE),
     "close_up": ("pppinnpppi", None),
-    "decode_screened": ("pinnnpnppnppnpffppnnppppi", _SIZE),
 }
 _TYPES = {"p": _POINTER, "n": _SIZE, "i": _INT, "f": ctypes.c_float}
 

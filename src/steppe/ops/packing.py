@@ -21,7 +21,7 @@ from steppe.ops.dispatch import Habit
 from steppe.ops.screened import Screen, screen_of
 
 _PROBES = 8  # each a read from memory, of a weight that only its copy is read of else
-_Copy = TypeVar("_Copy", Panels, Tensor, "KeptScreen", None)
+_Copy = TypeVar("_Copy", Panels, Tensor, "KeptScreen", "_Sight")
 _Key = tuple[object, ...]
 
 
@@ -44,7 +44,7 @@ class _Entry:
     storage: StorageWeakRef
     version: int
     probes: Tensor
-    copy: Panels | Tensor | KeptScreen | None
+    copy: Panels | Tensor | KeptScreen | _Sight
 
 
 _entries: dict[_Key, _Entry] = {}
@@ -72,17 +72,11 @@ def kept_screen_of_known(weight: Tensor) -> KeptScreen | None:
     Making it takes longer than a call with few rows.
     """
     sight = _Sight()
-    _kept("sight", weight, sight)
-    return None if sight.is_first else kept_screen(weight)
+    return None if _kept("sight", weight, lambda _: sight) is sight else kept_screen(weight)
 
 
 class _Sight:
-    """Makes nothing of a weight, and tells that it was asked to."""
-
-    is_first = False
-
-    def __call__(self, weight: Tensor) -> None:
-        self.is_first = True
+    """That a weight was met."""
 
 
 def _make_screen(weight: Tensor) -> KeptScreen:
@@ -109,7 +103,7 @@ def _kept(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy
         weight.stride(),
         weight.dtype,
     )
-    probes = _probes(weight)
+    probes = probes_of(weight)
     with _lock:
         entry = _entries.get(key)
     if (
@@ -123,7 +117,7 @@ def _kept(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy
     with _lock:
         for old in [old for old, entry in _entries.items() if entry.storage.expired()]:
             del _entries[old]
-        _entries[key] = _Entry(storage, weight._version, probes.clone(), copy)
+        _entries[key] = _Entry(storage, weight._version, probes, copy)
     return copy
 
 
@@ -133,9 +127,21 @@ def _is_dense(weight: Tensor) -> bool:
     return weight.stride() in ((columns, 1), (1, rows))
 
 
-def _probes(weight: Tensor) -> Tensor:
+def probe_places(weight: Tensor) -> list[int]:
+    """Where in memory the values of `probes_of` are."""
+    count, step = _spread(weight)
+    start, size = weight.data_ptr(), weight.element_size()
+    return [start + i * step * size for i in range(count)]
+
+
+def probes_of(weight: Tensor) -> Tensor:
     """Values spread over a dense weight's memory, as bits, so that NaN equals itself."""
-    count = min(weight.numel(), _PROBES)
-    step = weight.numel() // max(count, 1)
+    count, step = _spread(weight)
     bits = torch.int32 if weight.dtype == torch.float32 else torch.int16
-    return weight.detach().as_strided((count,), (step,)).view(bits)
+    return weight.detach().as_strided((count,), (step,)).view(bits).clone()
+
+
+def _spread(weight: Tensor) -> tuple[int, int]:
+    """How many values are looked at, and how far apart they are."""
+    count = min(weight.numel(), _PROBES)
+    return count, weight.numel() // max(count, 1)

@@ -1,12 +1,11 @@
 """The first product where it can be above zero, by the native kernels; see `steppe.ops.screening`.
 
-An int8 product and a bound tell the candidates, the sampled product their values, and those that are
-not ≤ 0 are listed, as `steppe.ops.calls.compact` lists them of the whole product.
+An int8 product and a bound tell the candidates, the sampled product their values, and those that
+are not ≤ 0 are listed, as `steppe.ops.calls.compact` lists them of the whole product.
 """
 
 from __future__ import annotations
 
-from ctypes import byref, c_int64
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,11 +16,8 @@ from steppe.ops.calls import (
     Panels,
     Support,
     balanced,
-    check_few_block,
     check_vector,
     dtype_code,
-    few_arguments,
-    few_outputs,
     library,
     pack,
     pointer,
@@ -32,7 +28,7 @@ from steppe.ops.calls import (
     threads,
     tile_for,
 )
-from steppe.ops.reference import TILE_UNIT, Rule, Weights, ceil_div
+from steppe.ops.reference import TILE_UNIT, ceil_div
 
 MAX_WIDTH = 131_072  # of int8 products, whose sums are int32
 _GRAIN = 128  # the width is padded to a multiple of it
@@ -232,46 +228,6 @@ def compact_product(
         threads(),
     )
     return kept_values, support
-
-
-def decode_screened(
-    x: Tensor, weights: Weights, rule: Rule, screen: Screen, max_share: float, most: int
-) -> tuple[tuple[Tensor, Tensor, Tensor] | None, float]:
-    """`steppe.ops.calls.decode_mlp` with the first product screened.
-
-    Args:
-        x: ``[T, D]``, contiguous, of at most `DECODE_ROWS` rows.
-        weights: of the block, rows contiguous.
-        rule: the activation.
-        screen: of ``weights.activated``.
-        max_share: the most candidates, as a share of the T · F entries.
-        most: of the T · F entries may be active.
-
-    Returns:
-        What `decode_mlp` gives, or None where more are candidates or active; and the share of
-        candidates.
-    """
-    check_few_block(x, weights)
-    hidden, width = weights.down.shape
-    require((screen.hidden, screen.width) == (hidden, width), f"a screen of {hidden} × {width}")
-    outputs = z, r, up_values = few_outputs(x, weights)
-    entries = x.shape[0] * hidden
-    candidates = c_int64(0)
-    active = library().steppe_decode_screened(
-        *few_arguments(x, weights, rule),
-        screen.integers.data_ptr(),
-        screen.bounds.data_ptr(),
-        int(max_share * entries),
-        most,
-        byref(candidates),
-        r.data_ptr(),
-        pointer(None if weights.up is None else up_values),
-        z.data_ptr(),
-        threads(),
-    )
-    if active == -2:
-        raise MemoryError("decode_screened: no memory for the list")
-    return None if active < 0 else outputs, candidates.value / max(entries, 1)
 
 
 def _padded(width: int) -> int:

@@ -1,6 +1,8 @@
-// A screened block for few rows, T <= 8: the bytes of W are read instead of W, and of W itself the
-// rows of candidates. x has 16 bits, two bytes of them, which costs nothing while memory is waited for.
+// The candidates of few rows, T <= 8. x has 16 bits, two bytes of them, which costs nothing while the
+// bytes of W are waited for.
 #pragma once
+
+#include <vector>
 
 #include "decode.h"
 #include "screen.h"
@@ -88,10 +90,10 @@ inline void multiply_strip(const FewTokens &few, const uint8_t *strip, int32_t (
 
 // masks [T, blocks] of the candidates.
 template <int T, typename E>
-void screen_few(const FewTokens &few, const FewBlock<E> &block, const uint8_t *bytes,
-                const Bounds &bounds, uint64_t *masks) {
-  const int64_t blocks = blocks_of(block.F);
-#pragma omp parallel for num_threads(block.threads) schedule(static)
+void screen_few_of(const FewTokens &few, const uint8_t *bytes, const Bounds &bounds, const E *bias,
+                   int64_t D, int64_t F, uint64_t *masks, int threads) {
+  const int64_t blocks = blocks_of(F);
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < blocks; ++b) {
     constexpr int64_t kStrips = kPanel / kStrip;
     int32_t sums[kStrips][T][2][kStrip];
@@ -99,8 +101,8 @@ void screen_few(const FewTokens &few, const FewBlock<E> &block, const uint8_t *b
       multiply_strip<T>(few, bytes + (b * kStrips + s) * kStrip * few.width, sums[s]);
     }
     double shifted[kPanel];
-    bias_bound(block.w_bias, block.D, block.F, bounds, b * kPanel, shifted);
-    const int64_t units = block.F - b * kPanel;
+    bias_bound(bias, D, F, bounds, b * kPanel, shifted);
+    const int64_t units = F - b * kPanel;
     for (int t = 0; t < T; ++t) {
       const Token &token = few.tokens[t];
       const int32_t offset = int32_t(128 * uint32_t(token.sum));
@@ -116,88 +118,18 @@ void screen_few(const FewTokens &few, const FewBlock<E> &block, const uint8_t *b
 }
 
 template <typename E>
-void screen_few(const FewTokens &few, const FewBlock<E> &block, const uint8_t *bytes,
-                const Bounds &bounds, uint64_t *masks) {
-  switch (block.T) {
-    case 1: return screen_few<1>(few, block, bytes, bounds, masks);
-    case 2: return screen_few<2>(few, block, bytes, bounds, masks);
-    case 3: return screen_few<3>(few, block, bytes, bounds, masks);
-    case 4: return screen_few<4>(few, block, bytes, bounds, masks);
-    case 5: return screen_few<5>(few, block, bytes, bounds, masks);
-    case 6: return screen_few<6>(few, block, bytes, bounds, masks);
-    case 7: return screen_few<7>(few, block, bytes, bounds, masks);
-    case 8: return screen_few<8>(few, block, bytes, bounds, masks);
+void screen_few(const FewTokens &few, const uint8_t *bytes, const Bounds &bounds, const E *bias,
+                int64_t D, int64_t F, uint64_t *masks, int threads) {
+  switch (few.tokens.size()) {
+    case 1: return screen_few_of<1>(few, bytes, bounds, bias, D, F, masks, threads);
+    case 2: return screen_few_of<2>(few, bytes, bounds, bias, D, F, masks, threads);
+    case 3: return screen_few_of<3>(few, bytes, bounds, bias, D, F, masks, threads);
+    case 4: return screen_few_of<4>(few, bytes, bounds, bias, D, F, masks, threads);
+    case 5: return screen_few_of<5>(few, bytes, bounds, bias, D, F, masks, threads);
+    case 6: return screen_few_of<6>(few, bytes, bounds, bias, D, F, masks, threads);
+    case 7: return screen_few_of<7>(few, bytes, bounds, bias, D, F, masks, threads);
+    case 8: return screen_few_of<8>(few, bytes, bounds, bias, D, F, masks, threads);
   }
-}
-
-// The values of the candidates, x · row + bias.
-template <typename E>
-void fill_candidates(const FewBlock<E> &block, FewList<E> &list) {
-  const int64_t T = block.T;
-  std::vector<int32_t> lists(list.index.size());
-  for (int64_t at = 0; at < list.tiles * T; ++at) {
-    std::fill(lists.begin() + list.offsets[at], lists.begin() + list.offsets[at + 1], int32_t(at));
-  }
-#pragma omp parallel for num_threads(block.threads) schedule(static)
-  for (int64_t i = 0; i < int64_t(list.index.size()); ++i) {
-    const int64_t column = lists[i] / T * kFewTile + list.index[i];
-    float total;
-    dot_rows<1>(block.x + lists[i] % T * block.D, block.D, block.w + column * block.w_stride,
-                &total);
-    store(total + (block.w_bias == nullptr ? 0 : to_float(block.w_bias[column])), &list.values[i]);
-  }
-}
-
-template <typename E>
-int64_t decode_screened(const FewBlock<E> &block, const uint8_t *bytes, const double *bounds,
-                        int64_t most_candidates, int64_t most, int64_t *candidates, E *r,
-                        E *up_values, E *out) {
-  const int64_t T = block.T, F = block.F, blocks = blocks_of(F);
-  const FewTokens few = few_tokens(block.x, T, block.D);
-  std::vector<uint64_t> masks(T * blocks);
-  screen_few(few, block, bytes, Bounds(bounds, blocks * kPanel), masks.data());
-  std::vector<int32_t> counts(T * blocks);
-  int64_t found = 0;
-  for (int64_t i = 0; i < T * blocks; ++i) found += counts[i] = __builtin_popcountll(masks[i]);
-  *candidates = found;
-  if (found > most_candidates) return -3;
-
-  FewList<E> list(T, F);
-  list.index.resize(found), list.values.resize(found);
-  constexpr int64_t kBlocks = kFewTile / kPanel;
-  int64_t listed = 0;
-  for (int64_t j = 0; j < list.tiles; ++j) {
-    for (int64_t t = 0; t < T; ++t) {
-      list.offsets[j * T + t] = listed;
-      for (int64_t b = j * kBlocks; b < std::min((j + 1) * kBlocks, blocks); ++b) listed += counts[t * blocks + b];
-    }
-  }
-  list.offsets[list.tiles * T] = listed;
-  list_masks(masks.data(), T, F, kFewTile, list.offsets.data(), list.index.data(), 1);
-  fill_candidates(block, list);
-
-  int64_t active = 0, first = 0;
-  for (int64_t at = 0; at < list.tiles * T; ++at) {
-    const int64_t last = list.offsets[at + 1];
-    list.offsets[at] = active;
-    for (int64_t i = first; i < last; ++i) {
-      list.values[active] = list.values[i];
-      list.index[active] = list.index[i];
-      active += is_active(to_float(list.values[active]));
-    }
-    first = last;
-  }
-  list.offsets[list.tiles * T] = active;
-  list.index.resize(active), list.values.resize(active);
-  if (active > most) return -1;
-  std::fill(r, r + T * F, E{});
-  for (int64_t at = 0; at < list.tiles * T; ++at) {
-    for (int64_t i = list.offsets[at]; i < list.offsets[at + 1]; ++i) {
-      r[at % T * F + at / T * kFewTile + list.index[i]] = list.values[i];
-    }
-  }
-  finish_few(block, list, up_values, out);
-  return active;
 }
 
 }  // namespace STEPPE_TARGET

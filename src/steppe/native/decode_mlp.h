@@ -1,0 +1,173 @@
+// A whole block for few rows, T <= 8: of so little work, calling each kernel for itself would be a
+// third. Where the first product is screened, its bytes are read instead of W, and of W the rows of
+// candidates.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "decode.h"
+#include "screen_few.h"
+#include "steppe_native.h"
+
+namespace steppe {
+namespace STEPPE_TARGET {
+
+constexpr int64_t kFewTile = 256;  // so many rows of V stay in the second-level cache for all tokens
+
+// A list of few rows, in tiles of kFewTile columns.
+template <typename E>
+struct FewList {
+  FewList(int64_t T, int64_t F)
+      : tiles(std::max<int64_t>((F + kFewTile - 1) / kFewTile, 1)), offsets(tiles * T + 1) {}
+  void resize(int64_t entries) { index.resize(entries), values.resize(entries); }
+  int64_t tiles;
+  std::vector<int64_t> offsets;
+  std::vector<int16_t> index;
+  std::vector<E> values;
+};
+
+// A call of a block.
+template <typename E>
+struct FewBlock {
+  FewBlock(const steppe_block &of, const E *x, int64_t T, float alpha, float beta, int threads)
+      : of(of), x(x), w(in(of.w)), w_bias(in(of.w_bias)), up(in(of.up)), up_bias(in(of.up_bias)),
+        v(in(of.v)), v_bias(in(of.v_bias)), T(T), D(of.D), F(of.F), alpha(alpha), beta(beta),
+        threads(threads) {}
+  static const E *in(const void *p) { return static_cast<const E *>(p); }
+  const steppe_block &of;
+  const E *x, *w, *w_bias, *up, *up_bias, *v, *v_bias;
+  int64_t T, D, F;
+  float alpha, beta;
+  int threads;
+};
+
+template <typename E>
+bool probes_hold(const steppe_block &block) {
+  for (int64_t i = 0; i < block.probes; ++i) {
+    const char *probed = static_cast<const char *>(block.probed) + i * sizeof(E);
+    if (std::memcmp(block.places[i], probed, sizeof(E)) != 0) return false;
+  }
+  return true;
+}
+
+// r [T, F] in full, and its list.
+template <typename E>
+void list_all(const FewBlock<E> &block, FewList<E> &list, E *r) {
+  const int64_t T = block.T, F = block.F;
+  matvec(block.x, T, block.D, block.w, block.of.w_stride, block.w_bias, F, r, block.threads);
+  list.resize(T * F);
+  int64_t active = 0;
+  for (int64_t j = 0; j < list.tiles; ++j) {
+    for (int64_t t = 0; t < T; ++t) {
+      list.offsets[j * T + t] = active;
+      const int64_t width = std::min(kFewTile, F - j * kFewTile);
+      for (int64_t f = 0; f < width; f += kPanel) {
+        active += list_active(r + t * F + j * kFewTile + f, std::min(kPanel, width - f), f,
+                              list.index.data() + active, list.values.data() + active);
+      }
+    }
+  }
+  list.offsets[list.tiles * T] = active;
+  list.resize(active);
+  for (int64_t i = 0; i < T * F; ++i) {
+    if (!is_active(to_float(r[i]))) r[i] = E{};
+  }
+}
+
+// The list of the candidates, without values; the number of them. Nothing is listed if there are
+// more than `most`.
+template <typename E>
+int64_t list_candidates(const FewBlock<E> &block, int64_t most, FewList<E> &list) {
+  const int64_t T = block.T, blocks = blocks_of(block.F);
+  std::vector<uint64_t> masks(T * blocks);
+  screen_few(few_tokens(block.x, T, block.D), block.of.bytes,
+             Bounds(block.of.bounds, blocks * kPanel), block.w_bias, block.D, block.F,
+             masks.data(), block.threads);
+  int64_t found = 0;
+  constexpr int64_t kBlocks = kFewTile / kPanel;
+  for (int64_t j = 0; j < list.tiles; ++j) {
+    for (int64_t t = 0; t < T; ++t) {
+      list.offsets[j * T + t] = found;
+      for (int64_t b = j * kBlocks; b < std::min((j + 1) * kBlocks, blocks); ++b) {
+        found += __builtin_popcountll(masks[t * blocks + b]);
+      }
+    }
+  }
+  list.offsets[list.tiles * T] = found;
+  if (found > most) return found;
+  list.resize(found);
+  list_masks(masks.data(), T, block.F, kFewTile, list.offsets.data(), list.index.data(), 1);
+  return found;
+}
+
+// The values of the candidates, of which those that are not <= 0 stay listed; r [T, F].
+template <typename E>
+void keep_active(const FewBlock<E> &block, FewList<E> &list, E *r) {
+  const int64_t T = block.T, F = block.F, lists = list.tiles * T;
+  decode_sampled(list.index.data(), list.offsets.data(), T, F, kFewTile, block.x, block.w,
+                 block.of.w_stride, block.D, block.w_bias, list.values.data(), block.threads);
+  std::fill(r, r + T * F, E{});
+  int64_t active = 0, first = 0;
+  for (int64_t at = 0; at < lists; ++at) {
+    const int64_t last = list.offsets[at + 1];
+    list.offsets[at] = active;
+    for (int64_t i = first; i < last; ++i) {
+      const E value = list.values[i];
+      if (!is_active(to_float(value))) continue;
+      r[at % T * F + at / T * kFewTile + list.index[i]] = list.values[active] = value;
+      list.index[active++] = list.index[i];
+    }
+    first = last;
+  }
+  list.offsets[lists] = active;
+  list.resize(active);
+}
+
+// What comes after the first product: from the list of r to the output.
+template <typename E>
+void finish_few(const FewBlock<E> &block, FewList<E> &list, E *up_values, E *out) {
+  const int64_t T = block.T, F = block.F;
+  std::vector<E> multipliers;
+  if (block.up != nullptr) {
+    multipliers.resize(list.values.size());
+    decode_sampled(list.index.data(), list.offsets.data(), T, F, kFewTile, block.x, block.up,
+                   block.of.up_stride, block.D, block.up_bias, multipliers.data(), block.threads);
+    std::fill(up_values, up_values + T * F, E{});
+  }
+  for (int64_t at = 0; at < list.tiles * T; ++at) {
+    for (int64_t i = list.offsets[at]; i < list.offsets[at + 1]; ++i) {
+      const float p = to_float(list.values[i]);
+      float a = block.alpha == 1 && block.beta == 0 ? p : p * (block.alpha + block.beta * p);
+      if (block.up != nullptr) {
+        up_values[at % T * F + at / T * kFewTile + list.index[i]] = multipliers[i];
+        a *= to_float(multipliers[i]);
+      }
+      store(a, &list.values[i]);
+    }
+  }
+  decode(list.values.data(), list.index.data(), list.offsets.data(), T, F, kFewTile, block.v,
+         block.of.v_stride, block.D, block.v_bias, out, block.threads);
+}
+
+template <typename E>
+int64_t decode_mlp(const FewBlock<E> &block, int64_t most_candidates, int64_t most,
+                   int64_t *candidates, E *r, E *up_values, E *out) {
+  if (!probes_hold<E>(block.of)) return -3;
+  FewList<E> list(block.T, block.F);
+  const bool screens = block.of.bytes != nullptr && most_candidates > 0;
+  *candidates = screens ? list_candidates(block, most_candidates, list) : -1;
+  if (screens && *candidates <= most_candidates) {
+    keep_active(block, list, r);
+  } else {
+    list_all(block, list, r);
+  }
+  const int64_t active = int64_t(list.values.size());
+  if (active > most) return -1;
+  finish_few(block, list, up_values, out);
+  return active;
+}
+
+}  // namespace STEPPE_TARGET
+}  // namespace steppe

@@ -1,0 +1,184 @@
+"""A whole block on few rows, in one call: its weights are laid out and checked once."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from steppe.ops.calls import (
+    DECODE_ROWS,
+    check_rows,
+    check_vector,
+    dtype_code,
+    library,
+    pointer,
+    require,
+    threads,
+)
+from steppe.ops.packing import (
+    kept_rows,
+    kept_screen,
+    kept_screen_of_known,
+    probe_places,
+    probes_of,
+)
+from steppe.ops.reference import Weights
+
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_TOO_MANY, _NO_MEMORY, _CHANGED = -1, -2, -3
+
+
+class _Structure(ctypes.Structure):
+    """``steppe_block`` of steppe_native.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("w", "w_bias", "up", "up_bias", "v", "v_bias")),
+        *((name, _SIZE) for name in ("w_stride", "up_stride", "v_stride", "width", "hidden")),
+        *((name, _POINTER) for name in ("bytes", "bounds", "places", "probed")),
+        ("probes", _SIZE),
+        ("dtype", ctypes.c_int),
+    )
+
+
+class FewBlock:
+    """A block as it is computed for at most `DECODE_ROWS` rows, without dropout and gradients.
+
+    Args:
+        weights: of the block; all of one dtype that the kernels take.
+        screens: whether to screen the first product where it pays.
+        stays: whether it is for more than one call, so that a screen may be made at once, and
+            changes of the weights must be noticed.
+
+    Attributes:
+        weights: the same.
+    """
+
+    def __init__(self, weights: Weights, screens: bool, stays: bool) -> None:
+        hidden, width = weights.down.shape
+        self.weights = weights
+        laid_out = weights._replace(
+            activated=kept_rows(weights.activated),
+            up=None if weights.up is None else kept_rows(weights.up),
+            down=kept_rows(weights.down),
+        )
+        _check(laid_out)
+        kept = None
+        if screens:
+            make = kept_screen if stays else kept_screen_of_known
+            kept = make(weights.activated)
+        self._habit = None if kept is None else kept.habit
+        self._entries = hidden
+        copied = [
+            weight
+            for weight, rows in zip(weights, laid_out, strict=True)
+            if stays and weight is not None and (weight is not rows or weight is weights.activated)
+        ]
+        places = [place for weight in copied for place in probe_places(weight)]
+        self._places = (ctypes.c_void_p * len(places))(*places)
+        self._probed = torch.cat([probes_of(weight) for weight in copied]) if copied else None
+        self._keeps_alive = laid_out, kept
+        self._structure = _Structure(
+            w=laid_out.activated.data_ptr(),
+            w_bias=pointer(laid_out.activated_bias),
+            up=pointer(laid_out.up),
+            up_bias=pointer(laid_out.up_bias),
+            v=laid_out.down.data_ptr(),
+            v_bias=pointer(laid_out.down_bias),
+            w_stride=laid_out.activated.stride(0),
+            up_stride=0 if laid_out.up is None else laid_out.up.stride(0),
+            v_stride=laid_out.down.stride(0),
+            width=width,
+            hidden=hidden,
+            bytes=None if kept is None else kept.screen.integers.data_ptr(),
+            bounds=None if kept is None else kept.screen.bounds.data_ptr(),
+            places=ctypes.addressof(self._places),
+            probed=pointer(self._probed),
+            probes=len(places),
+            dtype=dtype_code(weights.down),
+        )
+        self._reference = ctypes.byref(self._structure)
+        self._candidates = _SIZE(0)
+        self._state = list(_state(weights)) if stays else []
+
+    def holds(self) -> bool:
+        """Whether the weights are where they were, and no version of theirs has changed."""
+        return self._state == list(_state(self.weights))
+
+    def run(
+        self,
+        x: Tensor,
+        coefficients: tuple[float, float],
+        max_density: float,
+        max_candidates: float,
+        outputs: tuple[Tensor, Tensor, Tensor],
+    ) -> bool | None:
+        """Compute the block.
+
+        Args:
+            x: ``[*, D]``, contiguous, of the weights' dtype, at most `DECODE_ROWS` rows.
+            coefficients: α and β of the activation.
+            max_density: of the entries of r.
+            max_candidates: up to which share of candidates screening pays.
+            outputs: z as x, r ``[T, F]`` and, of a gated block, what multiplies σ(r) ``[T, F]``, to
+                be written to.
+
+        Returns:
+            True; False where more are active, and r alone is written; None where the weights have
+            changed, and nothing is.
+        """
+        rows = x.numel() // self._structure.width
+        require(x.is_contiguous(), f"x contiguous, got strides {x.stride()}")
+        require(rows <= DECODE_ROWS, f"at most {DECODE_ROWS} rows, got {rows}")
+        require(x.dtype == self.weights.down.dtype, f"{self.weights.down.dtype}, got {x.dtype}")
+        entries = rows * self._entries
+        habit = self._habit
+        most_candidates = 0
+        if habit is not None and max_candidates > 0.0:
+            most_candidates = int(habit.limit(max_candidates) * entries)
+        z, r, up_values = outputs
+        active = library().steppe_decode_mlp(
+            self._reference,
+            x.data_ptr(),
+            rows,
+            *coefficients,
+            most_candidates,
+            int(max_density * entries),
+            ctypes.byref(self._candidates),
+            r.data_ptr(),
+            up_values.data_ptr(),
+            z.data_ptr(),
+            threads(),
+        )
+        if active == _NO_MEMORY:
+            raise MemoryError("decode_mlp: no memory for the list")
+        if active == _CHANGED:
+            return None
+        if habit is not None and most_candidates:
+            found = self._candidates.value
+            habit.note(found / max(entries, 1), found <= most_candidates)
+        return bool(active != _TOO_MANY)
+
+
+def _state(weights: Weights) -> Iterator[tuple[int, int] | None]:
+    for weight in weights:
+        yield None if weight is None else (weight.data_ptr(), weight._version)
+
+
+def _check(weights: Weights) -> None:
+    """Refuse weights that do not go together."""
+    hidden, width = weights.down.shape
+    like = weights.down
+    for matrix in (weights.activated, weights.up, weights.down):
+        if matrix is not None:
+            check_rows(matrix, hidden, like)
+            require(matrix.shape[1] == width, f"{width} columns, got {matrix.shape[1]}")
+    for bias, length in (
+        (weights.activated_bias, hidden),
+        (weights.up_bias, hidden),
+        (weights.down_bias, width),
+    ):
+        if bias is not None:
+            check_vector(bias, length, like)
