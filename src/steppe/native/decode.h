@@ -131,7 +131,8 @@ void decode(const E *values, const int16_t *index, const int64_t *offsets, int64
 // The dot products of rows of x with kRows rows of W, read side by side; the bits of each are those
 // of dot_rows<1>.
 template <int kRows, typename E>
-inline void dot_side_by_side(const E *const *x, const E *const *w, int64_t D, float *out) {
+inline void dot_side_by_side(const E *const *x, const E *const *w, const E *const *next, int64_t D,
+                             float *out) {
   constexpr int kSets = 4;
   constexpr int64_t kStep = int64_t(kSets) * kWidth;
   vec sums[kRows][kSets] = {};
@@ -141,6 +142,7 @@ inline void dot_side_by_side(const E *const *x, const E *const *w, int64_t D, fl
     for (int k = 0; k < kRows; ++k) {
 #pragma GCC unroll 4
       for (int s = 0; s < kSets; ++s) {
+        __builtin_prefetch(next[k] + d + s * kWidth);
         sums[k][s] += load(w[k] + d + s * kWidth) * load(x[k] + d + s * kWidth);
       }
     }
@@ -167,7 +169,7 @@ void decode_sampled(const int16_t *index, const int64_t *offsets, int64_t T, int
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < entries; first += kRows) {
       const int count = int(std::min<int64_t>(kRows, entries - first));
-      const E *tokens[kRows], *rows[kRows];
+      const E *tokens[kRows], *rows[kRows], *next[kRows];
       int64_t columns[kRows];
       for (int k = 0; k < count; ++k) {
         while (offsets[list + 1] <= first + k) ++list;
@@ -175,11 +177,19 @@ void decode_sampled(const int16_t *index, const int64_t *offsets, int64_t T, int
         tokens[k] = x + list % T * D;
         rows[k] = w + columns[k] * stride;
       }
+      int64_t ahead = list;
+      for (int k = 0; k < count; ++k) {
+        const int64_t entry = std::min(first + kRows + k, entries - 1);
+        while (offsets[ahead + 1] <= entry) ++ahead;
+        next[k] = w + (ahead / T * tile + index[entry]) * stride;
+      }
       float totals[kRows];
       if (count == kRows) {
-        dot_side_by_side<kRows>(tokens, rows, D, totals);
+        dot_side_by_side<kRows>(tokens, rows, next, D, totals);
       } else {
-        for (int k = 0; k < count; ++k) dot_side_by_side<1>(tokens + k, rows + k, D, totals + k);
+        for (int k = 0; k < count; ++k) {
+          dot_side_by_side<1>(tokens + k, rows + k, next + k, D, totals + k);
+        }
       }
       for (int k = 0; k < count; ++k) {
         store(totals[k] + (bias == nullptr ? 0 : to_float(bias[columns[k]])), values + first + k);

@@ -54,17 +54,21 @@ template <typename E>
 inline void dot_row(const int16_t *index, int64_t count, const E *g, const E *panel, float *sums) {
   const Row<E> row(g);
   int64_t i = 0;
-  for (; i + 3 < count; i += 4) {
-    float four[4];
-    sum4(row.times(panel + index[i] * kPanel), row.times(panel + index[i + 1] * kPanel),
-         row.times(panel + index[i + 2] * kPanel), row.times(panel + index[i + 3] * kPanel), four);
-    for (int k = 0; k < 4; ++k) sums[i + k] += four[k];
+  for (; i + 8 <= count; i += 8) {
+    vec eight[8];
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) eight[k] = row.times(panel + index[i + k] * kPanel);
+    add_sums8(eight, sums + i);
   }
-  // The last ones summed as those are, so that the bits do not depend on the place in the list.
-  for (; i < count; ++i) {
+  // The last ones summed as those are, so that the bits do not depend on the place in the list. The
+  // last entry stands in for those that are missing: no branch on how many there are.
+  for (; i < count; i += 4) {
+    const int64_t last = count - 1;
     float four[4];
-    sum4(row.times(panel + index[i] * kPanel), vec{}, vec{}, vec{}, four);
-    sums[i] += four[0];
+    sum4(row.times(panel + index[i] * kPanel), row.times(panel + index[std::min(i + 1, last)] * kPanel),
+         row.times(panel + index[std::min(i + 2, last)] * kPanel),
+         row.times(panel + index[std::min(i + 3, last)] * kPanel), four);
+    for (int64_t k = 0; k < std::min<int64_t>(4, count - i); ++k) sums[i + k] += four[k];
   }
 }
 

@@ -395,6 +395,25 @@ int64_t screen(const int8_t *integers, const Token *tokens, int64_t T, int64_t D
   return found > most ? -1 : found;
 }
 
+// The places of the bits of a mask, from `first` on; the number of them.
+inline int64_t list_mask(uint64_t mask, int64_t first, int16_t *index) {
+  int64_t listed = 0;
+#if defined(__AVX512F__)
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int j = 0; j < kPanel; j += 16) {
+    const __mmask16 part = __mmask16(mask >> j);
+    const __m512i place = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first + j)));
+    const int count = __builtin_popcount(part);
+    _mm256_mask_storeu_epi16(index + listed, first_lanes(count),
+                             _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(part, place)));
+    listed += count;
+  }
+#else
+  for (; mask != 0; mask &= mask - 1) index[listed++] = int16_t(first + __builtin_ctzll(mask));
+#endif
+  return listed;
+}
+
 // index of the list of the entries whose bits are set.
 inline void list_masks(const uint64_t *masks, int64_t T, int64_t F, int64_t tile,
                        const int64_t *offsets, int16_t *index, int threads) {
@@ -404,9 +423,7 @@ inline void list_masks(const uint64_t *masks, int64_t T, int64_t F, int64_t tile
     for (int64_t first = 0, j = 0; first < blocks; first += per_tile, ++j) {
       int16_t *to = index + offsets[j * T + t];
       for (int64_t b = first; b < std::min(first + per_tile, blocks); ++b) {
-        for (uint64_t mask = masks[t * blocks + b]; mask != 0; mask &= mask - 1) {
-          *to++ = int16_t((b - first) * kPanel + __builtin_ctzll(mask));
-        }
+        to += list_mask(masks[t * blocks + b], (b - first) * kPanel, to);
       }
     }
   }

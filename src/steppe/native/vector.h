@@ -74,12 +74,19 @@ inline float sum(vec v) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// The sums of four vectors within each 128 bits.
+inline __m512 sum4_parts(vec a, vec b, vec c, vec d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+}
+#endif
+
 // The four sums of four vectors.
 inline void sum4(vec a, vec b, vec c, vec d, float *out) {
 #if defined(__AVX512F__)
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m512 abcd = sum4_parts(a, b, c, d);
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 #elif defined(__AVX2__)
@@ -88,6 +95,24 @@ inline void sum4(vec a, vec b, vec c, vec d, float *out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 #else
   out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+#endif
+}
+
+// sums [8] += the sums of eight vectors, the same bits as of four.
+inline void add_sums8(const vec *v, float *sums) {
+#if defined(__AVX512F__)
+  const __m512 first = sum4_parts(v[0], v[1], v[2], v[3]);
+  const __m512 second = sum4_parts(v[4], v[5], v[6], v[7]);
+  const __m512 halves = _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x44),
+                                      _mm512_shuffle_f32x4(first, second, 0xee));
+  const __m512 whole = _mm512_add_ps(_mm512_shuffle_f32x4(halves, halves, 0x88),
+                                     _mm512_shuffle_f32x4(halves, halves, 0xdd));
+  _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), _mm512_castps512_ps256(whole)));
+#else
+  float eight[8];
+  sum4(v[0], v[1], v[2], v[3], eight);
+  sum4(v[4], v[5], v[6], v[7], eight + 4);
+  for (int k = 0; k < 8; ++k) sums[k] += eight[k];
 #endif
 }
 

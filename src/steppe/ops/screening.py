@@ -6,8 +6,8 @@ x and K rounded to small integers, the integer product I tells p up to a bound, 
     p ≤ s_x s_k I + b + ‖x‖ ‖k − k̃‖ + ‖x − x̃‖ ‖k̃‖ + rounding        (Cauchy–Schwarz)
 
 A unit whose right side is not above zero is inactive, whatever way p is summed in float32; the
-others are candidates, whose p is computed in full. docs/screening.md has the proof. What runs here
-is float64, for tests and where no kernel does.
+others are candidates, whose p is computed in full. docs/screening.md has the proof. The kernel,
+native/screen.h, decides as this does; `steppe.ops.screened` calls it.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-_ROTATED = 256  # features that are rotated together, 16 vectors of 16
-_VECTORS = 16
+_GRAIN = 128  # the width is padded with zeros to a multiple of it
+_VECTORS = 16  # parts of a row that the rotation mixes
+_MOST = {8: 127, 16: 127 * 256 + 127}  # integers of a grid: of 16 bits, two digits that are bytes
 _UNIT = 2.0**-24  # half the distance from 1 to the next float32
 _TINY = 2.0**-126  # the least normal float32: what flushing to zero loses at most
-_OVERFLOW = 2.0**126  # what no sum of products may reach on its way
-_OUR_ROUNDING = 1.0 + 2.0**-40  # of the float64 arithmetic here, many times over
+_OURS = 2.0**-36  # of the float64 arithmetic here and in the kernel, many times over
+# From such norms and biases on a sum of products could overflow on its way.
+_LARGE_INPUT, _LARGE_ROW, _LARGE_BIAS = 2.0**62, 2.0**63, 2.0**125
 
 
 class Grid(NamedTuple):
     """The rows of a matrix as small integers, and how far they are from them.
 
     Attributes:
-        integers: int32 ``[N, D]``, of ±127 or, with 16 bits, ±32767 at most.
+        integers: int32 ``[N, D to 128]``, of ±127 or, with 16 bits, ±32639 at most.
         scale: float64 ``[N]``; a row is about ``scale · integers``.
-        residual: float64 ``[N]``, not below ‖row − scale · integers‖; NaN for a row that is not
-            finite.
-        size: float64 ``[N]``, not below ‖scale · integers‖.
-        norm: float64 ``[N]``, not below ‖row‖.
+        residual: float64 ``[N]``, not below ‖row − scale · integers‖.
+        norm: float64 ``[N]``, not below ‖row‖; not finite for a row that is not.
+        width: D.
     """
 
     integers: Tensor
     scale: Tensor
     residual: Tensor
-    size: Tensor
     norm: Tensor
+    width: int
 
 
 def quantise(matrix: Tensor, bits: int = 8) -> Grid:
@@ -52,41 +54,40 @@ def quantise(matrix: Tensor, bits: int = 8) -> Grid:
         bits: 8, or 16 for inputs of few tokens.
     """
     rotated = rotate(matrix.double())
-    most = 2 ** (bits - 1) - 1
+    most = _MOST[bits]
     largest = rotated.abs().amax(1) if matrix.shape[1] else rotated.new_zeros(matrix.shape[0])
     usable = largest.isfinite() & (largest > 0)
     scale = torch.where(usable, largest / most, 1.0)
     integers = torch.where(usable[:, None], rotated / scale[:, None], 0.0).round()
-    on_grid = integers * scale[:, None]
     return Grid(
         integers.to(torch.int32),
         scale,
-        _norm(rotated - on_grid),
-        _norm(on_grid),
+        _norm(rotated - integers * scale[:, None]),
         _norm(rotated),
+        matrix.shape[1],
     )
 
 
 def rotate(matrix: Tensor) -> Tensor:
     """The rows in another orthonormal basis, where no single feature is large; xᵀk stays.
 
-    A Hadamard transform over 16 features that lie 16 apart, in each 256; of D % 256 ≠ 0 nothing is
-    rotated. Without it one outlier makes the grid of a whole token coarse.
+    A Hadamard transform over 16 features that lie a sixteenth of the row apart. Without it one
+    outlier makes the grid of a whole token coarse.
 
     Args:
         matrix: float64 ``[N, D]``.
+
+    Returns:
+        ``[N, D to 128]``: rows are padded with zeros first.
     """
-    rows, columns = matrix.shape
-    if columns % _ROTATED or not columns:
-        return matrix
-    parts = matrix.reshape(-1, _VECTORS, _ROTATED // _VECTORS)
-    width = 1
-    while width < _VECTORS:
-        pairs = parts.reshape(-1, _VECTORS // (2 * width), 2, width, parts.shape[-1])
-        one, other = pairs.unbind(2)
-        parts = torch.stack([one + other, one - other], 2)
-        width *= 2
-    return parts.reshape(rows, columns) / _VECTORS**0.5
+    padded = F.pad(matrix, (0, -matrix.shape[1] % _GRAIN))
+    parts = padded.reshape(len(matrix), _VECTORS, padded.shape[1] // _VECTORS)
+    apart = 1
+    while apart < _VECTORS:
+        one, other = parts.unflatten(1, (-1, 2, apart)).unbind(2)
+        parts = torch.stack([one + other, one - other], 2).flatten(1, 3)
+        apart *= 2
+    return parts.flatten(1) / _VECTORS**0.5
 
 
 def estimate(x: Grid, weight: Grid) -> Tensor:
@@ -112,17 +113,30 @@ def slack(x: Grid, weight: Grid, bias: Tensor | None = None) -> Tensor:
         bias: ``[F]``, or None for zero.
 
     Returns:
-        float64 ``[T, F]``; infinite where partial sums may overflow, NaN where x or the weight is
-        not finite.
+        float64 ``[T, F]``; NaN where x, the weight or the bias is not finite, or so large that
+        partial sums may overflow.
     """
-    width = x.integers.shape[1]
-    x_norm, b = x.norm[:, None], 0.0 if bias is None else bias.double().abs()
-    off_grid = x_norm * weight.residual + x.residual[:, None] * weight.size
-    rounding = (2 * width + 64) * _UNIT * (x_norm * weight.norm + b)
-    flushed = _TINY * (width**0.5 * (x_norm + weight.norm) + 2 * width + 64)
-    total = (off_grid + rounding + flushed) * _OUR_ROUNDING
-    total = total + 2.0**-40 * (x.size[:, None] * weight.size + b)  # of estimate and bias
-    return torch.where(x_norm * weight.norm + b >= _OVERFLOW, torch.inf, total)
+    of_norm, of_residual, constant = _of_units(weight)
+    norm = x.norm[:, None].where(x.norm[:, None] < _LARGE_INPUT, torch.nan)
+    b = torch.zeros(()) if bias is None else bias.double().abs()
+    of_bias = ((2 * weight.width + 64) * _UNIT + _OURS) * b
+    of_bias = of_bias.where(b < _LARGE_BIAS, torch.nan)
+    return norm * of_norm + x.residual[:, None] * of_residual + constant + of_bias
+
+
+def _of_units(weight: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """What a unit's slack has of ‖x‖, of ‖x − x̃‖, and whatever x is; ``[F]`` each."""
+    width = weight.width
+    size = weight.norm + weight.residual  # not below ‖k̃‖
+    rounding = (2 * width + 64) * _UNIT + _OURS
+    of_norm = weight.residual + rounding * size + _TINY * width**0.5
+    constant = _TINY * (width**0.5 * weight.norm + 2 * width + 64)
+    inflated = 1.0 + 4 * _OURS
+    return (
+        (of_norm * inflated).where(weight.norm < _LARGE_ROW, torch.nan),
+        size * inflated,
+        constant * inflated,
+    )
 
 
 def candidates(x: Grid, weight: Grid, bias: Tensor | None = None) -> Tensor:
@@ -144,4 +158,4 @@ def candidates(x: Grid, weight: Grid, bias: Tensor | None = None) -> Tensor:
 
 def _norm(rows: Tensor) -> Tensor:
     """Euclidean norms ``[N]`` of float64 rows, not below the exact ones."""
-    return torch.linalg.vector_norm(rows, dim=1) * _OUR_ROUNDING
+    return torch.linalg.vector_norm(rows, dim=1) * (1.0 + _OURS)
