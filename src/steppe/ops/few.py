@@ -163,8 +163,13 @@ class FewBlock:
 
 
 def _state(weights: Weights) -> Iterator[tuple[int, int] | None]:
+    """Where each is, and its version.
+
+    Of a transposed parameter it is the parameter that counts: other ``.data`` moves it alone.
+    """
     for weight in weights:
-        yield None if weight is None else (weight.data_ptr(), weight._version)
+        owner = weight if weight is None or weight._base is None else weight._base
+        yield None if owner is None else (owner.data_ptr(), owner._version)
 
 
 def _check(weights: Weights) -> None:
