@@ -1,7 +1,7 @@
 """Inputs of a first product that try to have a screen miss a unit, and what must not be missed.
 
-Those that need values on a grid are made in the rotated basis, of numbers that stay exact in float32
-when they are rotated back.
+Those that need values on a grid are made in the rotated basis, of numbers that stay exact in
+float32 when they are rotated back.
 """
 
 from __future__ import annotations
@@ -116,6 +116,16 @@ def rounding_up(generator: torch.Generator) -> Case:
     return x, weight, torch.nextafter(bias, torch.tensor(math.inf))
 
 
+def cancelling_sums(generator: torch.Generator) -> Case:
+    """The same, added up and taken away again: what stays is less than what was rounded."""
+    weight = torch.randint(96, 126, (48, 32768), generator=generator).float()
+    first = weight.view(48, 16, 2048)
+    first[:, :, 1024:] = -first[:, :, :1024]
+    weight[:, 0], first[:, 0, 1024] = 127.0, -127.0
+    first[:, 1, 1024] -= 1.0
+    return back(torch.full((1, 32768), 127.0)), back(weight), torch.zeros(48)
+
+
 def flushed_to_zero(generator: torch.Generator) -> Case:
     """Both on the grid, and only the positive product is large enough not to be flushed."""
     x, weight = torch.zeros(1, 128), torch.zeros(1, 128)
@@ -192,8 +202,8 @@ def same_sign(generator: torch.Generator) -> Case:
 
 CASES: list[Make] = [
     *(gaussian, ties, one_above, one_below, integer_zeros, midpoints, along_residual),
-    *(along_inputs_residual, rounding_up, flushed_to_zero, outliers, decades, denormal),
-    *(denormal_inputs, one_hot, zeros, same_sign),
+    *(along_inputs_residual, rounding_up, cancelling_sums, flushed_to_zero, outliers, decades),
+    *(denormal, denormal_inputs, one_hot, zeros, same_sign),
     *(overflowing(*by) for by in ((1e19, 3e19), (1e25, 3e13), (1e13, 3e25))),
     *(scaled(to) for to in (1e10, 1e18, 1e-10, 1e-19, 1e-22)),
 ]

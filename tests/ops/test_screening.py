@@ -16,6 +16,7 @@ from ops.screening_cases import (
     active_somewhere,
     along_inputs_residual,
     along_residual,
+    cancelling_sums,
     flushed_to_zero,
     gaussian,
     overflowing,
@@ -50,6 +51,7 @@ def test_no_unit_is_missed(make: Make, bits: int, flushed: bool) -> None:
     ("make", "name", "value"),
     [
         (rounding_up, "_UNIT", 0.0),
+        (cancelling_sums, "_UNIT", 0.0),
         (flushed_to_zero, "_TINY", 0.0),
         (overflowing(1e25, 3e13), "_LARGE_INPUT", math.inf),
         (overflowing(1e13, 3e25), "_LARGE_ROW", math.inf),
