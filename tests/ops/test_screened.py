@@ -69,7 +69,7 @@ def of_few(x: Tensor, weight: Tensor, bias: Tensor | None, screen: Screen | None
         r, z = x.new_zeros(len(rows), hidden), torch.empty_like(rows)
         assert block.run(rows, (1.0, 0.0), 1.0, 1.0, (z, r, r))
         listed.append(r.isnan())
-        assert block._candidates.value == int(listed[-1].sum())
+        assert not rows.numel() or block._candidates.value == int(listed[-1].sum())
     return torch.cat(listed) if listed else torch.zeros(0, hidden, dtype=torch.bool)
 
 
@@ -132,6 +132,7 @@ def assert_those_of_the_definition(
     size = middle.abs() + above + b.abs()
     undecided = (middle + above + b).abs() <= 2.0**-34 * size
     assert not ((found != expected) & ~undecided & ~halfway).any()
+    assert int((found != expected).sum()) <= 2 + found.numel() // 100
 
 
 @each_way
@@ -170,7 +171,10 @@ def test_the_candidates_are_those_of_the_definition(
     bias = (torch.randn(hidden) + shift).to(dtype) if with_bias else None
     found = find(x, weight, bias)
     assert found.shape == (rows, hidden)
-    assert torch.equal(found, candidates(quantise(x, bits), quantise(weight), bias))
+    if dtype == torch.float32:
+        assert torch.equal(found, candidates(quantise(x, bits), quantise(weight), bias))
+    else:  # of so few digits that some are halfway between two integers of the grid
+        assert_those_of_the_definition(found, x, weight, bias, bits)
 
 
 @each_way
