@@ -197,7 +197,6 @@ def test_more_candidates_than_are_allowed_are_not_screened(screens: list[bool]) 
         del screens[:]
         got = run(x, weights, most)
         assert screens == tries
-        assert torch.equal(got[4], expected[4]) == (tries == [False])  # the tiles of another share
         assert torch.equal(r_of(got, 960, 512) != 0, r_of(expected, 960, 512) != 0)
         assert torch.allclose(got[0], expected[0], atol=1e-5)
     # Rows that those looked at first do not stand for.
