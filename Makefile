@@ -20,10 +20,10 @@ PENDING := $(VENV)/.installing
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results twins cost bench test test-slow test-native valgrind lint format clean
+.PHONY: help install demo results twins cost bench test test-slow test-screening test-native valgrind lint format clean
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## make the virtual environment in .venv
 
@@ -53,6 +53,10 @@ test: $(STAMP) ## run the tests, without the slow ones
 
 test-slow: $(STAMP) ## run the slow tests
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# Not by workers: the file counts the units of all its tests, and their product has two threads.
+test-screening: $(STAMP) ## screen a hundred million random units and count the missed ones: none
+	$(BIN)/pytest -m slow -s tests/ops/test_many_units.py $(PYTEST_ARGS)
 
 test-native: $(STAMP) ## test the kernels in C++, each instruction set, plain and with sanitizers
 	@for flags in "" address,undefined; do \

@@ -342,15 +342,15 @@ def test_the_largest_integers_at_the_largest_width_fit() -> None:
         assert packing.kept_screen(weight).habit.share == (0.5 if bias > -8192 else 0.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("trains", [False, True])
-def test_opcheck(dtype: torch.dtype, trains: bool) -> None:
-    for gated in (False, True):
-        for rows in (6, 20):
-            x = torch.randn(rows, 130, dtype=dtype, requires_grad=trains)
-            weights = weights_for(130, 70, gated, dtype, -1.0)
-            block = (x, *weights, 1.0, 0.5, torch.tensor(0.5), 0.0, trains, 1.0, 1.0)
-            torch.library.opcheck(registry.mlp, block)
+@pytest.mark.parametrize(
+    ("dtype", "trains", "gated"),
+    [(torch.float32, True, False), (torch.bfloat16, True, True), (torch.float32, False, True)],
+)
+def test_opcheck(dtype: torch.dtype, trains: bool, gated: bool) -> None:
+    x = torch.randn(20, 130, dtype=dtype, requires_grad=trains)
+    weights = weights_for(130, 70, gated, dtype, -1.0)
+    block = (x, *weights, 1.0, 0.5, torch.tensor(0.5), 0.0, trains, 1.0, 1.0)
+    torch.library.opcheck(registry.mlp, block)
 
 
 def test_the_screened_block_compiles_into_one_graph() -> None:

@@ -69,11 +69,13 @@ def loss_of_share(model: nn.Module, step: int, rank: int, world: int) -> Tensor:
     return total * world / predicted
 
 
-def accelerated(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict[str, Any]:
+def accelerated(
+    wrap: Callable[[nn.Module], nn.Module], rank: int, world: int, max_candidates: float = 0.0
+) -> dict[str, Any]:
     """Train on the sparse kernels, in float32; parameters at the end."""
     torch.manual_seed(0)
     inner = steppe.sparsify_(models.gpt2(), [ZerothBias(max_tokens=TOKENS), JumpingSquaredReLU()])
-    steppe.accelerate_(inner, max_density=1.0)
+    steppe.accelerate_(inner, max_density=1.0, max_candidates=max_candidates)
     model = wrap(inner)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for step in range(STEPS):
@@ -163,6 +165,8 @@ def work(rank: int, folder: Path) -> None:
             "fsdp2 measured": measured(fsdp, rank, WORLD),
             "ddp accelerated": accelerated(ddp, rank, WORLD),
             "fsdp2 accelerated": accelerated(fsdp, rank, WORLD),
+            "ddp screened": accelerated(ddp, rank, WORLD, max_candidates=1.0),
+            "fsdp2 screened": accelerated(fsdp, rank, WORLD, max_candidates=1.0),
             "too late": sparsify_too_late(rank),
         }
     torch.save(results, folder / f"{rank}.pt")
