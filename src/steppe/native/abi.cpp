@@ -4,6 +4,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 #include "steppe_native.h"
 
@@ -66,6 +70,17 @@ extern "C" {
 int steppe_abi_version(void) { return 2; }
 
 const char *steppe_isa(void) { return steppe::target().name; }
+
+void steppe_prefer_large_pages(void *start, int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = 4096, first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / page * page;
+  // An advice that is not taken changes nothing but the speed.
+  if (first < last) (void)madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)start, (void)bytes;
+#endif
+}
 
 void steppe_count(const void *p, int dtype, int64_t T, int64_t F, int64_t stride, int32_t *counts,
                   int threads) {

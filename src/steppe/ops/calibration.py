@@ -36,6 +36,7 @@ _WIDTH, _HIDDEN = 512, 2048
 _ROWS = (1, 16, 64, 256)
 _DENSITIES = (0.05, 0.3, 0.6, 0.9)
 _SCREENED_DENSITIES = (0.02, 0.1, 0.2, 0.35)
+_SCREENED_ROWS = (*_ROWS, 1024)
 _ROUNDS = 5
 _COLD_BYTES = 2**27
 _KINDS = ("density", "candidates")  # what there are thresholds of
@@ -103,7 +104,7 @@ def measure_thresholds(
 
 def measure_candidates(
     dtype: torch.dtype,
-    rows: Sequence[int] = _ROWS,
+    rows: Sequence[int] = _SCREENED_ROWS,
     width: int = _WIDTH,
     hidden: int = _HIDDEN,
     rounds: int = _ROUNDS,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from steppe.ops.calls import (
     dtype_code,
     library,
     pointer,
+    refuse,
     require,
     threads,
 )
@@ -70,7 +70,7 @@ class FewBlock:
             make = kept_screen if stays else kept_screen_of_known
             kept = make(weights.activated)
         self._habit = None if kept is None else kept.habit
-        self._entries = hidden
+        self._hidden, self._width = hidden, width
         copied = [
             weight
             for weight, rows in zip(weights, laid_out, strict=True)
@@ -101,11 +101,12 @@ class FewBlock:
         )
         self._reference = ctypes.byref(self._structure)
         self._candidates = _SIZE(0)
-        self._state = list(_state(weights)) if stays else []
+        self._given = [weight for weight in weights if weight is not None] if stays else []
+        self._state = [(weight.data_ptr(), weight._version) for weight in self._given]
 
     def holds(self) -> bool:
         """Whether the weights are where they were, and no version of theirs has changed."""
-        return self._state == list(_state(self.weights))
+        return self._state == [(weight.data_ptr(), weight._version) for weight in self._given]
 
     def run(
         self,
@@ -129,11 +130,13 @@ class FewBlock:
             True; False where more are active, and r alone is written; None where the weights have
             changed, and nothing is.
         """
-        rows = x.numel() // self._structure.width
-        require(x.is_contiguous(), f"x contiguous, got strides {x.stride()}")
-        require(rows <= DECODE_ROWS, f"at most {DECODE_ROWS} rows, got {rows}")
-        require(x.dtype == self.weights.down.dtype, f"{self.weights.down.dtype}, got {x.dtype}")
-        entries = rows * self._entries
+        rows = x.numel() // self._width
+        if rows > DECODE_ROWS or x.dtype != self.weights.down.dtype or not x.is_contiguous():
+            refuse(
+                f"at most {DECODE_ROWS} contiguous rows of {self.weights.down.dtype},"
+                f" got {tuple(x.shape)} of {x.dtype}"
+            )
+        entries = rows * self._hidden
         habit = self._habit
         most_candidates = 0
         if habit is not None and max_candidates > 0.0:
@@ -160,11 +163,6 @@ class FewBlock:
             found = self._candidates.value
             habit.note(found / max(entries, 1), found <= most_candidates)
         return bool(active != _TOO_MANY)
-
-
-def _state(weights: Weights) -> Iterator[tuple[int, int] | None]:
-    for weight in weights:
-        yield None if weight is None else (weight.data_ptr(), weight._version)
 
 
 def _check(weights: Weights) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from steppe.ops.calls import Panels, pack, rows_are_contiguous
+from steppe.ops.calls import Panels, lasting, pack, rows_are_contiguous
 from steppe.ops.dispatch import Habit
 from steppe.ops.screened import Screen, screen_of
 
@@ -58,7 +58,11 @@ def kept_panels(weight: Tensor) -> Panels:
 
 def kept_rows(weight: Tensor) -> Tensor:
     """A weight ``[N, D]`` with its rows contiguous; itself if they are."""
-    return weight if rows_are_contiguous(weight) else _kept("rows", weight, Tensor.contiguous)
+    return weight if rows_are_contiguous(weight) else _kept("rows", weight, _make_rows)
+
+
+def _make_rows(weight: Tensor) -> Tensor:
+    return lasting(weight.shape, weight.dtype).copy_(weight.detach())
 
 
 def kept_screen(weight: Tensor) -> KeptScreen:

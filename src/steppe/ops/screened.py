@@ -18,6 +18,7 @@ from steppe.ops.calls import (
     balanced,
     check_vector,
     dtype_code,
+    lasting,
     library,
     pack,
     pointer,
@@ -58,15 +59,15 @@ def screen_of(weight: Tensor, buffer: str | None = None) -> Screen:
 
     Args:
         weight: ``[F, D]``, float32 or bfloat16, of any strides.
-        buffer: name of the `scratch` to write to; None for new memory.
+        buffer: name of the `scratch` to write to; None for `lasting` memory.
     """
     hidden, width = weight.shape
     require(width < MAX_WIDTH, f"a width below {MAX_WIDTH}, got {width}")
     units = ceil_div(hidden, TILE_UNIT) * TILE_UNIT
     shape = (units // 16, _padded(width) // 4, 16, 4)
     if buffer is None:
-        integers = torch.empty(shape, dtype=torch.uint8)
-        bounds = torch.empty(4, units, dtype=torch.float64)
+        integers = lasting(shape, torch.uint8)
+        bounds = lasting((4, units), torch.float64)
     else:
         integers = scratch(f"{buffer} integers", shape, _like(torch.uint8))
         bounds = scratch(f"{buffer} bounds", (4, units), _like(torch.float64))
