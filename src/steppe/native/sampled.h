@@ -86,7 +86,9 @@ int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t N, 
     if (!copy) return 1;
     sums = copy.get();
   }
-  const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(T, 4 * threads));
+  const bool sparse = double(nnz) < kStreamDensity * double(T) * double(N);
+  // Sums of a chunk stay in the second-level cache; of few entries more rows share what is streamed.
+  const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(T, (sparse ? 1 : 4) * threads));
   const int64_t chunk = (T + chunks - 1) / chunks;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t c = 0; c < chunks; ++c) {
@@ -98,6 +100,7 @@ int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t N, 
       }
     }
     for (int64_t k = 0; k < panel_count; ++k) {
+      if (sparse) stream(panels_m + k * N * kPanel, N);
       for (int64_t j = 0; j < tiles; ++j) {
         const E *panel = panels_m + (k * N + j * tile) * kPanel;
         const int64_t *list = offsets + j * T;

@@ -74,6 +74,17 @@ inline float sum(vec v) {
 #endif
 }
 
+// Below this density the gathered rows of a panel are too few for the hardware to fetch ahead:
+// reading the panel once from end to end brings it into the second-level cache.
+constexpr double kStreamDensity = 0.04;
+
+template <typename E>
+inline void stream(const E *panel, int64_t rows) {
+  const char *from = reinterpret_cast<const char *>(panel);
+  const int64_t bytes = rows * kPanel * int64_t(sizeof(E));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 #if defined(__AVX512F__)
 // The sums of four vectors within each 128 bits.
 inline __m512 sum4_parts(vec a, vec b, vec c, vec d) {

@@ -40,7 +40,7 @@ _SIGNATURES = {
     "screen": ("ppinnpppnnppi", _SIZE),
     "list_masks": ("pnnnppi", None),
     "sift": ("pppinnpi", _SIZE),
-    "close_up": ("pppinnpppi", None),
+    "close_up": ("ppppinnnnpppi", None),
 }
 _TYPES = {"p": _POINTER, "n": _SIZE, "i": _INT, "f": ctypes.c_float}
 
