@@ -89,6 +89,7 @@ class Setting:
         tokens: T, in one call.
         dtype: of weights and inputs.
         threads: of torch and of the kernels.
+        outliers: how many features of the input are 15 times as large as the others.
     """
 
     case: Case
@@ -98,6 +99,7 @@ class Setting:
     tokens: int = 1024
     dtype: torch.dtype = torch.float32
     threads: int = 1
+    outliers: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.density <= 1.0:
@@ -490,6 +492,7 @@ def _random_blocks(setting: Setting, copies: int) -> tuple[nn.ModuleList, list[T
     width, hidden, tokens = setting.d_model, setting.d_hidden, setting.tokens
     block = Block(width, hidden)
     x = torch.randn(copies * tokens, width, generator=generator)
+    x[:, : setting.outliers] *= 15.0
     with torch.no_grad():
         for linear in (block.up, block.down):
             linear.weight.normal_(std=linear.in_features**-0.5, generator=generator)

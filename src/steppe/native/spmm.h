@@ -15,7 +15,6 @@
 namespace steppe {
 namespace STEPPE_TARGET {
 
-constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kSumRows = 64;  // rows of sums, 16 KB
 
 struct Entries {
