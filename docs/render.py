@@ -52,7 +52,7 @@ def render(page: str) -> str:
 
 def speed_markdown(result: dict[str, Any]) -> str:
     """How much faster a block is, by case and density, for one thread and for two."""
-    densities = (0.5, 0.1, 0.05, 0.03)
+    densities = (0.5, 0.1, 0.05, 0.03, 0.01)
     kinds = [
         ("training step, 1024 tokens", "training", "float32"),
         ("prefill, 1024 tokens", "prefill", "float32"),
