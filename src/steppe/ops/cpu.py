@@ -23,6 +23,8 @@ from steppe.ops.screened import (
     screen_of,
 )
 
+_UNITS_SAMPLED = 4  # one unit in so many is looked at first
+
 
 def runs(*tensors: Tensor | None) -> bool:
     """Whether the native kernels are there and take these tensors, which are of one dtype."""
@@ -139,9 +141,16 @@ def _screened(
     """
     weight, bias = weights.activated, weights.activated_bias
     x = x if calls.rows_are_contiguous(x) else x.contiguous()
-    screen = screen_of(weight, "weight") if trains else kept_screen(weight).screen
-    if find_candidates(sample(x), screen, bias, share) is None:
+    if trains:  # where screening will not pay, not all of a weight that is about to change
+        some, some_bias = weight[::_UNITS_SAMPLED], None if bias is None else bias[::_UNITS_SAMPLED]
+        screen = screen_of(some, "weight")
+        bias_of_some = None if some_bias is None else some_bias.contiguous()
+    else:
+        screen, bias_of_some = kept_screen(weight).screen, bias
+    if find_candidates(sample(x), screen, bias_of_some, share) is None:
         return None
+    if trains:
+        screen = screen_of(weight, "weight")
     found = find_candidates(x, screen, bias, share + MARGIN)
     if found is None:
         return None
