@@ -198,7 +198,7 @@ class _Block:
     def candidates(self, few: bool) -> float:
         """The share of candidates; of few tokens it is what the last call has counted."""
         if few:
-            return kept_screen(self.up).habit.share
+            return kept_screen(self.up).few.share
         with torch.no_grad():
             found = find_candidates(self.x, screen_of(self.up), self.up_bias)
         assert found is not None  # of any share

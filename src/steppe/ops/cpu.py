@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from steppe.ops.reference import Rule, Weights
 from steppe.ops.registry import Seven, no_list, only_needed, rule_of
 from steppe.ops.screened import (
     MAX_WIDTH,
+    Candidates,
     compact_product,
     find_candidates,
     sample,
@@ -134,28 +136,42 @@ def mlp(
 def _screened(
     x: Tensor, weights: Weights, share: float, trains: bool
 ) -> tuple[Tensor, Support] | None:
-    """The list of r by the screen; None where more than a share of the entries are candidates.
-
-    What it decides follows from x and the weight alone: a forward pass that checkpointing repeats
-    must come to the same list.
-    """
+    """The list of r by the screen; None where more than a share of the entries are candidates."""
     weight, bias = weights.activated, weights.activated_bias
     x = x if calls.rows_are_contiguous(x) else x.contiguous()
-    if trains:  # where screening will not pay, not all of a weight that is about to change
-        some, some_bias = weight[::_UNITS_SAMPLED], None if bias is None else bias[::_UNITS_SAMPLED]
-        screen = screen_of(some, "weight")
-        bias_of_some = None if some_bias is None else some_bias.contiguous()
-    else:
-        screen, bias_of_some = kept_screen(weight).screen, bias
-    if find_candidates(sample(x), screen, bias_of_some, share) is None:
-        return None
-    if trains:
-        screen = screen_of(weight, "weight")
-    found = find_candidates(x, screen, bias, share + MARGIN)
+    found = (_find_anew if trains else _find_by_habit)(x, weight, bias, share)
     if found is None:
         return None
     panels = _passing_panels(weight) if trains else kept_panels(weight)
     return compact_product(calls.pack(x, "x"), panels, bias, found)
+
+
+def _find_anew(x: Tensor, weight: Tensor, bias: Tensor | None, share: float) -> Candidates | None:
+    """The candidates of a weight that is about to change, after a look at some tokens and units.
+
+    It goes by x and the weight alone: a forward pass that checkpointing repeats must come to the
+    same list.
+    """
+    some = screen_of(weight[::_UNITS_SAMPLED], "weight")
+    some_bias = None if bias is None else bias[::_UNITS_SAMPLED].contiguous()
+    if find_candidates(sample(x), some, some_bias, share) is None:
+        return None
+    return find_candidates(x, screen_of(weight, "weight"), bias, share + MARGIN)
+
+
+def _find_by_habit(
+    x: Tensor, weight: Tensor, bias: Tensor | None, share: float
+) -> Candidates | None:
+    """The candidates of a weight that stays, after a look at some tokens if it was too many."""
+    screen, _, habit = kept_screen(weight)
+    limit = habit.limit(share)
+    if limit <= 0.0:
+        return None
+    found = None
+    if habit.screens or find_candidates(sample(x), screen, bias, limit) is not None:
+        found = find_candidates(x, screen, bias, limit)
+    habit.note(math.nan if found is None else found.share, found is not None)
+    return found
 
 
 def _decode(

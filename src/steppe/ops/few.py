@@ -69,7 +69,7 @@ class FewBlock:
         if screens:
             make = kept_screen if stays else kept_screen_of_known
             kept = make(weights.activated)
-        self._habit = None if kept is None else kept.habit
+        self._habit = None if kept is None else kept.few
         self._hidden, self._width = hidden, width
         copied = [
             weight

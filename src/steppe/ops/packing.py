@@ -30,11 +30,13 @@ class KeptScreen(NamedTuple):
 
     Attributes:
         screen: the integers and their bounds.
-        habit: of calls with few rows.
+        few: the habit of calls with few rows, which screen inputs of 16 bits.
+        many: the habit of the others.
     """
 
     screen: Screen
-    habit: Habit
+    few: Habit
+    many: Habit
 
 
 @dataclass
@@ -84,7 +86,7 @@ class _Sight:
 
 
 def _make_screen(weight: Tensor) -> KeptScreen:
-    return KeptScreen(screen_of(weight), Habit())
+    return KeptScreen(screen_of(weight), Habit(), Habit())
 
 
 def forget(weight: Tensor) -> None:
