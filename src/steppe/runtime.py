@@ -18,7 +18,7 @@ from steppe.errors import AccelerationError
 from steppe.ops import cpu
 from steppe.ops.calibration import calibrate
 from steppe.ops.calls import DECODE_ROWS, scratch
-from steppe.ops.dispatch import max_candidates_for, max_density_for, pays
+from steppe.ops.dispatch import max_density_for, pays
 from steppe.ops.few import FewBlock
 from steppe.ops.packing import forget
 from steppe.ops.reference import Rule, Weights, mlp_from
@@ -266,10 +266,9 @@ class _Computation:
         density, candidates = self._limits
         if density is None:
             density = max_density_for(rows, x.dtype, trains=False)
-        if candidates is None:
-            candidates = max_candidates_for(rows, x.dtype, trains=False)
         if density <= 0.0:
             return None
+        candidates = cpu.screen_limit(rows, block.d_model, x.dtype, False, candidates)
         alpha, beta, mix = _coefficients(block)
         if mix is not None:
             beta *= float(mix)
@@ -305,8 +304,8 @@ class _Computation:
             or any(weight is not None and weight.is_inference() for weight in weights)  # no version
         ):
             return None
-        screens = self._limits[1] != 0.0 and cpu.screens(weights)
-        return FewBlock(weights, screens=screens, stays=True)
+        limit = cpu.screen_limit(DECODE_ROWS, block.d_model, x.dtype, False, self._limits[1])
+        return FewBlock(weights, screens=limit > 0.0, stays=True)
 
 
 def _same(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:

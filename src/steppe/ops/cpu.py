@@ -25,6 +25,7 @@ from steppe.ops.screened import (
     screen_of,
 )
 
+_LEAST_WIDTH = 256  # of narrower blocks all is done so soon that screening gains little or nothing
 _UNITS_SAMPLED = 4  # one unit in so many is looked at first
 
 
@@ -39,9 +40,26 @@ def runs(*tensors: Tensor | None) -> bool:
     )
 
 
-def screens(weights: Weights) -> bool:
-    """Whether the first product of a block is not too wide to be screened."""
-    return weights.activated.shape[1] < MAX_WIDTH
+def screen_limit(
+    rows: int, width: int, dtype: torch.dtype, trains: bool, asked: float | None
+) -> float:
+    """Up to which share of candidates the first product of a call is screened.
+
+    Args:
+        rows: tokens of the call.
+        width: d_model of the block.
+        dtype: of the block.
+        trains: whether a backward pass follows.
+        asked: what the user wants; None for what was measured on this machine.
+
+    Returns:
+        A share; 0 for never.
+    """
+    if not rows or width >= MAX_WIDTH:
+        return 0.0
+    if asked is not None:
+        return asked
+    return max_candidates_for(rows, dtype, trains) if width >= _LEAST_WIDTH else 0.0
 
 
 @registry.compact.register_kernel("cpu")
@@ -107,11 +125,7 @@ def mlp(
         most = max_density_for(rows, x.dtype, trains)
     if most <= 0.0:
         return *reference.mlp(x, weights, rule), *no_list(x.device)
-    share = max_candidates
-    if share is None:
-        share = max_candidates_for(rows, x.dtype, trains)
-    if not rows or not screens(weights):
-        share = 0.0
+    share = screen_limit(rows, x.shape[1], x.dtype, trains, max_candidates)
     if rows <= DECODE_ROWS and not trains and not dropout:
         return *_decode(x.contiguous(), weights, rule, most, share), *no_list(x.device)
     listed = _screened(x, weights, share, trains) if share > 0.0 else None
