@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <random>
 #include <string>
@@ -105,6 +106,32 @@ class Output {
   int64_t size_;
   std::vector<unsigned char> memory_;
 };
+
+inline constexpr int kTeams[] = {1, 2, 3};  // sizes of the team: none may change a bit
+
+inline std::string shape(std::initializer_list<int64_t> sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? " [" : ", ") + std::to_string(size);
+  return text + "]";
+}
+
+// What `run(output, threads)` writes, the same bits for every team.
+template <typename E, typename Run>
+Output<E> same_for_all_teams(int64_t size, const std::string &what, Run run) {
+  Output<E> first(size);
+  run(first.data(), kTeams[0]);
+  for (int threads : kTeams) {
+    Output<E> again(size);
+    run(again.data(), threads);
+    check(again == first, what + ": other bits with " + std::to_string(threads) + " threads");
+  }
+  return first;
+}
+
+template <typename E>
+bool same_bits(const E *a, const E *b, int64_t size) {
+  return size == 0 || std::memcmp(a, b, size * sizeof(E)) == 0;
+}
 
 // A sum of products in float64.
 struct Sum {

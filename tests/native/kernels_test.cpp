@@ -11,33 +11,10 @@
 
 using namespace checks;
 
+void test_screening();        // in screen_test.cpp
+void test_few_rows_blocks();  // in decode_mlp_test.cpp
+
 namespace {
-
-constexpr int kTeams[] = {1, 2, 3};  // sizes of the team: none may change a bit
-
-std::string shape(std::initializer_list<int64_t> sizes) {
-  std::string text;
-  for (int64_t size : sizes) text += (text.empty() ? " [" : ", ") + std::to_string(size);
-  return text + "]";
-}
-
-// What `run(output, threads)` writes, the same bits for every team.
-template <typename E, typename Run>
-Output<E> same_for_all_teams(int64_t size, const std::string &what, Run run) {
-  Output<E> first(size);
-  run(first.data(), kTeams[0]);
-  for (int threads : kTeams) {
-    Output<E> again(size);
-    run(again.data(), threads);
-    check(again == first, what + ": other bits with " + std::to_string(threads) + " threads");
-  }
-  return first;
-}
-
-template <typename E>
-bool same_bits(const E *a, const E *b, int64_t size) {
-  return size == 0 || std::memcmp(a, b, size * sizeof(E)) == 0;
-}
 
 // p with a given share of positive entries, and the values that a comparison gets wrong.
 template <typename E>
@@ -148,19 +125,24 @@ void test_spmm(int64_t T, int64_t N, int64_t D, int64_t tile, double density, La
 }
 
 template <typename E>
-void test_sampled(int64_t T, int64_t N, int64_t D, int64_t tile, double density) {
-  const std::string what = std::string("sampled ") + kName<E> + shape({T, N, D, tile});
+void test_sampled(int64_t T, int64_t N, int64_t D, int64_t tile, double density, bool with_bias) {
+  const std::string what = std::string("sampled ") + kName<E> + shape({T, N, D, tile}) +
+                           (with_bias ? " bias" : "");
   const List<E> list = random_list<E>(T, N, tile, density);
   const Matrix<E> g(T, D), m(N, D);
   const Input<E> panels_g = panels_of(g), panels_m = panels_of(m);
+  Input<E> bias(with_bias ? N : 0);
+  for (int64_t n = 0; n < bias.size(); ++n) bias[n] = near<E>(uniform());
   std::vector<Sum> sums(list.entries());
   list.each([&](int64_t i, int64_t t, int64_t n) {
+    if (with_bias) sums[i].add(to_double(bias[n]));
     for (int64_t d = 0; d < D; ++d) sums[i].add(to_double(g(t, d)) * to_double(m(n, d)));
   });
   const auto got = same_for_all_teams<E>(list.entries(), what, [&](E *out, int threads) {
     const int status =
         steppe_sampled(list.index.data(), list.offsets.data(), kDtype<E>, T, N, tile,
-                       panels_g.data(), panels_m.data(), D, out, threads);
+                       panels_g.data(), panels_m.data(), D, with_bias ? bias.data() : nullptr, out,
+                       threads);
     check(status == 0, what + ": status");
   });
   check_sums(sums, got, what);
@@ -257,60 +239,6 @@ void test_few_rows(int64_t T, int64_t F, int64_t D, int64_t stride, double densi
   }
 }
 
-// A whole block for few rows, against its parts: p as matvec gives it, the active set of that p.
-template <typename E>
-void test_decode_mlp(int64_t T, int64_t F, int64_t D, bool gated, float alpha, float beta) {
-  const std::string what =
-      std::string("decode_mlp ") + kName<E> + shape({T, F, D}) + (gated ? " gated" : "");
-  const Matrix<E> x(T, D), w(F, D, D + 1, 1), up(F, D, D + 2, 1), v(F, D, D + 3, 1);
-  const Matrix<E> biases(2, F), v_bias(1, D);
-  const E *w_bias = biases.data(), *up_bias = w_bias + F;
-  Output<E> p(T * F);
-  steppe_matvec(x.data(), kDtype<E>, T, D, w.data(), D + 1, w_bias, F, p.data(), 1);
-  const auto is_active = [&](int64_t i) { return !(to_double(p[i]) <= 0); };
-  int64_t active = 0;
-  for (int64_t i = 0; i < T * F; ++i) active += is_active(i);
-
-  const auto run = [&](int64_t most, E *r, E *up_values, E *out, int threads) {
-    return steppe_decode_mlp(x.data(), kDtype<E>, T, D, F, w.data(), D + 1, w_bias,
-                             gated ? up.data() : nullptr, D + 2, gated ? up_bias : nullptr,
-                             v.data(), D + 3, v_bias.data(), alpha, beta, most, r,
-                             gated ? up_values : nullptr, out, threads);
-  };
-  Output<E> r(T * F), up_values(gated ? T * F : 0);
-  const auto out = same_for_all_teams<E>(T * D, what, [&](E *to, int threads) {
-    check(run(active, r.data(), up_values.data(), to, threads) == active,
-          what + ": active entries");
-  });
-  std::vector<Sum> ups(up_values.size()), sums(T * D);
-  for (int64_t i = 0; i < T * D; ++i) sums[i].add(to_double(v_bias(0, i % D)));
-  for (int64_t i = 0; i < T * F; ++i) {
-    const int64_t t = i / F, f = i % F;
-    const E rectified = is_active(i) ? p[i] : E{};
-    check(same_bits(&r[i], &rectified, 1), what + " r");
-    if (!is_active(i)) continue;
-    double a = alpha * to_double(p[i]) + beta * to_double(p[i]) * to_double(p[i]);
-    if (gated) {
-      ups[i].add(to_double(up_bias[f]));
-      for (int64_t d = 0; d < D; ++d) ups[i].add(to_double(x(t, d)) * to_double(up(f, d)));
-      a *= to_double(up_values[i]);
-    }
-    for (int64_t d = 0; d < D; ++d) {
-      sums[t * D + d].add(a * to_double(v(f, d)));
-      sums[t * D + d].of_rounded = true;
-    }
-  }
-  check(r.guards_hold(), what + " r: writes outside");
-  check_sums(ups, up_values, what + " up");
-  check_sums(sums, out, what + " out");
-
-  if (active == 0) return;
-  Output<E> untouched(T * D), blank(T * D), same_r(T * F), some_up(up_values.size());
-  check(run(active - 1, same_r.data(), some_up.data(), untouched.data(), 2) == -1,
-        what + ": more than the most");
-  check(untouched == blank && same_r == r, what + ": r alone is written");
-}
-
 // A value of one entry reaches its row and no other; a weight that is not finite, only the rows
 // that use it, for every number of entries, since kernels take them in twos, fours and eights.
 template <typename E>
@@ -384,7 +312,8 @@ void test_all() {
         const Layout layout = Layout(generator()() % 4);
         test_spmm<E>(37, 300, D, tile, density, layout, tile == 64, D % 2 == 1);
         test_spmm<E>(16, 65, D, tile, density, Layout::kColumns, tile != 64, false);
-        test_sampled<E>(19, 300, D, tile, density);
+        test_sampled<E>(19, 300, D, tile, density, D % 2 == 0);
+        test_sampled<E>(19, 300, D, tile, density, D % 2 == 1);
       }
       for (int64_t tile_t : {64, 128, 512}) {
         test_transpose<E>(150, 210, tile, tile_t, density, true);
@@ -395,12 +324,12 @@ void test_all() {
   }
   test_spmm<E>(40, 700, 768, 192, 0.1, Layout::kRows, true, false);
   test_spmm<E>(700, 40, 768, 64, 0.1, Layout::kColumns, false, true);
-  test_sampled<E>(40, 700, 768, 192, 0.1);
+  test_sampled<E>(40, 700, 768, 192, 0.1, true);
   for (int64_t T : {0, 3}) {
     for (int64_t N : {0, 80}) {
       for (int64_t D : {0, 5}) {
         test_spmm<E>(T, N, D, 64, 0.5, Layout::kRows, true, false);
-        test_sampled<E>(T, N, D, 64, 0.5);
+        test_sampled<E>(T, N, D, 64, 0.5, true);
       }
       test_transpose<E>(T, N, 64, 64, 0.5, true);
       test_row_sums<E>(T, N, 64, 0.5);
@@ -415,14 +344,6 @@ void test_all() {
   test_few_rows<E>(8, 300, 100, 100, 1.0, true);
   test_few_rows<E>(3, 0, 20, 20, 0.5, true);
   test_few_rows<E>(3, 20, 0, 0, 0.5, true);
-  for (int64_t T : {0, 1, 3, 8}) {
-    for (bool gated : {false, true}) {
-      test_decode_mlp<E>(T, 70, 65, gated, 1, 0);
-      test_decode_mlp<E>(T, 600, 130, gated, 1, 0.5f);
-      test_decode_mlp<E>(T, 0, 10, gated, 1, 0);
-      test_decode_mlp<E>(T, 10, 0, gated, 0, 1);
-    }
-  }
   for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
                     -std::numeric_limits<float>::infinity()}) {
     test_not_finite<E>(bad);
@@ -435,6 +356,8 @@ int main() {
   test_all<float>();
   test_all<Half>();
   test_rounding();
+  test_screening();
+  test_few_rows_blocks();
   std::printf("%s: %d passed, %d failed\n", steppe_isa(), passed, failed);
   return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,62 +15,122 @@ from steppe.ops.native import kernels
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 TABLES = {False: {1: 0.5, 16: 0.25}, True: {1: 0.0, 16: 0.75}}
+DENSITIES = calibration._SCREENED_DENSITIES
+SHARES = {False: {1: 0.375, 16: 0.0}, True: {1: 0.0, 16: 0.125}}
 
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(dispatch, "_measured", {})
+    as_another_process(monkeypatch)
     return tmp_path / "steppe"
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The dtypes that were measured."""
-    seen: list[torch.dtype] = []
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of few rows need not be more than fit into a cache, which would be thousands here."""
+    monkeypatch.setattr(calibration, "_COLD_BYTES", 2**18)
 
-    def measure(dtype: torch.dtype) -> dict[bool, dispatch.Thresholds]:
-        seen.append(dtype)
-        return TABLES
 
-    monkeypatch.setattr(calibration, "measure_thresholds", measure)
+def as_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured or read yet."""
+    monkeypatch.setattr(dispatch, "_measured", {})
+    monkeypatch.setattr(dispatch, "_screened", {})
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
+    """What was measured, and of which dtype."""
+    seen: list[tuple[str, torch.dtype]] = []
+
+    def give(kind: str, tables: calibration.Tables) -> Callable[..., calibration.Tables]:
+        def measure(dtype: torch.dtype) -> calibration.Tables:
+            seen.append((kind, dtype))
+            return tables
+
+        return measure
+
+    monkeypatch.setattr(calibration, "measure_thresholds", give("density", TABLES))
+    monkeypatch.setattr(calibration, "measure_candidates", give("candidates", SHARES))
     return seen
 
 
 @native
 def test_measured_once_a_machine_and_dtype(
-    cache: Path, measured: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+    cache: Path, measured: list[tuple[str, torch.dtype]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.float64):
         calibration.calibrate(dtype)
-    assert measured == [torch.float32, torch.bfloat16]
+    assert measured == [
+        (kind, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+        for kind in ("density", "candidates")
+    ]
     assert len(list(cache.glob("*.json"))) == 2
-    monkeypatch.setattr(dispatch, "_measured", {})  # another process
+    as_another_process(monkeypatch)
     calibration.calibrate(torch.float32)
-    assert len(measured) == 2
+    assert len(measured) == 4
     assert dispatch.max_density_for(20, torch.float32, trains=True) == 0.75
     assert dispatch.max_density_for(15, torch.float32, trains=True) == 0.0
     assert dispatch.max_density_for(8, torch.float32, trains=False) == 0.5
+    monkeypatch.setattr(dispatch, "kernels", lambda: replace(kernels(), unscreened=""))
+    assert dispatch.max_candidates_for(20, torch.float32, trains=True) == 0.125
+    assert dispatch.max_candidates_for(15, torch.float32, trains=True) == 0.0
+    assert dispatch.max_candidates_for(8, torch.float32, trains=False) == 0.375
+    assert dispatch.max_candidates_for(0, torch.float32, trains=False) == 0.0
 
 
 @native
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"inference": {"a": 1}, "training": {}}'])
+def test_the_file_has_both_kinds_of_thresholds_by_name(
+    cache: Path, measured: list[tuple[str, torch.dtype]]
+) -> None:
+    calibration.calibrate(torch.float32)
+    (path,) = cache.glob("thresholds-*-float32-1.json")
+    assert json.loads(path.read_text()) == {
+        "density": {
+            "inference": {"1": 0.5, "16": 0.25},
+            "training": {"1": 0.0, "16": 0.75},
+        },
+        "candidates": {
+            "inference": {"1": 0.375, "16": 0.0},
+            "training": {"1": 0.0, "16": 0.125},
+        },
+    }
+
+
+@native
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"inference": {"1": 0.5}, "training": {"1": 0.5}}',  # as of the first version
+        '{"density": {"inference": {}, "training": {}}}',
+        '{"density": [], "candidates": 3}',
+        '{"density": {"inference": {"a": 1}, "training": {}},'
+        ' "candidates": {"inference": {}, "training": {}}}',
+    ],
+)
 def test_a_damaged_file_is_measured_anew(
-    cache: Path, measured: list[torch.dtype], content: str, monkeypatch: pytest.MonkeyPatch
+    cache: Path,
+    measured: list[tuple[str, torch.dtype]],
+    content: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calibration.calibrate(torch.float32)
     (path,) = cache.glob("*.json")
     kept = path.read_text()
     path.write_text(content)
-    monkeypatch.setattr(dispatch, "_measured", {})
+    as_another_process(monkeypatch)
     calibration.calibrate(torch.float32)
-    assert len(measured) == 2
+    assert len(measured) == 4
     assert json.loads(path.read_text()) == json.loads(kept)
 
 
 @native
 def test_a_folder_that_cannot_be_written_is_a_warning(
-    cache: Path, measured: list[torch.dtype]
+    cache: Path, measured: list[tuple[str, torch.dtype]]
 ) -> None:
     cache.write_text("a file in the way")
     with pytest.warns(UserWarning, match="not remembered"):
@@ -77,13 +139,47 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
 
 
 @native
-def test_what_is_measured_is_a_density_for_each_number_of_rows() -> None:
+def test_what_is_measured_is_a_density_for_each_number_of_rows(warm: None) -> None:
     state = torch.random.get_rng_state()
-    tables = calibration.measure_thresholds(torch.float32, (1, 20), 64, 128, rounds=1)
-    assert torch.equal(state, torch.random.get_rng_state())
-    for trains in (False, True):
-        assert tables[trains].keys() == {1, 20}
-        assert all(0 <= density <= 1 for density in tables[trains].values())
+    for measure in (calibration.measure_thresholds, calibration.measure_candidates):
+        tables = measure(torch.float32, (1, 20), 64, 128, rounds=1)
+        assert torch.equal(state, torch.random.get_rng_state())
+        for trains in (False, True):
+            assert tables[trains].keys() == {1, 20}
+            assert all(0 <= share <= 1 for share in tables[trains].values())
+
+
+@native
+def test_screening_is_measured_against_shares_of_candidates_not_densities(
+    warm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[float]] = []
+
+    def crossover(shares: list[float], ratios: list[float]) -> float:
+        given.append(shares)
+        return 0.25
+
+    monkeypatch.setattr(calibration, "crossover", crossover)
+    monkeypatch.setattr(calibration, "kernels", lambda: replace(kernels(), unscreened=""))
+    tables = calibration.measure_candidates(torch.float32, (1, 200), 64, 128, rounds=1)
+    assert tables == {trains: {1: 0.25, 200: 0.25} for trains in (False, True)}
+    few, many, few_trained, many_trained = given
+    assert all(0 <= share <= 1 for share in few + few_trained)
+    for shares in (many, many_trained):
+        # All active entries are candidates, and others too.
+        for density, share in zip(DENSITIES, shares, strict=True):
+            assert density < share < 2 * density
+
+
+@native
+def test_without_vnni_nothing_is_measured_and_nothing_screened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unfit = replace(kernels(), unscreened="no VNNI")
+    monkeypatch.setattr(calibration, "kernels", lambda: unfit)
+    monkeypatch.setattr(calibration, "_ratio", None)  # calling it is an error
+    tables = calibration.measure_candidates(torch.float32, (1, 20))
+    assert tables == {trains: {1: 0.0, 20: 0.0} for trains in (False, True)}
 
 
 @pytest.mark.parametrize(

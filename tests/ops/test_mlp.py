@@ -286,7 +286,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     left = torch.randn(6, 3, dtype=dtype, requires_grad=True)
     values, index, offsets = (t.detach() for t in registry.compact(p))
     weights = weights_for(3, 70, True, dtype)
-    block = (left, *weights, 1.0, 0.5, torch.tensor(0.5), 0.0, True, 1.0)
+    block = (left, *weights, 1.0, 0.5, torch.tensor(0.5), 0.0, True, 1.0, 0.0)
     for op, arguments in (
         (registry.compact, (p,)),
         (registry.spmm, (values.requires_grad_(), index, offsets, 6, matrix)),

@@ -43,6 +43,71 @@ for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
     again = reference.densify(again, part.index, part.offsets, 50, 777)
     assert torch.equal(again, torch.where(kept > 0, whole, 0.0))
 """
+# The screens find the candidates of the definition, and the block what is active of them.
+SCREEN = """
+from steppe.ops import cpu, screened, screening
+from steppe.ops.registry import mlp
+
+for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for width in (1, 130, 384):
+        x = torch.randn(97, width).to(dtype)
+        weight = (torch.randn(333, width) * width**-0.5).to(dtype)
+        bias = (torch.randn(333) - 1.5).to(dtype)
+        found = screened.find_candidates(x, screened.screen_of(weight), bias)
+        listed = (found.masks[..., None] >> torch.arange(64) & 1).bool().flatten(1)[:, :333]
+        grid = screening.quantise(weight)
+        expected = screening.candidates(screening.quantise(x), grid, bias)
+        # In bfloat16 some numbers are halfway between two integers of the grid.
+        assert int((listed != expected).sum()) <= (5 if dtype == torch.bfloat16 else 0)
+        assert 0.02 < listed.double().mean() < 0.5
+        down = torch.randn(333, width).to(dtype)
+        for rows in (97, 7):
+            block = (x[:rows], weight, bias, None, None, down, None, 1.0, 0.0, None, 0.0)
+            for trains in (False, True):
+                screened_z = mlp(*block, trains, 1.0, 1.0)[0].double()
+                z = mlp(*block, trains, 1.0, 0.0)[0].double()
+                assert (screened_z - z).norm() <= limit * z.norm()
+                assert z.norm() > 0
+        mlp(*block, False, 1.0, 1.0)  # a weight is screened for few rows when it is met again
+        share = cpu.kept_screen(weight).habit.share
+        expected = screening.candidates(screening.quantise(x[:7], 16), grid, bias)
+        assert abs(share - expected.double().mean()) <= (2e-3 if dtype == torch.bfloat16 else 0)
+"""
+# A library that adds pairs of int8 products in 16 bits saturates at values like these.
+CAPPED = """
+import torch
+from ops.screening_cases import CASES, active_somewhere
+from steppe.ops import cpu
+from steppe.ops.registry import mlp
+from steppe.ops.screened import find_candidates, screen_of
+
+extreme = torch.full((40, 256), 127.0), torch.full((70, 256), 127.0), torch.full((70,), -4e6)
+cases = [make(torch.Generator().manual_seed(0)) for make in CASES] + [extreme]
+for x, weight, bias in cases:
+    found = find_candidates(x, screen_of(weight), bias)
+    hidden = len(weight)
+    listed = (found.masks[..., None] >> torch.arange(64) & 1).bool().flatten(1)[:, :hidden]
+    assert not (active_somewhere(x, weight, bias) & ~listed).any()
+x, weight, bias = cases[0]
+down = torch.randn_like(weight)
+block = (x, weight, bias, None, None, down, None, 1.0, 0.0, None, 0.0)
+for trains in (False, True):
+    screened, plain = (mlp(*block, trains, 1.0, most) for most in (1.0, 0.0))
+    assert len(screened[1]) == len(plain[1]) > 0
+    assert torch.allclose(screened[0], plain[0], atol=1e-5)
+x = extreme[0] * torch.where(torch.rand(40, 256) < 0.5, -1, 1)
+found = find_candidates(x, screen_of(extreme[1]), torch.full((70,), -1.5e6))
+assert found.share == 0.0
+"""
+ASKED = """
+import torch
+from steppe.ops import dispatch
+from steppe.ops.native import kernels
+
+share = dispatch.max_candidates_for(1024, torch.float32, trains=True)
+print(kernels().isa, kernels().unscreened, share, sep="|")
+"""
+ORDER = ["avx512+bf16", "avx512+vnni", "avx512", "avx2", "portable"]
 
 
 @pytest.fixture
@@ -57,25 +122,60 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ORDER)
 def test_every_instruction_set_computes_the_same(isa: str) -> None:
-    order = ["avx512+bf16", "avx512", "avx2", "portable"]
+    result = run(CHECK + SCREEN, STEPPE_ISA=isa)
+    # The cap, or what this processor has below it.
+    assert ORDER.index(result.strip()) >= ORDER.index(isa)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "caps",
+    [
+        {"ONEDNN_MAX_CPU_ISA": "SSE41"},
+        {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+        {"ATEN_CPU_CAPABILITY": "default"},
+        {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "STEPPE_ISA": "avx2"},
+    ],
+    ids=str,
+)
+def test_caps_of_torchs_own_kernels_are_no_matter_to_the_screen(caps: dict[str, str]) -> None:
+    run(CAPPED, **caps)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ORDER)
+def test_only_with_vnni_is_screened_unasked(isa: str) -> None:
+    isa, unscreened, share = run(ASKED, STEPPE_ISA=isa).strip().split("|")
+    if isa in ORDER[:2]:
+        assert (unscreened, float(share) > 0) == ("", True)
+    else:
+        assert isa in unscreened
+        assert "VNNI" in unscreened
+        assert float(share) == 0.0
+
+
+def run(script: str, **environment: str) -> str:
+    """What another process prints."""
     result = subprocess.run(
-        [sys.executable, "-c", CHECK],
-        env={**os.environ, "STEPPE_ISA": isa},
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    # The cap, or what this processor has below it.
-    assert order.index(result.stdout.strip()) >= order.index(isa)
+    return result.stdout
 
 
 def test_without_the_library_the_reference_runs_and_says_why(place: Path) -> None:
     found = steppe.kernels()
     assert found.name == "reference"
+    assert "no native kernels" in found.unscreened
     assert "C++ compiler" in found.reason
     assert "pip install" in found.reason
     p = torch.randn(5, 70)
@@ -84,7 +184,8 @@ def test_without_the_library_the_reference_runs_and_says_why(place: Path) -> Non
     layer = torch.nn.TransformerEncoderLayer(8, 2, 32, dropout=0.0)
     x = torch.randn(3, 2, 8)
     expected = layer(x)
-    assert torch.equal(steppe.accelerate_(layer, max_density=1.0)(x), expected)
+    accelerated = steppe.accelerate_(layer, max_density=1.0, max_candidates=1.0)
+    assert torch.equal(accelerated(x), expected)
 
 
 def test_a_library_that_does_not_load_is_an_error(place: Path) -> None:
@@ -100,5 +201,5 @@ def test_a_library_of_another_version_is_an_error(
     monkeypatch.undo()
     native.load.cache_clear()
     monkeypatch.setattr(native, "ABI_VERSION", 0)
-    with pytest.raises(KernelError, match="expected version 0, got 1"):
+    with pytest.raises(KernelError, match="expected version 0, got 2"):
         native.load()

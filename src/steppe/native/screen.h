@@ -347,7 +347,7 @@ int64_t screen(const int8_t *integers, const Token *tokens, int64_t T, int64_t D
   constexpr int64_t kTokens = 96;     // of a task
   constexpr int64_t kChunkBytes = 384 * 1024;  // of the weight, to stay in the second-level cache
   const int64_t width = padded_width(D), blocks = blocks_of(F);
-  const int64_t per_chunk = std::max<int64_t>(kChunkBytes / (width * kPanel), 1);
+  const int64_t per_chunk = std::max<int64_t>(kChunkBytes / std::max(width * kPanel, kPanel), 1);
   const int64_t chunks = (blocks + per_chunk - 1) / per_chunk, groups = (T + kTokens - 1) / kTokens;
   const Bounds units(bounds, blocks * kPanel);
   int64_t found = 0;

@@ -123,7 +123,7 @@ def mlp(
     most = max_density
     if most is None:
         most = max_density_for(rows, x.dtype, trains)
-    if most <= 0.0:
+    if most <= 0.0 or not down.numel():
         return *reference.mlp(x, weights, rule), *no_list(x.device)
     share = screen_limit(rows, x.shape[1], x.dtype, trains, max_candidates)
     if rows <= DECODE_ROWS and not trains and not dropout:

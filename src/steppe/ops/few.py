@@ -101,7 +101,12 @@ class FewBlock:
         )
         self._reference = ctypes.byref(self._structure)
         self._candidates = _SIZE(0)
-        self._given = [weight for weight in weights if weight is not None] if stays else []
+        # Of a transposed parameter it is the parameter that counts: other ``.data`` moves it alone.
+        self._given = [
+            weight if weight._base is None else weight._base
+            for weight in weights
+            if stays and weight is not None
+        ]
         self._state = [(weight.data_ptr(), weight._version) for weight in self._given]
 
     def holds(self) -> bool:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 _GRAIN = 128  # the width is padded with zeros to a multiple of it
 _VECTORS = 16  # parts of a row that the rotation mixes
@@ -80,7 +79,8 @@ def rotate(matrix: Tensor) -> Tensor:
     Returns:
         ``[N, D to 128]``: rows are padded with zeros first.
     """
-    padded = F.pad(matrix, (0, -matrix.shape[1] % _GRAIN))
+    zeros = matrix.new_zeros(len(matrix), -matrix.shape[1] % _GRAIN)
+    padded = torch.cat([matrix, zeros], 1)
     parts = padded.reshape(len(matrix), _VECTORS, padded.shape[1] // _VECTORS)
     apart = 1
     while apart < _VECTORS:
