@@ -1,7 +1,8 @@
 """What the sparse kernels gain on the CPU: one MLP block, and two whole models.
 
-The block takes turns with the same block dense, see `steppe.bench`: training steps, prefill and
-decode over densities, for one thread and for two. A row is the median of the ratios of each round.
+The block takes turns with the same block dense and with the block unscreened, see `steppe.bench`:
+training steps, prefill and decode over densities, for one thread and for two, then other widths,
+numbers of tokens and inputs. A row is the median of the ratios of each round.
 The models are random ones in the shapes of T5-small and OPT-125m, their hidden layers set to a
 density; a training step and greedy generation are timed as a whole, attention, embeddings and the
 head included. Real active sets, which tokens share more than random ones do, come from a small
@@ -13,6 +14,7 @@ GPT-2 with the three plug-ins, trained here for two minutes on the pydoc texts.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable
@@ -60,11 +62,16 @@ from steppe.training.data import BYTES, load_pydoc_split
 THREADS = (1, 2)
 SECONDS = {TRAINING: 5.0, PREFILL: 3.0, DECODE: 2.5}  # of a row, by case
 EXTRA_SECONDS = 1.0
-EXTRAS = (  # d_model and tokens besides those of the rows proper
-    (TRAINING, 768, 256),
-    (PREFILL, 768, 256),
-    *((case, width, 1024) for width in (512, 1024) for case in (TRAINING, PREFILL)),
-    *((DECODE, width, 1) for width in (512, 1024)),
+EXTRA_DENSITIES = (0.5, 0.1, 0.03)
+EXTRAS = (  # besides the rows proper, for one thread
+    *(Setting(case, 0.1, 768, 3072, 256) for case in (TRAINING, PREFILL)),
+    *(Setting(case, 0.1, w, 4 * w, 1024) for w in (512, 1024) for case in (TRAINING, PREFILL)),
+    *(Setting(case, 0.1, 2048, 8192, 256) for case in (TRAINING, PREFILL)),
+    *(Setting(DECODE, 0.1, width, 4 * width, 1) for width in (512, 1024, 2048)),
+    *(Setting(DECODE, 0.1, 768, 3072, tokens) for tokens in (2, 4, 8, 16, 32, 64)),
+    Setting(DECODE, 0.1, 768, 3072, 1, torch.bfloat16),
+    *(Setting(case, 0.1, 768, 3072, 1024, outliers=6) for case in (TRAINING, PREFILL)),
+    Setting(DECODE, 0.1, 768, 3072, 1, outliers=6),
 )
 MODEL_DENSITY = 0.05
 MODEL_SECONDS = 6.0
@@ -77,7 +84,7 @@ Row = dict[str, Any]
 
 def settings(quick: bool) -> list[tuple[Setting, float, int]]:
     """What is timed of a block, for how many seconds and at least how many rounds."""
-    densities = (1.0, 0.1) if quick else (1.0, 0.9, 0.7, *DENSITIES[1:])
+    densities = (1.0, 0.1) if quick else (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, *DENSITIES[2:])
     kinds = (
         (TRAINING, 1024, torch.float32),
         (PREFILL, 1024, torch.float32),
@@ -96,9 +103,9 @@ def settings(quick: bool) -> list[tuple[Setting, float, int]]:
     ]
     if not quick:
         listed += [
-            (Setting(case, density, width, 4 * width, tokens), EXTRA_SECONDS, 3)
-            for case, width, tokens in EXTRAS
-            for density in (0.5, 0.1, 0.03)
+            (dataclasses.replace(extra, density=density), EXTRA_SECONDS, 3)
+            for extra in EXTRAS
+            for density in EXTRA_DENSITIES
         ]
     return listed
 
@@ -282,7 +289,12 @@ def _show(row: Row) -> None:
         f" dense {row['dense_ms']:8.2f} ms sparse {row['sparse_ms']:8.2f} ms"
         f" ratio {row['ratio']:.2f} ({row['quartiles'][0]:.2f}, {row['quartiles'][1]:.2f})"
     )
-    typer.echo(figures + (f" bound {row['bound']:.2f}" if "bound" in row else ""))
+    if "bound" in row:
+        figures += (
+            f" bound {row['bound']:.2f} candidates {100 * row['candidates']:4.1f} %"
+            f" unscreened {row['unscreened_ratio']:.2f} gain {row['gain']:.3f}"
+        )
+    typer.echo(figures)
 
 
 def main(
@@ -292,7 +304,8 @@ def main(
     """Measure what the sparse kernels gain."""
     rows = []
     for setting, seconds, least_rounds in settings(quick):
-        rows.append({**time_block(setting, seconds, least_rounds), "active_sets": "random"})
+        row = time_block(setting, seconds, least_rounds)
+        rows.append({**row, "active_sets": "outliers" if setting.outliers else "random"})
         _show(rows[-1])
     trained, text = trained_model(steps=2 if quick else TRAINED_STEPS)
     for threads, case in itertools.product(THREADS[:1] if quick else THREADS, (TRAINING, PREFILL)):

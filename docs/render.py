@@ -17,7 +17,7 @@ DEMO = "docs/results/demo.json"
 SPEED = "benchmarks/results/mlp_cpu.json"
 MONITOR_COST = "benchmarks/results/monitor_cost.json"
 TWINS = "docs/results/twins.json"
-PAGES = ("README.md", "docs/recipes.md")
+PAGES = ("README.md", "docs/recipes.md", "docs/screening.md")
 
 
 def render(page: str) -> str:
@@ -29,6 +29,7 @@ def render(page: str) -> str:
     passages = {
         f"table: {DEMO}": lambda: "\n" + demo_markdown(_read(DEMO)),
         f"speed: {SPEED}": lambda: "\n" + speed_markdown(_read(SPEED)),
+        f"screening: {SPEED}": lambda: "\n" + screening_markdown(_read(SPEED)),
         f"sampled step: {MONITOR_COST}": lambda: f"{_cost('sampled step'):.2f}×",
         f"run: {MONITOR_COST}": lambda: (
             f"{100 * _cost('run measured every 50 steps') - 100:+.1f} %"
@@ -51,7 +52,7 @@ def render(page: str) -> str:
 
 def speed_markdown(result: dict[str, Any]) -> str:
     """How much faster a block is, by case and density, for one thread and for two."""
-    densities = (0.5, 0.1, 0.05, 0.03)
+    densities = (0.5, 0.1, 0.05, 0.03, 0.01)
     kinds = [
         ("training step, 1024 tokens", "training", "float32"),
         ("prefill, 1024 tokens", "prefill", "float32"),
@@ -75,6 +76,50 @@ def speed_markdown(result: dict[str, Any]) -> str:
             cells.append(", ".join(found))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n" + _trained_speed(result["rows"]) + "\n"
+
+
+def screening_markdown(result: dict[str, Any]) -> str:
+    """What screening gains, by case and density, with the share of candidates."""
+    densities = (0.5, 0.2, 0.1, 0.05, 0.03, 0.01)
+    lines = [
+        "| dense time / time, 1 and 2 threads | "
+        + " | ".join(f"ρ = {d}" for d in densities)
+        + " |",
+        "|---|" + "---|" * len(densities),
+    ]
+    for case in ("training", "prefill", "decode"):
+        curve = [
+            [row for row in _main_rows(result, case) if abs(row["density"] / density - 1) < 0.1]
+            for density in densities
+        ]
+        shares = " | ".join(f"{100 * rows[0]['candidates']:.1f} %" for rows in curve)
+        lines.append(f"| {case}: candidates | {shares} |")
+        for name, key in (("screened", "ratio"), ("unscreened", "unscreened_ratio")):
+            cells = (", ".join(f"{row[key]:.2f}×" for row in rows) for rows in curve)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    least = min(
+        (row for row in result["rows"] if row["active_sets"] != "trained"),
+        key=lambda row: row["gain"],
+    )
+    return (
+        "\n".join(lines)
+        + "\n\nd 768, F 3072, float32, 1024 tokens and 1, through the public module with autograd;"
+        f" `make bench`, {result['cpu']}. The least ratio of unscreened to screened time of all"
+        f" {len(result['rows'])} rows of that file is {least['gain']:.3f} ({least['case']},"
+        f" d {least['d']}, {least['tokens']} tokens, {least['dtype']}, density"
+        f" {least['density']:.2f}, {least['threads']} threads).\n"
+    )
+
+
+def _main_rows(result: dict[str, Any], case: str) -> list[dict[str, Any]]:
+    """The float32 rows of a case at d 768 on random active sets."""
+    return [
+        row
+        for row in result["rows"]
+        if (row["case"], row["dtype"], row["d"], row["active_sets"])
+        == (case, "float32", 768, "random")
+        and row["tokens"] == (1 if case == "decode" else 1024)
+    ]
 
 
 def _trained_speed(rows: list[dict[str, Any]]) -> str:

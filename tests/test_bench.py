@@ -23,8 +23,9 @@ from steppe.report import bench_table, plot_bench
 
 D, F, T = 48, 96, 32
 KEYS = [
-    *("case", "d", "f", "tokens", "density", "dtype", "threads"),
-    *("ratio", "quartiles", "bound", "dense_ms", "sparse_ms", "rounds"),
+    *("case", "d", "f", "tokens", "density", "candidates", "dtype", "threads"),
+    *("ratio", "quartiles", "unscreened_ratio", "gain", "gain_quartiles"),
+    *("bound", "dense_ms", "sparse_ms", "rounds"),
 ]
 
 
@@ -68,6 +69,11 @@ def test_a_row_says_what_was_timed(
     assert row["bound"] == case.bound(row["density"])
     low, high = row["quartiles"]
     assert 0 < low <= row["ratio"] <= high < math.inf
+    low, high = row["gain_quartiles"]
+    assert 0 < low <= row["gain"] <= high < math.inf
+    assert row["unscreened_ratio"] > 0
+    assert row["density"] <= row["candidates"] <= 1
+    assert row["candidates"] < row["density"] + 0.2
     assert row["dense_ms"] > 0
     assert row["sparse_ms"] > 0
     assert row["rounds"] == 2
@@ -143,8 +149,29 @@ def test_both_blocks_compute_the_same_and_one_is_routed(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(bench, "_train", note)
     row_of(Setting(TRAINING, 0.1, D, F, T))
-    assert [routed for routed, _ in outputs[:2]] == [False, True]
+    assert [routed for routed, _ in outputs[:3]] == [False, True, True]
     torch.testing.assert_close(outputs[0][1], outputs[1][1])
+    torch.testing.assert_close(outputs[0][1], outputs[2][1])
+
+
+def test_one_of_the_routed_blocks_is_never_screened(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+    accelerate_ = bench.accelerate_
+
+    def note(model: nn.Module, **options: Any) -> nn.Module:
+        limits.append(options.get("max_candidates"))
+        return accelerate_(model, **options)
+
+    monkeypatch.setattr(bench, "accelerate_", note)
+    row_of(Setting(PREFILL, 0.1, D, F, T))
+    assert limits == [None, 0.0]
+
+
+def test_outlier_features_are_in_the_input() -> None:
+    (_, (x,)) = bench._random_blocks(Setting(PREFILL, 0.1, D, F, T, outliers=3), 1)
+    (_, (plain,)) = bench._random_blocks(Setting(PREFILL, 0.1, D, F, T), 1)
+    assert torch.equal(x[:, 3:], plain[:, 3:])
+    assert torch.equal(x[:, :3], 15 * plain[:, :3])
 
 
 def test_the_block_is_found_by_its_own_pattern_alone() -> None:
@@ -257,6 +284,7 @@ ROW = {"case": "training", "d": 8, "f": 32, "tokens": 4, "dtype": "float32", "th
     "sparse_ms": 8.2,
     "rounds": 5,
 }
+ROW |= {"candidates": 0.613, "unscreened_ratio": 1.42}
 ROWS = [
     {**ROW, "density": 0.5, "ratio": 1.5, "quartiles": [1.25, 1.75]},
     {**ROW, "density": 0.9, "ratio": 0.9, "quartiles": [0.9, 0.9]},
@@ -273,7 +301,7 @@ def test_the_table_prints_every_row_in_80_columns() -> None:
     assert "d_model 8, d_hidden 32; threads: 1" in text
     for name in ("training", "prefill", "bfloat16"):
         assert text.count(name) == 1  # once for all densities
-    assert "training 50.0 12.3 8.2 1.50 1.25–1.75 1.71" in " ".join(text.split())
+    assert "training 50.0 61.3 12.3 8.2 1.50 1.25–1.75 1.42 1.71" in " ".join(text.split())
     assert "…" not in text
 
 

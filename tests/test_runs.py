@@ -33,6 +33,7 @@ def run_of(report: Report) -> Run:
         held_out=[report],
         logs=[{"step": 1, "loss": 0.5}],
         quality={"loss": 0.25},
+        speed=[{"case": "training", "ratio": 1.5}],
     )
 
 
@@ -74,6 +75,14 @@ def test_a_run_without_reports_is_a_run(tmp_path: Path) -> None:
     assert math.isnan(run.tokens_per_sample)
     assert math.isnan(run.training_density)
     assert run.block_names == ()
+
+
+def test_a_run_of_before_speed_was_recorded_is_read(report: Report, tmp_path: Path) -> None:
+    write_run(run_of(report), tmp_path / RUN_FILE)
+    values = json.loads((tmp_path / RUN_FILE).read_text())
+    del values["speed"]
+    (tmp_path / RUN_FILE).write_text(json.dumps(values))
+    assert read_run(tmp_path).speed == []
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Times an MLP block on the sparse kernels against the same block dense, in one process.
 
-The two take turns, in an order that changes each round, so that what slows the machine down for a
-while slows both; a ratio is the median over the rounds of dense time / sparse time. The active sets
+Dense, sparse and sparse without screening take turns, in an order that changes each round, so that
+what slows the machine down for a while slows all; a ratio is the median over the rounds of the
+quotients of two times. The active sets
 are random and differ from token to token, which is the worst case for the kernels: inputs and
 weights are Gaussian, and one constant bias sets the density. `time_model` times the blocks of a
 trained model instead, on its own active sets. The sparse block is routed by `accelerate_` as it is
@@ -27,7 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from steppe.blocks import BlockPattern, MLPBlock, find_blocks, linear_weight, unwrap
+from steppe.ops.calls import DECODE_ROWS
 from steppe.ops.native import kernels
+from steppe.ops.screening import candidates, quantise
 from steppe.runs import versions
 from steppe.runtime import accelerate_, restore_
 
@@ -86,6 +89,7 @@ class Setting:
         tokens: T, in one call.
         dtype: of weights and inputs.
         threads: of torch and of the kernels.
+        outliers: how many features of the input are 15 times as large as the others.
     """
 
     case: Case
@@ -95,6 +99,7 @@ class Setting:
     tokens: int = 1024
     dtype: torch.dtype = torch.float32
     threads: int = 1
+    outliers: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.density <= 1.0:
@@ -149,11 +154,11 @@ PATTERNS = tuple(
 
 @dataclass(frozen=True)
 class PairedTimes:
-    """Times of two ways to do the same, which took turns.
+    """Times of rounds in which two took turns.
 
     Attributes:
-        dense: seconds, one a round.
-        sparse: seconds, one a round.
+        dense: seconds of each round.
+        sparse: seconds of what is compared with it, in the same rounds.
     """
 
     dense: list[float]
@@ -170,14 +175,32 @@ class PairedTimes:
             >>> PairedTimes([0.1, 0.3, 0.4], [0.1, 0.1, 0.2]).summary()["ratio"]
             2.0
         """
-        ratios = [dense / sparse for dense, sparse in zip(self.dense, self.sparse, strict=True)]
+        ratio, quartiles = median_ratio(self.dense, self.sparse)
         return {
-            "ratio": statistics.median(ratios),
-            "quartiles": statistics.quantiles(ratios, n=4, method="inclusive")[::2],
+            "ratio": ratio,
+            "quartiles": quartiles,
             "dense_ms": 1e3 * statistics.median(self.dense),
             "sparse_ms": 1e3 * statistics.median(self.sparse),
-            "rounds": len(ratios),
+            "rounds": len(self.dense),
         }
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, Any]:
+    """The median of the quotients of each round, and their quartiles.
+
+    Args:
+        numerators: seconds of each round.
+        denominators: likewise.
+
+    Returns:
+        The median, and a list of the two quartiles.
+
+    Example:
+        >>> median_ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+        (2.0, [1.5, 2.5])
+    """
+    ratios = [one / other for one, other in zip(numerators, denominators, strict=True)]
+    return statistics.median(ratios), statistics.quantiles(ratios, n=4, method="inclusive")[::2]
 
 
 def time_pair(
@@ -197,16 +220,32 @@ def time_pair(
     Returns:
         The times of each round.
     """
-    for run in (dense, sparse):
+    return PairedTimes(*time_turns([dense, sparse], seconds, least_rounds))
+
+
+def time_turns(
+    runs: Sequence[Callable[[], float]], seconds: float, least_rounds: int = _LEAST_ROUNDS
+) -> list[list[float]]:
+    """Let functions take turns, after a call of each that does not count.
+
+    Args:
+        runs: each runs once and returns its time in seconds.
+        seconds: how long to go on.
+        least_rounds: rounds to make also when that takes longer, at least two.
+
+    Returns:
+        The times of each in each round.
+    """
+    for run in runs:
         run()
-    times = PairedTimes([], [])
-    turns = [(dense, times.dense), (sparse, times.sparse)]
+    taken: list[list[float]] = [[] for _ in runs]
+    turns = list(zip(runs, taken, strict=True))
     end = time.perf_counter() + seconds
-    while len(times.dense) < max(least_rounds, 2) or time.perf_counter() < end:
-        for run, taken in turns:
-            taken.append(run())
+    while len(taken[0]) < max(least_rounds, 2) or time.perf_counter() < end:
+        for run, times in turns:
+            times.append(run())
         turns.reverse()
-    return times
+    return taken
 
 
 def time_block(
@@ -226,7 +265,9 @@ def time_block(
     Returns:
         A row of JSON values: ``case``, ``d``, ``f``, ``tokens``, ``density`` as it was measured,
         ``dtype``, ``threads``, ``ratio`` of dense time / sparse time, its ``quartiles``,
-        ``bound``, ``dense_ms`` and ``sparse_ms`` of one call, ``rounds``.
+        ``bound``, ``dense_ms`` and ``sparse_ms`` of one call, ``rounds``; ``candidates``, the share
+        of entries that the screen cannot tell to be zero; ``unscreened_ratio`` of dense time / time
+        without screening; ``gain`` of that time / sparse time, and its ``gain_quartiles``.
 
     Raises:
         AccelerationError: `d_model` and `d_hidden` are the same.
@@ -275,20 +316,26 @@ def _time(
     dense: nn.ModuleList, inputs: Sequence[Tensor], case: Case, seconds: float, least_rounds: int
 ) -> dict[str, Any]:
     """A row of `time_block`, per block."""
-    sparse = copy.deepcopy(dense)
+    sparse, unscreened = copy.deepcopy(dense), copy.deepcopy(dense)
     accelerate_(sparse, patterns=PATTERNS)
+    accelerate_(unscreened, patterns=PATTERNS, max_candidates=0.0)
+    run = _train if case.trains else _infer
     try:
-        run = _train if case.trains else _infer
-        times = time_pair(
-            lambda: run(dense, inputs) / len(dense),
-            lambda: run(sparse, inputs) / len(dense),
+        times = time_turns(
+            [
+                lambda blocks=blocks: run(blocks, inputs) / len(dense)  # type: ignore[misc]
+                for blocks in (dense, unscreened, sparse)
+            ],
             seconds,
             least_rounds,
         )
     finally:
         restore_(sparse)
+        restore_(unscreened)
     density = _density(dense, inputs)
-    summary = times.summary()
+    of_dense, of_unscreened, of_sparse = times
+    summary = PairedTimes(of_dense, of_sparse).summary()
+    gain, gain_quartiles = median_ratio(of_unscreened, of_sparse)
     linear: Any = dense[0].up
     return {
         "case": case.name,
@@ -296,10 +343,14 @@ def _time(
         "f": linear.out_features,
         "tokens": len(inputs[0]),
         "density": density,
+        "candidates": _candidates(dense, inputs, case),
         "dtype": _name_of(linear.weight.dtype),
         "threads": torch.get_num_threads(),
         "ratio": summary["ratio"],
         "quartiles": summary["quartiles"],
+        "unscreened_ratio": median_ratio(of_dense, of_unscreened)[0],
+        "gain": gain,
+        "gain_quartiles": gain_quartiles,
         "bound": case.bound(density),
         "dense_ms": summary["dense_ms"],
         "sparse_ms": summary["sparse_ms"],
@@ -441,6 +492,7 @@ def _random_blocks(setting: Setting, copies: int) -> tuple[nn.ModuleList, list[T
     width, hidden, tokens = setting.d_model, setting.d_hidden, setting.tokens
     block = Block(width, hidden)
     x = torch.randn(copies * tokens, width, generator=generator)
+    x[:, : setting.outliers] *= 15.0
     with torch.no_grad():
         for linear in (block.up, block.down):
             linear.weight.normal_(std=linear.in_features**-0.5, generator=generator)
@@ -523,6 +575,18 @@ def _density(blocks: Iterable[Any], inputs: Iterable[Tensor]) -> float:
     with torch.no_grad():
         active = [block.hidden(x) != 0 for block, x in zip(blocks, inputs, strict=True)]
     return statistics.fmean(entries.double().mean().item() for entries in active)
+
+
+def _candidates(blocks: nn.ModuleList, inputs: Sequence[Tensor], case: Case) -> float:
+    """Share of the hidden entries that are candidates; for cold blocks, of the first one."""
+    shares = []
+    for block, x in list(zip(blocks, inputs, strict=True))[: 1 if case.is_cold else None]:
+        layer: Any = block.up if block.gate is None else block.gate
+        bits = 16 if len(x) <= DECODE_ROWS and not case.trains else 8
+        with torch.no_grad():
+            found = candidates(quantise(x, bits), quantise(layer.weight), layer.bias)
+        shares.append(found.double().mean().item())
+    return statistics.fmean(shares)
 
 
 def _infer(blocks: nn.ModuleList, inputs: Sequence[Tensor]) -> float:

@@ -311,6 +311,8 @@ def bench(
             prepare_folder(path.parent)
     found = steppe.kernels()
     said = f"{found.name} kernels, {found.isa}" if found.isa else f"no kernels: {found.reason}"
+    if found.isa and found.unscreened:
+        said += f"; unscreened: {found.unscreened}"
     _console.print(_escape(said), highlight=False)
     settings = usual_settings(threads or torch.get_num_threads(), quick)
     with _interruptible("nothing was written"), _progress_bars() as progress:
@@ -323,9 +325,10 @@ def bench(
         )
     _console.print(bench_table(rows))
     _console.print(
-        "ratio: dense time / sparse time, the median of rounds in which the two took turns.\n"
-        "bound: what sparse products alone could give. Decode can pass it: its dense product is"
-        " another one, too.",
+        "ratio: dense time / sparse time, the median of rounds in which they took turns.\n"
+        "candidates: what the int8 screen cannot tell to be zero; unscreened: without it.\n"
+        "bound: what sparse products alone could give with a dense first product. Screening passes"
+        " it,\nand decode can: its dense product is another one, too.",
         style="dim",
     )
     if json_file is not None:

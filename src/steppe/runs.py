@@ -40,6 +40,7 @@ class Run:
         held_out: what was measured of them.
         logs: what the Trainer logged, one dictionary a log, each with ``step``.
         quality: held-out quality at the end by its name (``accuracy``, ``loss``, …).
+        speed: rows of `steppe.bench.time_model`: how fast the blocks ran on some machine.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Run:
     held_out: list[Report] = field(default_factory=list)
     logs: list[dict[str, Any]] = field(default_factory=list)
     quality: dict[str, float] = field(default_factory=dict)
+    speed: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def training_density(self) -> float:
@@ -130,6 +132,7 @@ def read_run(path: Path) -> Run:
             " program, or another steppe, wrote it."
         )
     try:
+        values.setdefault("speed", [])  # not in the first runs of this version
         known = {field.name: values[field.name] for field in fields(Run)}
         known["tokens_per_sample"] = from_json(known["tokens_per_sample"])
         for part in ("training", "held_out"):

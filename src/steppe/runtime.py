@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from steppe.errors import AccelerationError
 from steppe.ops import cpu
 from steppe.ops.calibration import calibrate
 from steppe.ops.calls import DECODE_ROWS, scratch
-from steppe.ops.dispatch import max_candidates_for, max_density_for, pays
+from steppe.ops.dispatch import max_density_for, pays
 from steppe.ops.few import FewBlock
 from steppe.ops.packing import forget
 from steppe.ops.reference import Rule, Weights, mlp_from
@@ -225,11 +226,12 @@ class _Computation:
     def __init__(self, max_density: float | None, max_candidates: float | None) -> None:
         self._limits = max_density, max_candidates
         self._few: FewBlock | None = None
-        self._parameters: list[Tensor | None] = []
+        self._slots: list[tuple[dict[str, Any], str]] = []
+        self._last: list[Tensor | None] = []
 
     def __call__(self, route: Route, x: Tensor) -> Tensor:
         """The block's output, and its support for whoever watches."""
-        if not route.observers and self._takes_few(route.block, x):
+        if self._takes_few(route, x):
             z = self._compute_few(route.block, x)
             if z is not None:
                 return z
@@ -239,11 +241,13 @@ class _Computation:
         """Of a copied model's block; what is laid out is of the other's parameters."""
         return _Computation(*self._limits)
 
-    def _takes_few(self, block: MLPBlock, x: Tensor) -> bool:
+    def _takes_few(self, route: Route, x: Tensor) -> bool:
         """Whether a call has few rows, and nothing else to it."""
+        block = route.block
         return (
             x.numel() <= DECODE_ROWS * block.d_model
             and not torch.is_grad_enabled()
+            and not route.observers
             and _is_plain(x)
             and x.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
@@ -252,21 +256,19 @@ class _Computation:
 
     def _compute_few(self, block: MLPBlock, x: Tensor) -> Tensor | None:
         """The output; None where the parameters are not those of the last call, or do not fit."""
+        parameters = [held.get(name) for held, name in self._slots]
         few = self._few
-        parameters = _parameters(block)
-        if not _same(parameters, self._parameters) or few is None or not few.holds():
+        if few is None or not _same(parameters, self._last) or not few.holds():
             few = self._few = self._lay_out(block, parameters, x)
-            self._parameters = parameters
         if few is None or x.dtype != few.weights.down.dtype:
             return None
         rows = x.numel() // block.d_model
         density, candidates = self._limits
         if density is None:
             density = max_density_for(rows, x.dtype, trains=False)
-        if candidates is None:
-            candidates = max_candidates_for(rows, x.dtype, trains=False)
         if density <= 0.0:
             return None
+        candidates = cpu.screen_limit(rows, block.d_model, x.dtype, False, candidates)
         alpha, beta, mix = _coefficients(block)
         if mix is not None:
             beta *= float(mix)
@@ -285,24 +287,29 @@ class _Computation:
     def _lay_out(
         self, block: MLPBlock, parameters: list[Tensor | None], x: Tensor
     ) -> FewBlock | None:
-        """The block for few rows, of parameters that were those of the last call too."""
-        weights = _weights(block)
-        if not _same(parameters, self._parameters) or not cpu.runs(x, *weights):
+        """The block for few rows, if its parameters are those of the last call."""
+        last, self._last = self._last, parameters
+        if not self._slots:
+            self._slots = [
+                (layer._parameters, name) for layer in _layers(block) for name in ("weight", "bias")
+            ]
             return None
-        if any(weight is not None and weight.is_inference() for weight in weights):
-            return None  # no version tells whether they have changed
-        screens = self._limits[1] != 0.0 and cpu.screens(weights)
-        return FewBlock(weights, screens=screens, stays=True)
-
-
-def _parameters(block: MLPBlock) -> list[Tensor | None]:
-    """The block's parameters as its layers have them."""
-    layers: list[Any] = _layers(block)
-    return [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
+        layers: list[Any] = _layers(block)
+        actual = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        weights = _weights(block)
+        if (
+            not _same(parameters, last)
+            or not _same(parameters, actual)  # a parametrization computes them anew each time
+            or not cpu.runs(x, *weights)
+            or any(weight is not None and weight.is_inference() for weight in weights)  # no version
+        ):
+            return None
+        limit = cpu.screen_limit(DECODE_ROWS, block.d_model, x.dtype, False, self._limits[1])
+        return FewBlock(weights, screens=limit > 0.0, stays=True)
 
 
 def _same(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _compute(route: Route, x: Tensor, limits: tuple[float | None, float | None]) -> Tensor:

@@ -33,7 +33,7 @@ from steppe.report.readings import (
     read_terms,
 )
 from steppe.report.series import baseline_of, pick
-from steppe.report.sheets import settings_sheet, summary_table
+from steppe.report.sheets import settings_sheet, speed_sheet, summary_table
 from steppe.runs import Run, write_run
 
 go = pytest.importorskip("plotly.graph_objects")
@@ -380,6 +380,23 @@ def test_the_table_shows_densities_and_changes_of_either_sign() -> None:
     assert "zeroth bias" in text
     assert "accuracy 90.0 %" in text
     assert "–" in Outline(summary_table([NOTHING])).words
+
+
+SPEED = {
+    **{"case": "training", "tokens": 512, "dtype": "float32", "threads": 2, "d": 64, "f": 256},
+    **{"dense_ms": 12.34, "density": 0.103, "candidates": 0.207, "ratio": 3.456},
+    **{"unscreened_ratio": 2.25, "bound": 3.96},
+}
+
+
+def test_the_speed_of_the_blocks_stands_in_a_table_where_it_was_timed() -> None:
+    timed = run("timed <i>", [0.5], 0.25, speed=[SPEED])
+    sheet = speed_sheet([run("untimed", [0.5], 0.25), timed])
+    words = " ".join(plain(Outline(sheet).words).split())
+    row = "timed <i>training, 512 tokens, d 64, 2 threads12.310.3 %20.7 %3.46×2.25×3.96×"
+    assert row in words
+    assert "untimed" not in words
+    assert speed_sheet([run("untimed", [0.5], 0.25)]) == ""
 
 
 def test_settings_that_differ_are_marked_and_counted() -> None:

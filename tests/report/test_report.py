@@ -22,7 +22,9 @@ def arm(quality: str, value: float, density: float, **more: object) -> dict:
         "runs": [
             {
                 "history": [(0, 0.5), (10, density)],
-                "speed": [{"d": 48, "f": 192, "tokens": 1024, "dense_ms": 3.21}],
+                "speed": [
+                    {"d": 48, "f": 192, "tokens": 1024, "candidates": 0.125, "dense_ms": 3.21}
+                ],
             }
         ],
         **more,
@@ -73,13 +75,13 @@ def test_speed_is_a_row_an_arm() -> None:
     with console.capture() as capture:
         console.print(speed_table(SUMMARY))
     rows = [line.split() for line in capture.get().splitlines() if "1024" in line]
-    assert [row[:-6] for row in rows] == [
+    assert [row[:-7] for row in rows] == [
         ["digits", "vanilla"],
         ["steppe"],
         ["pydoc", "vanilla"],
         ["steppe"],
     ]
-    assert all(row[-6:] == ["48,", "192", "1024", "2.50", "1.25", "3.2"] for row in rows)
+    assert all(row[-7:] == ["48,", "192", "1024", "12.5", "2.50", "1.25", "3.2"] for row in rows)
 
 
 def test_several_seeds_show_their_spread() -> None:

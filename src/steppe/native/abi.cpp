@@ -4,6 +4,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 #include "steppe_native.h"
 
@@ -66,6 +70,17 @@ extern "C" {
 int steppe_abi_version(void) { return 2; }
 
 const char *steppe_isa(void) { return steppe::target().name; }
+
+void steppe_prefer_large_pages(void *start, int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = 4096, first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / page * page;
+  // An advice that is not taken changes nothing but the speed.
+  if (first < last) (void)madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)start, (void)bytes;
+#endif
+}
 
 void steppe_count(const void *p, int dtype, int64_t T, int64_t F, int64_t stride, int32_t *counts,
                   int threads) {
@@ -164,16 +179,27 @@ void steppe_list_masks(const uint64_t *masks, int64_t T, int64_t F, int64_t tile
 }
 
 int64_t steppe_sift(void *values, int16_t *index, const int64_t *offsets, int dtype, int64_t T,
-                    int64_t tiles, int64_t *kept, int threads) {
-  kernels(dtype).sift(values, index, offsets, T, tiles, kept, threads);
-  for (int64_t list = 0; list < tiles * T; ++list) kept[list + 1] += kept[list];
-  return kept[tiles * T];
+                    int64_t tiles, int32_t *counts, int threads) {
+  kernels(dtype).sift(values, index, offsets, T, tiles, counts, threads);
+  int64_t kept = 0;
+  for (int64_t list = 0; list < tiles * T; ++list) kept += counts[list];
+  return kept;
 }
 
-void steppe_close_up(const void *values, const int16_t *index, const int64_t *offsets, int dtype,
-                     int64_t T, int64_t tiles, const int64_t *kept, void *values_to,
-                     int16_t *index_to, int threads) {
-  kernels(dtype).close_up(values, index, offsets, T, tiles, kept, values_to, index_to, threads);
+void steppe_close_up(const void *values, const int16_t *index, const int64_t *offsets,
+                     const int32_t *counts, int dtype, int64_t T, int64_t tile, int64_t tiles,
+                     int64_t merged, int64_t *kept, void *values_to, int16_t *index_to,
+                     int threads) {
+  int64_t entry = 0, *next = kept;
+  for (int64_t first = 0; first < tiles; first += merged) {
+    for (int64_t t = 0; t < T; ++t) {
+      *next++ = entry;
+      for (int64_t j = first; j < std::min(first + merged, tiles); ++j) entry += counts[j * T + t];
+    }
+  }
+  *next = entry;
+  kernels(dtype).close_up(values, index, offsets, counts, T, tile, tiles, merged, kept, values_to,
+                          index_to, threads);
 }
 
 int64_t steppe_decode_mlp(const steppe_block *block, const void *x, int64_t T, float alpha,

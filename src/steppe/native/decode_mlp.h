@@ -14,15 +14,20 @@
 namespace steppe {
 namespace STEPPE_TARGET {
 
-constexpr int64_t kFewTile = 256;  // so many rows of V stay in the second-level cache for all tokens
+// Columns of a tile: so many rows of V stay in the second-level cache for all tokens. One token alone
+// has no use for tiles, and of a long list more rows are read side by side.
+inline int64_t few_tile(int64_t T, int64_t F) {
+  return T > 1 ? 256 : std::min(std::max(blocks_of(F), int64_t(1)) * kPanel, kMaxTile);
+}
 
-// A list of few rows, in tiles of kFewTile columns.
+// A list of few rows.
 template <typename E>
 struct FewList {
   FewList(int64_t T, int64_t F)
-      : tiles(std::max<int64_t>((F + kFewTile - 1) / kFewTile, 1)), offsets(tiles * T + 1) {}
+      : tile(few_tile(T, F)), tiles(std::max<int64_t>((F + tile - 1) / tile, 1)),
+        offsets(tiles * T + 1) {}
   void resize(int64_t entries) { index.resize(entries), values.resize(entries); }
-  int64_t tiles;
+  int64_t tile, tiles;
   std::vector<int64_t> offsets;
   std::vector<int16_t> index;
   std::vector<E> values;
@@ -62,9 +67,9 @@ void list_all(const FewBlock<E> &block, FewList<E> &list, E *r) {
   for (int64_t j = 0; j < list.tiles; ++j) {
     for (int64_t t = 0; t < T; ++t) {
       list.offsets[j * T + t] = active;
-      const int64_t width = std::min(kFewTile, F - j * kFewTile);
+      const int64_t width = std::min(list.tile, F - j * list.tile);
       for (int64_t f = 0; f < width; f += kPanel) {
-        active += list_active(r + t * F + j * kFewTile + f, std::min(kPanel, width - f), f,
+        active += list_active(r + t * F + j * list.tile + f, std::min(kPanel, width - f), f,
                               list.index.data() + active, list.values.data() + active);
       }
     }
@@ -86,11 +91,11 @@ int64_t list_candidates(const FewBlock<E> &block, int64_t most, FewList<E> &list
              Bounds(block.of.bounds, blocks * kPanel), block.w_bias, block.D, block.F,
              masks.data(), block.threads);
   int64_t found = 0;
-  constexpr int64_t kBlocks = kFewTile / kPanel;
+  const int64_t per_tile = list.tile / kPanel;
   for (int64_t j = 0; j < list.tiles; ++j) {
     for (int64_t t = 0; t < T; ++t) {
       list.offsets[j * T + t] = found;
-      for (int64_t b = j * kBlocks; b < std::min((j + 1) * kBlocks, blocks); ++b) {
+      for (int64_t b = j * per_tile; b < std::min((j + 1) * per_tile, blocks); ++b) {
         found += __builtin_popcountll(masks[t * blocks + b]);
       }
     }
@@ -98,7 +103,7 @@ int64_t list_candidates(const FewBlock<E> &block, int64_t most, FewList<E> &list
   list.offsets[list.tiles * T] = found;
   if (found > most) return found;
   list.resize(found);
-  list_masks(masks.data(), T, block.F, kFewTile, list.offsets.data(), list.index.data(), 1);
+  list_masks(masks.data(), T, block.F, list.tile, list.offsets.data(), list.index.data(), 1);
   return found;
 }
 
@@ -106,7 +111,7 @@ int64_t list_candidates(const FewBlock<E> &block, int64_t most, FewList<E> &list
 template <typename E>
 void keep_active(const FewBlock<E> &block, FewList<E> &list, E *r) {
   const int64_t T = block.T, F = block.F, lists = list.tiles * T;
-  decode_sampled(list.index.data(), list.offsets.data(), T, F, kFewTile, block.x, block.w,
+  decode_sampled(list.index.data(), list.offsets.data(), T, F, list.tile, block.x, block.w,
                  block.of.w_stride, block.D, block.w_bias, list.values.data(), block.threads);
   std::fill(r, r + T * F, E{});
   int64_t active = 0, first = 0;
@@ -116,7 +121,7 @@ void keep_active(const FewBlock<E> &block, FewList<E> &list, E *r) {
     for (int64_t i = first; i < last; ++i) {
       const E value = list.values[i];
       if (!is_active(to_float(value))) continue;
-      r[at % T * F + at / T * kFewTile + list.index[i]] = list.values[active] = value;
+      r[at % T * F + at / T * list.tile + list.index[i]] = list.values[active] = value;
       list.index[active++] = list.index[i];
     }
     first = last;
@@ -132,7 +137,7 @@ void finish_few(const FewBlock<E> &block, FewList<E> &list, E *up_values, E *out
   std::vector<E> multipliers;
   if (block.up != nullptr) {
     multipliers.resize(list.values.size());
-    decode_sampled(list.index.data(), list.offsets.data(), T, F, kFewTile, block.x, block.up,
+    decode_sampled(list.index.data(), list.offsets.data(), T, F, list.tile, block.x, block.up,
                    block.of.up_stride, block.D, block.up_bias, multipliers.data(), block.threads);
     std::fill(up_values, up_values + T * F, E{});
   }
@@ -141,13 +146,13 @@ void finish_few(const FewBlock<E> &block, FewList<E> &list, E *up_values, E *out
       const float p = to_float(list.values[i]);
       float a = block.alpha == 1 && block.beta == 0 ? p : p * (block.alpha + block.beta * p);
       if (block.up != nullptr) {
-        up_values[at % T * F + at / T * kFewTile + list.index[i]] = multipliers[i];
+        up_values[at % T * F + at / T * list.tile + list.index[i]] = multipliers[i];
         a *= to_float(multipliers[i]);
       }
       store(a, &list.values[i]);
     }
   }
-  decode(list.values.data(), list.index.data(), list.offsets.data(), T, F, kFewTile, block.v,
+  decode(list.values.data(), list.index.data(), list.offsets.data(), T, F, list.tile, block.v,
          block.of.v_stride, block.D, block.v_bias, out, block.threads);
 }
 

@@ -1,6 +1,7 @@
 // Sampled product: the entries of G Mᵀ + bias on a support, G and M as panels.
 //
-// Loops, outside in: chunk of rows, panel, tile, row, four entries. A row's 64 columns of G stay in
+// Loops, outside in: tile, chunk of rows, panel, row, eight entries. The sums of a tile stay in the
+// second-level cache for all panels, and G is read from end to end. A row's 64 columns of G stay in
 // registers; each entry's sum grows by one panel at a time, in the order of the panels.
 #pragma once
 
@@ -53,22 +54,28 @@ struct Row<bf16> : HalfRow {
 template <typename E>
 inline void dot_row(const int16_t *index, int64_t count, const E *g, const E *panel, float *sums) {
   const Row<E> row(g);
+  vec products[8];
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
-    vec eight[8];
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) eight[k] = row.times(panel + index[i + k] * kPanel);
-    add_sums8(eight, sums + i);
+    for (int k = 0; k < 8; ++k) products[k] = row.times(panel + index[i + k] * kPanel);
+    add_sums8(products, 8, sums + i);
   }
   // The last ones summed as those are, so that the bits do not depend on the place in the list. The
-  // last entry stands in for those that are missing: no branch on how many there are.
-  for (; i < count; i += 4) {
-    const int64_t last = count - 1;
-    float four[4];
-    sum4(row.times(panel + index[i] * kPanel), row.times(panel + index[std::min(i + 1, last)] * kPanel),
-         row.times(panel + index[std::min(i + 2, last)] * kPanel),
-         row.times(panel + index[std::min(i + 3, last)] * kPanel), four);
-    for (int64_t k = 0; k < std::min<int64_t>(4, count - i); ++k) sums[i + k] += four[k];
+  // last entry stands in for those that are missing: no branch on how many they are.
+  const int64_t left = count - i, last = count - 1;
+  if (left > 4) {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      products[k] = row.times(panel + index[std::min(i + k, last)] * kPanel);
+    }
+    add_sums8(products, left, sums + i);
+  } else if (left > 0) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      products[k] = row.times(panel + index[std::min(i + k, last)] * kPanel);
+    }
+    add_sums4(products, left, sums + i);
   }
 }
 
@@ -86,34 +93,27 @@ int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t N, 
     if (!copy) return 1;
     sums = copy.get();
   }
-  const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(T, 4 * threads));
-  const int64_t chunk = (T + chunks - 1) / chunks;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t first = std::min(c * chunk, T), last = std::min(first + chunk, T);
-    if (first >= last) continue;
-    for (int64_t j = 0; j < tiles; ++j) {
-      for (int64_t i = offsets[j * T + first]; i < offsets[j * T + last]; ++i) {
+  const bool sparse = double(nnz) < kStreamDensity * double(T) * double(N);
+  const int64_t chunks = std::min(T, std::max<int64_t>(1, (kTasksPerThread * threads + tiles - 1) / tiles));
+  const int64_t chunk = chunks > 0 ? (T + chunks - 1) / chunks : 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
+  for (int64_t j = 0; j < tiles; ++j) {
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t first = std::min(c * chunk, T), last = std::min(first + chunk, T);
+      const int64_t *list = offsets + j * T;
+      for (int64_t i = list[first]; i < list[last]; ++i) {
         sums[i] = bias == nullptr ? 0.0f : to_float(bias[j * tile + index[i]]);
       }
-    }
-    for (int64_t k = 0; k < panel_count; ++k) {
-      for (int64_t j = 0; j < tiles; ++j) {
+      for (int64_t k = 0; k < panel_count; ++k) {
         const E *panel = panels_m + (k * N + j * tile) * kPanel;
-        const int64_t *list = offsets + j * T;
+        if (sparse) stream(panel, std::min(tile, N - j * tile));
         for (int64_t t = first; t < last; ++t) {
           if (list[t] == list[t + 1]) continue;
           dot_row(index + list[t], list[t + 1] - list[t], panels_g + (k * T + t) * kPanel, panel,
                   sums + list[t]);
         }
       }
-    }
-    if (copy) {
-      for (int64_t j = 0; j < tiles; ++j) {
-        for (int64_t i = offsets[j * T + first]; i < offsets[j * T + last]; ++i) {
-          store(sums[i], values + i);
-        }
-      }
+      for (int64_t i = list[first]; copy && i < list[last]; ++i) store(sums[i], values + i);
     }
   }
   return 0;

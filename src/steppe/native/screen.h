@@ -429,11 +429,10 @@ inline void list_masks(const uint64_t *masks, int64_t T, int64_t F, int64_t tile
   }
 }
 
-// The entries that are not <= 0 to the front of their part of the list; kept[list + 1] of each.
+// The entries that are not <= 0 to the front of their part of the list; how many there are of each.
 template <typename E>
 void sift(E *values, int16_t *index, const int64_t *offsets, int64_t T, int64_t tiles,
-          int64_t *kept, int threads) {
-  kept[0] = 0;
+          int32_t *counts, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t list = 0; list < tiles * T; ++list) {
     const int64_t first = offsets[list];
@@ -444,19 +443,28 @@ void sift(E *values, int16_t *index, const int64_t *offsets, int64_t T, int64_t 
       index[to] = index[i];
       to += is_active(to_float(value));
     }
-    kept[list + 1] = to - first;
+    counts[list] = int32_t(to - first);
   }
 }
 
-// Those entries without the gaps between them.
+// Those entries without the gaps between them, `merged` tiles made one.
 template <typename E>
-void close_up(const E *values, const int16_t *index, const int64_t *offsets, int64_t T,
-              int64_t tiles, const int64_t *kept, E *values_to, int16_t *index_to, int threads) {
+void close_up(const E *values, const int16_t *index, const int64_t *offsets, const int32_t *counts,
+              int64_t T, int64_t tile, int64_t tiles, int64_t merged, const int64_t *kept,
+              E *values_to, int16_t *index_to, int threads) {
+  const int64_t groups = (tiles + merged - 1) / merged;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t list = 0; list < tiles * T; ++list) {
-    const int64_t count = kept[list + 1] - kept[list];
-    std::copy_n(values + offsets[list], count, values_to + kept[list]);
-    std::copy_n(index + offsets[list], count, index_to + kept[list]);
+  for (int64_t list = 0; list < groups * T; ++list) {
+    const int64_t t = list % T, first = list / T * merged;
+    int64_t to = kept[list];
+    for (int64_t j = first; j < std::min(first + merged, tiles); ++j) {
+      const int64_t from = offsets[j * T + t], count = counts[j * T + t];
+      std::copy_n(values + from, count, values_to + to);
+      for (int64_t i = 0; i < count; ++i) {
+        index_to[to + i] = int16_t(index[from + i] + (j - first) * tile);
+      }
+      to += count;
+    }
   }
 }
 

@@ -53,7 +53,6 @@ inline void multiply_strip(const FewTokens &few, const uint8_t *strip, int32_t (
   for (int64_t d = 0; d < few.width; d += 4 * kSets) {
 #pragma GCC unroll 4
     for (int s = 0; s < kSets; ++s, strip += 4 * kStrip) {
-      __builtin_prefetch(strip + kAhead);
       const __m512i bytes = _mm512_loadu_si512(strip);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {

@@ -15,10 +15,7 @@
 namespace steppe {
 namespace STEPPE_TARGET {
 
-// Below this density the gathered rows of a panel are too few for the hardware to fetch ahead:
-// reading the panel once from end to end brings it into the second-level cache.
-constexpr double kStreamDensity = 0.04;
-constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kSumRows = 64;  // rows of sums, 16 KB
 
 struct Entries {
   const int16_t *index;
@@ -108,13 +105,6 @@ inline void gather_row(const Entries &entries, const bf16 *values, const bf16 *p
 
 #endif
 
-template <typename E>
-inline void stream(const E *panel, int64_t rows) {
-  const char *from = reinterpret_cast<const char *>(panel);
-  const int64_t bytes = rows * kPanel * int64_t(sizeof(E));
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-}
-
 // Writes sums [rows][64] to the output, rows from `first` on and columns from `column` on.
 template <typename E>
 void write_sums(const float *sums, int64_t first, int64_t rows, int64_t column, int64_t width,
@@ -151,10 +141,12 @@ int spmm(const E *values, const int16_t *index, const int64_t *offsets, int64_t 
   const int64_t chunks =
       std::min(T, std::max<int64_t>(1, (kTasksPerThread * threads + panel_count - 1) / panel_count));
   const int64_t chunk = (T + chunks - 1) / chunks;
+  // Of one tile nothing is to stay in the first-level cache but the sums themselves.
+  const int64_t block = tiles == 1 ? std::min(kSumRows, chunk) : chunk;
   int failed = 0;
 #pragma omp parallel num_threads(threads)
   {
-    std::unique_ptr<float[]> sums(new (std::nothrow) float[chunk * kPanel]);
+    std::unique_ptr<float[]> sums(new (std::nothrow) float[block * kPanel]);
     if (!sums) {
 #pragma omp atomic write
       failed = 1;
@@ -167,22 +159,24 @@ int spmm(const E *values, const int16_t *index, const int64_t *offsets, int64_t 
         const E *panel = panels + k * N * kPanel;
         const int64_t width = std::min(kPanel, D - k * kPanel);
         if (sparse) stream(panel, N);
+        float start[kPanel];
         for (int64_t d = 0; d < kPanel; ++d) {
-          sums[d] = bias != nullptr && d < width ? to_float(bias[k * kPanel + d]) : 0;
+          start[d] = bias != nullptr && d < width ? to_float(bias[k * kPanel + d]) : 0;
         }
-        for (int64_t t = 1; t < last - first; ++t) {
-          std::copy(sums.get(), sums.get() + kPanel, sums.get() + t * kPanel);
-        }
-        for (int64_t j = 0; j < tiles; ++j) {
-          const int64_t *list = offsets + j * T;
-          for (int64_t t = first; t < last; ++t) {
-            if (list[t] == list[t + 1]) continue;
-            gather_row(Entries{index, list[t], list[t + 1]}, values, panel + j * tile * kPanel,
-                       sums.get() + (t - first) * kPanel);
+        for (int64_t from = first; from < last; from += block) {
+          const int64_t to = std::min(from + block, last);
+          for (int64_t t = 0; t < to - from; ++t) std::copy_n(start, kPanel, &sums[t * kPanel]);
+          for (int64_t j = 0; j < tiles; ++j) {
+            const int64_t *list = offsets + j * T;
+            for (int64_t t = from; t < to; ++t) {
+              if (list[t] == list[t + 1]) continue;
+              gather_row(Entries{index, list[t], list[t + 1]}, values, panel + j * tile * kPanel,
+                         &sums[(t - from) * kPanel]);
+            }
           }
+          write_sums(sums.get(), from, to - from, k * kPanel, width, out, row_stride, col_stride,
+                     accumulate);
         }
-        write_sums(sums.get(), first, last - first, k * kPanel, width, out, row_stride, col_stride,
-                   accumulate);
       }
     }
   }

@@ -35,6 +35,10 @@ STEPPE_API int steppe_abi_version(void);
 /* "avx512+bf16", "avx512+vnni", "avx512", "avx2" or "portable"; the environment variable STEPPE_ISA caps it. */
 STEPPE_API const char *steppe_isa(void);
 
+/* Ask the system for large pages in new memory, where it has them: what is gathered from then needs
+ * fewer of its page table's entries. */
+STEPPE_API void steppe_prefer_large_pages(void *start, int64_t bytes);
+
 /* Entries of p [T, F] (rows `stride` apart) that are not <= 0, so that NaN counts, by blocks of 64
  * columns: int32 [T, ceil(F / 64)]. */
 STEPPE_API void steppe_count(const void *p, int dtype, int64_t T, int64_t F, int64_t stride,
@@ -125,14 +129,16 @@ STEPPE_API void steppe_list_masks(const uint64_t *masks, int64_t T, int64_t F, i
                                   const int64_t *offsets, int16_t *index, int threads);
 
 /* Moves those entries of a list that are not <= 0 to the front of their part of it, in place.
- * kept int64 [tiles * T + 1]: the offsets of a list of them alone. Returns their number. */
+ * counts int32 [tiles * T] of them. Returns how many there are in all. */
 STEPPE_API int64_t steppe_sift(void *values, int16_t *index, const int64_t *offsets, int dtype,
-                               int64_t T, int64_t tiles, int64_t *kept, int threads);
+                               int64_t T, int64_t tiles, int32_t *counts, int threads);
 
-/* values and index of a list of the entries that steppe_sift has moved to the front. */
+/* The list of the entries that steppe_sift has moved to the front, with tiles that are `merged` of
+ * the old ones wide: kept int64 [ceil(tiles / merged) * T + 1], its offsets, values and index. */
 STEPPE_API void steppe_close_up(const void *values, const int16_t *index, const int64_t *offsets,
-                                int dtype, int64_t T, int64_t tiles, const int64_t *kept,
-                                void *values_to, int16_t *index_to, int threads);
+                                const int32_t *counts, int dtype, int64_t T, int64_t tile,
+                                int64_t tiles, int64_t merged, int64_t *kept, void *values_to,
+                                int16_t *index_to, int threads);
 
 /* A block as steppe_decode_mlp reads it. W, U and V are [F, D], their rows so far apart; `up` is NULL
  * in a block that is not gated, biases may be NULL. `bytes` and `bounds` are of W, or NULL. The copies

@@ -97,14 +97,15 @@ struct Typed {
                                  in(bias), F, most, masks, counts, threads);
   }
   static void sift(void *values, int16_t *index, const int64_t *offsets, int64_t T, int64_t tiles,
-                   int64_t *kept, int threads) {
-    STEPPE_TARGET::sift(out(values), index, offsets, T, tiles, kept, threads);
+                   int32_t *counts, int threads) {
+    STEPPE_TARGET::sift(out(values), index, offsets, T, tiles, counts, threads);
   }
   static void close_up(const void *values, const int16_t *index, const int64_t *offsets,
-                       int64_t T, int64_t tiles, const int64_t *kept, void *values_to,
-                       int16_t *index_to, int threads) {
-    STEPPE_TARGET::close_up(in(values), index, offsets, T, tiles, kept, out(values_to), index_to,
-                            threads);
+                       const int32_t *counts, int64_t T, int64_t tile, int64_t tiles,
+                       int64_t merged, const int64_t *kept, void *values_to, int16_t *index_to,
+                       int threads) {
+    STEPPE_TARGET::close_up(in(values), index, offsets, counts, T, tile, tiles, merged, kept,
+                            out(values_to), index_to, threads);
   }
 
   static constexpr Kernels table() {

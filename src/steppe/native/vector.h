@@ -74,6 +74,19 @@ inline float sum(vec v) {
 #endif
 }
 
+constexpr int64_t kTasksPerThread = 4;  // so that threads end at about the same time
+
+// Below this density the gathered rows of a panel are too few for the hardware to fetch ahead:
+// reading the panel once from end to end brings it into the second-level cache.
+constexpr double kStreamDensity = 0.04;
+
+template <typename E>
+inline void stream(const E *panel, int64_t rows) {
+  const char *from = reinterpret_cast<const char *>(panel);
+  const int64_t bytes = rows * kPanel * int64_t(sizeof(E));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 #if defined(__AVX512F__)
 // The sums of four vectors within each 128 bits.
 inline __m512 sum4_parts(vec a, vec b, vec c, vec d) {
@@ -98,8 +111,8 @@ inline void sum4(vec a, vec b, vec c, vec d, float *out) {
 #endif
 }
 
-// sums [8] += the sums of eight vectors, the same bits as of four.
-inline void add_sums8(const vec *v, float *sums) {
+// sums [count] += the sums of the first `count` of eight vectors, the same bits as of four.
+inline void add_sums8(const vec *v, int64_t count, float *sums) {
 #if defined(__AVX512F__)
   const __m512 first = sum4_parts(v[0], v[1], v[2], v[3]);
   const __m512 second = sum4_parts(v[4], v[5], v[6], v[7]);
@@ -107,12 +120,27 @@ inline void add_sums8(const vec *v, float *sums) {
                                       _mm512_shuffle_f32x4(first, second, 0xee));
   const __m512 whole = _mm512_add_ps(_mm512_shuffle_f32x4(halves, halves, 0x88),
                                      _mm512_shuffle_f32x4(halves, halves, 0xdd));
-  _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), _mm512_castps512_ps256(whole)));
+  const __mmask8 kept = __mmask8((1u << count) - 1);
+  const __m256 old = _mm256_maskz_loadu_ps(kept, sums);
+  _mm256_mask_storeu_ps(sums, kept, _mm256_add_ps(old, _mm512_castps512_ps256(whole)));
 #else
   float eight[8];
   sum4(v[0], v[1], v[2], v[3], eight);
   sum4(v[4], v[5], v[6], v[7], eight + 4);
-  for (int k = 0; k < 8; ++k) sums[k] += eight[k];
+  for (int64_t k = 0; k < count; ++k) sums[k] += eight[k];
+#endif
+}
+
+// The same of four.
+inline void add_sums4(const vec *v, int64_t count, float *sums) {
+  float four[4];
+  sum4(v[0], v[1], v[2], v[3], four);
+#if defined(__AVX512F__)
+  const __mmask8 kept = __mmask8((1u << count) - 1);
+  const __m128 old = _mm_maskz_loadu_ps(kept, sums);
+  _mm_mask_storeu_ps(sums, kept, _mm_add_ps(old, _mm_loadu_ps(four)));
+#else
+  for (int64_t k = 0; k < count; ++k) sums[k] += four[k];
 #endif
 }
 

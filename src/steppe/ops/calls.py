@@ -18,6 +18,7 @@ from steppe.ops.reference import TILE_UNIT, ceil_div, tile_of
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 DECODE_ROWS = 8  # the most rows that `matvec`, `decode` and `decode_sampled` take
 _DECODE_TILE = 256
+_LARGE_PAGE = 2**21  # bytes
 # Where one row in so many has clearly too many active entries, the others are not counted: in
 # bfloat16 counting takes 3 % of a dense forward pass.
 _SAMPLE = 8
@@ -108,6 +109,25 @@ def scratch(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
     return _scratch.take(name, shape, like)
 
 
+def lasting(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """New memory for a copy that is kept, on large pages where the system gives them.
+
+    Of a copy that lies in memory and not in a cache, finding the pages takes a fifth of the time.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < _LARGE_PAGE // 2:
+        return torch.empty(shape, dtype=dtype)
+    whole = ceil_div(size, _LARGE_PAGE) * _LARGE_PAGE
+    memory = torch.empty(whole + _LARGE_PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % _LARGE_PAGE
+    library().steppe_prefer_large_pages(memory.data_ptr() + start, whole)
+    return memory[start : start + size].view(dtype).view(shape)
+
+
 def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | None:
     """The list of the entries of p that are not ≤ 0.
 
@@ -172,11 +192,11 @@ def pack(matrix: Tensor, buffer: str | None = None) -> Panels:
 
     Args:
         matrix: float32 or bfloat16.
-        buffer: name of the `scratch` to write to; None for new memory.
+        buffer: name of the `scratch` to write to; None for `lasting` memory.
     """
     rows, width = matrix.shape
     shape = (ceil_div(width, TILE_UNIT), rows, TILE_UNIT)
-    data = matrix.new_empty(shape) if buffer is None else scratch(buffer, shape, matrix)
+    data = lasting(shape, matrix.dtype) if buffer is None else scratch(buffer, shape, matrix)
     library().steppe_pack(
         matrix.data_ptr(),
         dtype_code(matrix),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,11 +18,15 @@ from steppe.ops.reference import Rule, Weights
 from steppe.ops.registry import Seven, no_list, only_needed, rule_of
 from steppe.ops.screened import (
     MAX_WIDTH,
+    Candidates,
     compact_product,
     find_candidates,
     sample,
     screen_of,
 )
+
+_LEAST_WIDTH = 256  # of narrower blocks all is done so soon that screening gains little or nothing
+_UNITS_SAMPLED = 4  # one unit in so many is looked at first
 
 
 def runs(*tensors: Tensor | None) -> bool:
@@ -35,9 +40,26 @@ def runs(*tensors: Tensor | None) -> bool:
     )
 
 
-def screens(weights: Weights) -> bool:
-    """Whether the first product of a block is not too wide to be screened."""
-    return weights.activated.shape[1] < MAX_WIDTH
+def screen_limit(
+    rows: int, width: int, dtype: torch.dtype, trains: bool, asked: float | None
+) -> float:
+    """Up to which share of candidates the first product of a call is screened.
+
+    Args:
+        rows: tokens of the call.
+        width: d_model of the block.
+        dtype: of the block.
+        trains: whether a backward pass follows.
+        asked: what the user wants; None for what was measured on this machine.
+
+    Returns:
+        A share; 0 for never.
+    """
+    if not rows or width >= MAX_WIDTH:
+        return 0.0
+    if asked is not None:
+        return asked
+    return max_candidates_for(rows, dtype, trains) if width >= _LEAST_WIDTH else 0.0
 
 
 @registry.compact.register_kernel("cpu")
@@ -103,11 +125,7 @@ def mlp(
         most = max_density_for(rows, x.dtype, trains)
     if most <= 0.0 or not down.numel():
         return *reference.mlp(x, weights, rule), *no_list(x.device)
-    share = max_candidates
-    if share is None:
-        share = max_candidates_for(rows, x.dtype, trains)
-    if not rows or not screens(weights):
-        share = 0.0
+    share = screen_limit(rows, x.shape[1], x.dtype, trains, max_candidates)
     if rows <= DECODE_ROWS and not trains and not dropout:
         return *_decode(x.contiguous(), weights, rule, most, share), *no_list(x.device)
     listed = _screened(x, weights, share, trains) if share > 0.0 else None
@@ -132,21 +150,42 @@ def mlp(
 def _screened(
     x: Tensor, weights: Weights, share: float, trains: bool
 ) -> tuple[Tensor, Support] | None:
-    """The list of r by the screen; None where more than a share of the entries are candidates.
-
-    What it decides follows from x and the weight alone: a forward pass that checkpointing repeats
-    must come to the same list.
-    """
+    """The list of r by the screen; None where more than a share of the entries are candidates."""
     weight, bias = weights.activated, weights.activated_bias
     x = x if calls.rows_are_contiguous(x) else x.contiguous()
-    screen = screen_of(weight, "weight") if trains else kept_screen(weight).screen
-    if find_candidates(sample(x), screen, bias, share) is None:
-        return None
-    found = find_candidates(x, screen, bias, share + MARGIN)
+    found = (_find_anew if trains else _find_by_habit)(x, weight, bias, share)
     if found is None:
         return None
     panels = _passing_panels(weight) if trains else kept_panels(weight)
     return compact_product(calls.pack(x, "x"), panels, bias, found)
+
+
+def _find_anew(x: Tensor, weight: Tensor, bias: Tensor | None, share: float) -> Candidates | None:
+    """The candidates of a weight that is about to change, after a look at some tokens and units.
+
+    It goes by x and the weight alone: a forward pass that checkpointing repeats must come to the
+    same list.
+    """
+    some = screen_of(weight[::_UNITS_SAMPLED], "weight")
+    some_bias = None if bias is None else bias[::_UNITS_SAMPLED].contiguous()
+    if find_candidates(sample(x), some, some_bias, share) is None:
+        return None
+    return find_candidates(x, screen_of(weight, "weight"), bias, share + MARGIN)
+
+
+def _find_by_habit(
+    x: Tensor, weight: Tensor, bias: Tensor | None, share: float
+) -> Candidates | None:
+    """The candidates of a weight that stays, after a look at some tokens if it was too many."""
+    screen, _, habit = kept_screen(weight)
+    limit = habit.limit(share)
+    if limit <= 0.0:
+        return None
+    found = None
+    if habit.screens or find_candidates(sample(x), screen, bias, limit) is not None:
+        found = find_candidates(x, screen, bias, limit)
+    habit.note(math.nan if found is None else found.share, found is not None)
+    return found
 
 
 def _decode(

@@ -82,15 +82,15 @@ def _reached(thresholds: Thresholds, rows: int) -> float:
 
 @dataclass
 class Habit:
-    """Whether to screen few rows, which are too few to look at some of them first.
+    """Whether to screen a block in inference, by what came of it before.
 
-    It goes by the last share of candidates: once that is above the threshold by more than `MARGIN`,
-    some calls go unscreened before the next try, twice as many each time; the try has to get below
-    the threshold itself.
+    Once the share of candidates is above the threshold by more than `MARGIN`, some calls go
+    unscreened before the next try, twice as many each time; the try has to get below the threshold
+    itself.
 
     Attributes:
-        share: of candidates, when it was last counted; NaN before that.
-        screens: whether it was low enough.
+        share: of candidates, at the last screened call; NaN if it was not counted.
+        screens: whether it was low enough, or nothing is known yet.
         wait: calls until the next try.
         next_wait: calls to wait after the next try that fails.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from steppe.ops.calls import (
     dtype_code,
     library,
     pointer,
+    refuse,
     require,
     threads,
 )
@@ -69,8 +69,8 @@ class FewBlock:
         if screens:
             make = kept_screen if stays else kept_screen_of_known
             kept = make(weights.activated)
-        self._habit = None if kept is None else kept.habit
-        self._entries = hidden
+        self._habit = None if kept is None else kept.few
+        self._hidden, self._width = hidden, width
         copied = [
             weight
             for weight, rows in zip(weights, laid_out, strict=True)
@@ -101,11 +101,17 @@ class FewBlock:
         )
         self._reference = ctypes.byref(self._structure)
         self._candidates = _SIZE(0)
-        self._state = list(_state(weights)) if stays else []
+        # Of a transposed parameter it is the parameter that counts: other ``.data`` moves it alone.
+        self._given = [
+            weight if weight._base is None else weight._base
+            for weight in weights
+            if stays and weight is not None
+        ]
+        self._state = [(weight.data_ptr(), weight._version) for weight in self._given]
 
     def holds(self) -> bool:
         """Whether the weights are where they were, and no version of theirs has changed."""
-        return self._state == list(_state(self.weights))
+        return self._state == [(weight.data_ptr(), weight._version) for weight in self._given]
 
     def run(
         self,
@@ -129,11 +135,13 @@ class FewBlock:
             True; False where more are active, and r alone is written; None where the weights have
             changed, and nothing is.
         """
-        rows = x.numel() // self._structure.width
-        require(x.is_contiguous(), f"x contiguous, got strides {x.stride()}")
-        require(rows <= DECODE_ROWS, f"at most {DECODE_ROWS} rows, got {rows}")
-        require(x.dtype == self.weights.down.dtype, f"{self.weights.down.dtype}, got {x.dtype}")
-        entries = rows * self._entries
+        rows = x.numel() // self._width
+        if rows > DECODE_ROWS or x.dtype != self.weights.down.dtype or not x.is_contiguous():
+            refuse(
+                f"at most {DECODE_ROWS} contiguous rows of {self.weights.down.dtype},"
+                f" got {tuple(x.shape)} of {x.dtype}"
+            )
+        entries = rows * self._hidden
         habit = self._habit
         most_candidates = 0
         if habit is not None and max_candidates > 0.0:
@@ -160,16 +168,6 @@ class FewBlock:
             found = self._candidates.value
             habit.note(found / max(entries, 1), found <= most_candidates)
         return bool(active != _TOO_MANY)
-
-
-def _state(weights: Weights) -> Iterator[tuple[int, int] | None]:
-    """Where each is, and its version.
-
-    Of a transposed parameter it is the parameter that counts: other ``.data`` moves it alone.
-    """
-    for weight in weights:
-        owner = weight if weight is None or weight._base is None else weight._base
-        yield None if owner is None else (owner.data_ptr(), owner._version)
 
 
 def _check(weights: Weights) -> None:

@@ -22,6 +22,7 @@ _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "abi_version": ("", _INT),
     "isa": ("", ctypes.c_char_p),
+    "prefer_large_pages": ("pn", None),
     "count": ("pinnnpi", None),
     "offsets": ("pnnnp", _SIZE),
     "fill": ("pinnnnpppi", None),
@@ -39,7 +40,7 @@ _SIGNATURES = {
     "screen": ("ppinnpppnnppi", _SIZE),
     "list_masks": ("pnnnppi", None),
     "sift": ("pppinnpi", _SIZE),
-    "close_up": ("pppinnpppi", None),
+    "close_up": ("ppppinnnnpppi", None),
 }
 _TYPES = {"p": _POINTER, "n": _SIZE, "i": _INT, "f": ctypes.c_float}
 

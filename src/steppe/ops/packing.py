@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from steppe.ops.calls import Panels, pack, rows_are_contiguous
+from steppe.ops.calls import Panels, lasting, pack, rows_are_contiguous
 from steppe.ops.dispatch import Habit
 from steppe.ops.screened import Screen, screen_of
 
@@ -30,11 +30,13 @@ class KeptScreen(NamedTuple):
 
     Attributes:
         screen: the integers and their bounds.
-        habit: of calls with few rows.
+        few: the habit of calls with few rows, which screen inputs of 16 bits.
+        many: the habit of the others.
     """
 
     screen: Screen
-    habit: Habit
+    few: Habit
+    many: Habit
 
 
 @dataclass
@@ -58,7 +60,11 @@ def kept_panels(weight: Tensor) -> Panels:
 
 def kept_rows(weight: Tensor) -> Tensor:
     """A weight ``[N, D]`` with its rows contiguous; itself if they are."""
-    return weight if rows_are_contiguous(weight) else _kept("rows", weight, Tensor.contiguous)
+    return weight if rows_are_contiguous(weight) else _kept("rows", weight, _make_rows)
+
+
+def _make_rows(weight: Tensor) -> Tensor:
+    return lasting(weight.shape, weight.dtype).copy_(weight.detach())
 
 
 def kept_screen(weight: Tensor) -> KeptScreen:
@@ -80,7 +86,7 @@ class _Sight:
 
 
 def _make_screen(weight: Tensor) -> KeptScreen:
-    return KeptScreen(screen_of(weight), Habit())
+    return KeptScreen(screen_of(weight), Habit(), Habit())
 
 
 def forget(weight: Tensor) -> None:

@@ -18,6 +18,7 @@ from steppe.ops.calls import (
     balanced,
     check_vector,
     dtype_code,
+    lasting,
     library,
     pack,
     pointer,
@@ -33,7 +34,7 @@ from steppe.ops.reference import TILE_UNIT, ceil_div
 MAX_WIDTH = 131_072  # of int8 products, whose sums are int32
 _GRAIN = 128  # the width is padded to a multiple of it
 _TOKEN_BYTES = 32
-_SAMPLED = 16  # one token in so many is looked at first
+_SAMPLED = 32  # one token in so many is looked at first, and two at least
 _GOLDEN = 0.6180339887498949
 
 
@@ -58,15 +59,15 @@ def screen_of(weight: Tensor, buffer: str | None = None) -> Screen:
 
     Args:
         weight: ``[F, D]``, float32 or bfloat16, of any strides.
-        buffer: name of the `scratch` to write to; None for new memory.
+        buffer: name of the `scratch` to write to; None for `lasting` memory.
     """
     hidden, width = weight.shape
     require(width < MAX_WIDTH, f"a width below {MAX_WIDTH}, got {width}")
     units = ceil_div(hidden, TILE_UNIT) * TILE_UNIT
     shape = (units // 16, _padded(width) // 4, 16, 4)
     if buffer is None:
-        integers = torch.empty(shape, dtype=torch.uint8)
-        bounds = torch.empty(4, units, dtype=torch.float64)
+        integers = lasting(shape, torch.uint8)
+        bounds = lasting((4, units), torch.float64)
     else:
         integers = scratch(f"{buffer} integers", shape, _like(torch.uint8))
         bounds = scratch(f"{buffer} bounds", (4, units), _like(torch.float64))
@@ -201,7 +202,7 @@ def compact_product(
         threads(),
     )
     values = sampled(Support(index, offsets, rows, columns), x, weight, bias)
-    kept_offsets = torch.empty_like(offsets)
+    kept_counts = scratch("kept counts", (tiles * rows,), _like(torch.int32))
     code = dtype_code(values)
     kept = library().steppe_sift(
         values.data_ptr(),
@@ -210,24 +211,41 @@ def compact_product(
         code,
         rows,
         tiles,
-        kept_offsets.data_ptr(),
+        kept_counts.data_ptr(),
         threads(),
     )
-    support = Support(torch.empty(kept, dtype=torch.int16), kept_offsets, rows, columns)
+    merged = _merged(tile, tiles, blocks, tile_for(kept / (rows * columns), rows, values.dtype))
+    support = Support(
+        torch.empty(kept, dtype=torch.int16),
+        torch.empty(ceil_div(tiles, merged) * rows + 1, dtype=torch.int64),
+        rows,
+        columns,
+    )
     kept_values = values.new_empty(kept)
     library().steppe_close_up(
         values.data_ptr(),
         index.data_ptr(),
         offsets.data_ptr(),
+        kept_counts.data_ptr(),
         code,
         rows,
+        tile,
         tiles,
-        kept_offsets.data_ptr(),
+        merged,
+        support.offsets.data_ptr(),
         kept_values.data_ptr(),
         support.index.data_ptr(),
         threads(),
     )
     return kept_values, support
+
+
+def _merged(tile: int, tiles: int, blocks: int, wanted: int) -> int:
+    """How many tiles to make one of about the wanted width, which their number then tells."""
+    for merged in range(wanted // tile, 1, -1):
+        if TILE_UNIT * ceil_div(blocks, ceil_div(tiles, merged)) == merged * tile:
+            return merged
+    return 1
 
 
 def _padded(width: int) -> int:
@@ -242,7 +260,7 @@ def _like(dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _sampled_rows(rows: int) -> Tensor:
-    """Different rows, ⌈rows / `_SAMPLED`⌉ of them, by steps of the golden ratio."""
-    count = ceil_div(rows, _SAMPLED)
+    """Different rows, one in `_SAMPLED`, by steps of the golden ratio."""
+    count = min(max(ceil_div(rows, _SAMPLED), 2), rows)
     steps = torch.arange(count, dtype=torch.float64) * _GOLDEN % 1.0
     return (steps * rows).long().unique()

@@ -18,14 +18,17 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
 
     Returns:
         A table of 80 columns or less. ``ratio`` is dense time / sparse time, ``quartiles`` those of
-        the rounds.
+        the rounds, ``unscreened`` the same ratio without screening.
     """
     widths = dict.fromkeys((row["d"], row["f"]) for row in rows)
     threads = " or ".join(dict.fromkeys(str(row["threads"]) for row in rows))
     title = ", ".join(f"d_model {d}, d_hidden {f}" for d, f in widths) + f"; threads: {threads}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("case", no_wrap=True)
-    for heading in ("density\n%", "dense\nms", "sparse\nms", "ratio", "quartiles", "bound"):
+    for heading in (
+        *("density\n%", "candi-\ndates %", "dense\nms", "sparse\nms"),
+        *("ratio", "quartiles", "un-\nscreened", "bound"),
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, group in groupby(rows, curve_name):
         curve, parts = list(group), name.split(", ")
@@ -34,10 +37,12 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
             table.add_row(
                 "\n".join(parts[index:] if row is curve[-1] else parts[index : index + 1]),
                 f"{100 * row['density']:.1f}",
+                f"{100 * row['candidates']:.1f}",
                 f"{row['dense_ms']:.3g}",
                 f"{row['sparse_ms']:.3g}",
                 f"{row['ratio']:.2f}",
                 f"{low:.2f}–{high:.2f}",
+                f"{row['unscreened_ratio']:.2f}",
                 f"{row['bound']:.2f}",
             )
         table.add_section()

@@ -56,7 +56,7 @@ def plot_training_density(summary: dict[str, Any], path: Path) -> Path:
 
 
 def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Dense time / sparse time against the density: one curve a case, its bound, the line at 1.
+    """Dense time / sparse time against the density, screened and not, the bound and the line at 1.
 
     Where a curve falls to the line is marked, and said in the legend.
 
@@ -91,6 +91,8 @@ def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> Path:
             densities, ratios, margins, fmt=f"{dash}o", color=colour, label=label, markersize=4
         )
         panel.plot(densities, [row["bound"] for row in curve], ":", color=colour, linewidth=1.0)
+        unscreened = [row["unscreened_ratio"] for row in curve]
+        panel.plot(densities, unscreened, dash, color=colour, linewidth=0.8, alpha=0.5)
         if crossing is not None:
             panel.plot([100 * crossing], [1.0], "x", color=colour, markersize=9)
     panel.set_xscale("log")
@@ -98,7 +100,7 @@ def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     ticks = sorted({float(f"{100 * row['density']:.2g}") for row in rows if row["density"]})
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.set_xlabel("active hidden units, %")
-    panel.set_ylabel("dense time / sparse time (dotted: bound)")
+    panel.set_ylabel("dense time / sparse time (thin: unscreened, dotted: its bound)")
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=9)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from steppe.report.bench_table import curve_name
 from steppe.report.figures import style_of
 from steppe.report.readings import format_quality, percent
 from steppe.report.series import (
@@ -90,6 +91,45 @@ def summary_table(runs: Sequence[Run]) -> str:
     )
 
 
+def speed_sheet(runs: Sequence[Run], prefix: str = "") -> str:
+    """How fast the blocks of the runs ran; nothing where no run was timed.
+
+    Args:
+        runs: at least one.
+        prefix: of the ids of its elements.
+    """
+    columns = (
+        ("dense, ms", lambda row: f"{row['dense_ms']:.3g}"),
+        ("density", lambda row: percent(row["density"])),
+        ("candidates", lambda row: percent(row["candidates"])),
+        ("accelerated", lambda row: f"{row['ratio']:.2f}×"),
+        ("without screening", lambda row: f"{row['unscreened_ratio']:.2f}×"),
+        ("its bound", lambda row: f"{row['bound']:.2f}×"),
+    )
+    rows = [(run.name, row) for run in runs for row in run.speed]
+    if not rows:
+        return ""
+    heads = ["run", "pass", *(name for name, _ in columns)]
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{_curve(row)}</td>'
+        + "".join(f"<td>{show(row)}</td>" for _, show in columns)
+        + "</tr>"
+        for name, row in rows
+    )
+    return f"""<section class="wide" id="{prefix}speed">
+<h2 id="{prefix}speed-title">How fast the blocks ran</h2>
+<p class="reading">Dense time over time on the sparse kernels, the median of rounds in which they
+took turns. Candidates are the hidden units that the int8 screen cannot tell to be zero: of the
+first product, only they are computed. Without screening it is dense, and the ratio has a
+bound.</p>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="{prefix}speed-title">
+<table class="settings"><thead><tr>{head}</tr></thead>
+<tbody>{body}</tbody></table>
+</div>
+</section>"""
+
+
 def settings_sheet(runs: Sequence[Run], prefix: str = "") -> str:
     """Settings and versions of the runs, folded up; what differs stands first and is marked.
 
@@ -123,6 +163,11 @@ def settings_sheet(runs: Sequence[Run], prefix: str = "") -> str:
 </div>
 </details>
 </section>"""
+
+
+def _curve(row: dict[str, Any]) -> str:
+    threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    return html.escape(f"{curve_name(row)}, d {row['d']}, {threads}")
 
 
 def _density(value: float, old: float, compared: bool) -> str:

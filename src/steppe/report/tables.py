@@ -88,7 +88,10 @@ def speed_table(summary: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("data", "arm"):
         table.add_column(heading)
-    for heading in ("d_model,\nd_hidden", "tokens", "training\nstep", "inference", "dense\nms"):
+    for heading in (
+        *("d_model,\nd_hidden", "tokens", "candi-\ndates, %"),
+        *("training\nstep", "inference", "dense\nms"),
+    ):
         table.add_column(heading, justify="right")
     for name, data_set in summary["data_sets"].items():
         for index, (arm, result) in enumerate(data_set["arms"].items()):
@@ -98,6 +101,7 @@ def speed_table(summary: dict[str, Any]) -> Table:
                 arm,
                 f"{first['d']}, {first['f']}",
                 str(first["tokens"]),
+                f"{100 * first['candidates']:.1f}",
                 *(f"{ratio:.2f}" for ratio in result["speed_up"].values()),
                 f"{first['dense_ms']:.1f}",
             )

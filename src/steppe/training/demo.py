@@ -268,10 +268,9 @@ def _train_arm(
     held_out = measure(model, trainer.get_eval_dataloader())
     run = callback.run(trainer.args, trainer.state, model, name=label)
     quality = metrics["eval_accuracy"] if task.quality == "accuracy" else loss
-    write_run(
-        replace(run, held_out=[held_out], held_out_steps=[steps], quality={task.quality: quality}),
-        folder / RUN_FILE,
-    )
+    speed = _speed(model, trainer, split.held_out, task.batch)
+    measured = replace(run, held_out=[held_out], held_out_steps=[steps], speed=speed)
+    write_run(replace(measured, quality={task.quality: quality}), folder / RUN_FILE)
     write_folder(folder / "model", lambda temporary: trainer.save_model(str(temporary)))
     return ArmRun(
         seed=seed,
@@ -284,7 +283,7 @@ def _train_arm(
         training_density_per_block=callback.training_density_per_block,
         seconds=seconds,
         history=[(entry["step"], entry["density"]) for entry in callback.history],
-        speed=_speed(model, trainer, split.held_out, task.batch),
+        speed=speed,
     )
 
 
