@@ -196,6 +196,7 @@ void test_all() {
       test_screen_few<E>(T, 70, D, true);
     }
   }
+  test_decode_mlp<E>(1, 33000, 5, true, 1, 0, 1);  // more columns than a tile can have
   for (int64_t T : {0, 1, 3, 8}) {
     for (bool gated : {false, true}) {
       test_decode_mlp<E>(T, 70, 65, gated, 1, 0, 0);

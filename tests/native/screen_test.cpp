@@ -183,10 +183,11 @@ void test_list_masks(int64_t T, int64_t F, int64_t tile, double density) {
   check(index.guards_hold(), what + ": writes outside");
 }
 
-// Entries with values that a comparison gets wrong: those that are not <= 0 stay, closed up.
+// Entries with values that a comparison gets wrong: those that are not <= 0 stay, closed up, in tiles
+// that are `merged` of the old ones.
 template <typename E>
-void test_sift(int64_t T, int64_t F, int64_t tile, double density) {
-  const std::string what = std::string("sift ") + kName<E> + shape({T, F, tile});
+void test_sift(int64_t T, int64_t F, int64_t tile, int64_t merged, double density) {
+  const std::string what = std::string("sift ") + kName<E> + shape({T, F, tile, merged});
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float inf = std::numeric_limits<float>::infinity();
   const float special[] = {nan, -nan, inf, -inf, 0.0f, -0.0f, 1e-40f, -1e-40f};
@@ -197,25 +198,28 @@ void test_sift(int64_t T, int64_t F, int64_t tile, double density) {
     value_at[t * F + f] = *value;
     return is_there[t * F + f] = (uniform() + 1) / 2 < density;
   });
-  const List<E> kept(T, F, tile, [&](int64_t t, int64_t f, E *value) {
+  const List<E> kept(T, F, tile * merged, [&](int64_t t, int64_t f, E *value) {
     *value = value_at[t * F + f];
     return is_there[t * F + f] && !(to_double(*value) <= 0);
   });
   for (int threads : kTeams) {
     Output<E> values(all.entries()), closed(kept.entries());
     Output<int16_t> index(all.entries()), closed_index(kept.entries());
-    Output<int64_t> offsets(all.offsets.size());
+    Output<int32_t> counts(all.tiles() * T);
+    Output<int64_t> offsets(kept.offsets.size());
     std::copy_n(all.values.data(), all.entries(), values.data());
     std::copy_n(all.index.data(), all.entries(), index.data());
     const int64_t entries = steppe_sift(values.data(), index.data(), all.offsets.data(), kDtype<E>,
-                                        T, all.tiles(), offsets.data(), threads);
+                                        T, all.tiles(), counts.data(), threads);
     check(entries == kept.entries(), what + ": number of entries");
+    steppe_close_up(values.data(), index.data(), all.offsets.data(), counts.data(), kDtype<E>, T,
+                    tile, all.tiles(), merged, offsets.data(), closed.data(), closed_index.data(),
+                    threads);
     check(same_bits(kept.offsets.data(), offsets.data(), offsets.size()), what + ": offsets");
-    steppe_close_up(values.data(), index.data(), all.offsets.data(), kDtype<E>, T, all.tiles(),
-                    offsets.data(), closed.data(), closed_index.data(), threads);
     check(same_bits(kept.values.data(), closed.data(), closed.size()), what + ": values");
     check(same_bits(kept.index.data(), closed_index.data(), closed.size()), what + ": index");
-    check(values.guards_hold() && index.guards_hold() && offsets.guards_hold() &&
+    check(values.guards_hold() && index.guards_hold() && counts.guards_hold() &&
+              offsets.guards_hold() &&
               closed.guards_hold() && closed_index.guards_hold(),
           what + ": writes outside");
   }
@@ -244,7 +248,7 @@ void test_all() {
       for (int64_t F : {1, 63, 64, 65, 200, 700}) {
         for (int64_t T : {0, 1, 7}) {
           if (kDtype<E> == 0) test_list_masks(T, F, tile, density);
-          test_sift<E>(T, F, tile, density);
+          for (int64_t merged : {1, 2, 3}) test_sift<E>(T, F, tile, merged, density);
         }
       }
     }

@@ -86,7 +86,7 @@ def screens(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @given(
     rows=st.sampled_from([0, 1, 5, 6, 7, 8, 9, 40, 97, 130]),
     width=st.integers(1, 300),
-    hidden=st.integers(1, 300),
+    hidden=st.integers(8, 300),
     shift=st.sampled_from([-9.0, -2.0, -1.0, 0.0, 9.0]),
     gated=st.booleans(),
     rule=st.sampled_from(RULES),
@@ -149,8 +149,11 @@ def test_the_same_active_set_values_and_gradients(
         torch.empty(0, dtype=torch.bool),
     )
     wanted = [grad_x, *[grad for grad in grad_weights if grad is not None]]
-    for one, other in zip(torch.autograd.grad(got[0], leaves, grad_z), wanted, strict=True):
-        assert error(one, other) < (4e-6 if dtype == torch.float32 else 4e-2)
+    grads, plain_grads = (torch.autograd.grad(each[0], leaves, grad_z) for each in (got, plain))
+    limit = 4e-6 if dtype == torch.float32 else 4e-2
+    for one, twin, other in zip(grads, plain_grads, wanted, strict=True):
+        # Of a sum that nearly cancels the unscreened block has as little left.
+        assert error(one, other) < max(limit, 1.5 * error(twin, other))
 
 
 def magnitude(x: Tensor, weights: Weights) -> Tensor:
@@ -176,9 +179,10 @@ def test_it_is_the_screen_that_is_tested(
 ) -> None:
     weights = weights_for(128, 512, False, dtype, -1.6)
     run(torch.randn(97, 128).to(dtype), weights, 1.0, trains)
-    assert screens == [True, True]  # of some rows, then of all
+    calls_of_it = [True, True] if trains else [True]  # of some rows and units first, or not
+    assert screens == calls_of_it
     run(torch.randn(97, 128).to(dtype), weights, 0.0, trains)
-    assert len(screens) == 2
+    assert screens == calls_of_it
 
 
 @native
@@ -339,7 +343,7 @@ def test_the_largest_integers_at_the_largest_width_fit() -> None:
         for _ in range(2):
             r = run(x[:3], block, 1.0, trains=False)[1]
         assert r.tolist() == [1.0 if bias > -8192 else 0.0, 0.0] * 3
-        assert packing.kept_screen(weight).habit.share == (0.5 if bias > -8192 else 0.0)
+        assert packing.kept_screen(weight).few.share == (0.5 if bias > -8192 else 0.0)
 
 
 @pytest.mark.parametrize(
