@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steppe.ops import cpu, dispatch, few
+from steppe.ops import cpu, dispatch, few, screened
 from steppe.ops.dispatch import MARGIN, Habit
 from steppe.ops.native import kernels
 from steppe.ops.packing import kept_screen
@@ -133,3 +133,60 @@ def test_few_rows_go_by_their_habit(monkeypatch: pytest.MonkeyPatch) -> None:
     call(quiet, most=0.0)
     assert screened[-1:] == [False]
     assert cpu.kept_screen(weight).few is habit
+
+
+@native
+def test_many_rows_in_inference_go_by_a_habit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[tuple[int, bool]] = []
+
+    def finding(x: torch.Tensor, *arguments: object) -> object:
+        found = screened.find_candidates(x, *arguments)
+        looks.append((len(x), found is not None))
+        return found
+
+    monkeypatch.setattr(cpu, "find_candidates", finding)
+    weight, down = torch.randn(256, 96) / 96**0.5, torch.randn(256, 96)
+    quiet, busy = torch.full((256,), -3.0), torch.full((256,), 3.0)
+    x = torch.randn(320, 96)
+
+    def call(bias: torch.Tensor, most: float = 0.25) -> list[tuple[int, bool]]:
+        del looks[:]
+        z = mlp(x, weight, bias, None, None, down, None, 1.0, 0.0, None, 0.0, False, 1.0, most)[0]
+        dense = torch.relu(x @ weight.T + bias) @ down
+        assert (z - dense).norm() <= 1e-5 * dense.norm()
+        return list(looks)
+
+    assert call(quiet) == [(320, True)]
+    habit = kept_screen(weight).many
+    assert 0.0 < habit.share < 0.25
+    assert call(busy) == [(320, False)]
+    for _ in range(dispatch._LEAST_WAIT):
+        assert call(quiet) == []
+    assert call(busy) == [(10, False)]  # a try begins with some rows
+    for _ in range(2 * dispatch._LEAST_WAIT):
+        assert call(quiet) == []
+    assert call(quiet) == [(10, True), (320, True)]
+    assert call(quiet) == [(320, True)]
+    assert math.isnan(kept_screen(weight).few.share)
+
+
+@pytest.mark.parametrize("asked", [0.0, 0.3, 1.0])
+def test_what_is_asked_for_is_screened_without_vnni_and_however_narrow(
+    asked: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "kernels", lambda: replace(kernels(), unscreened="no VNNI"))
+    for trains in (False, True):
+        assert cpu.screen_limit(100, 16, torch.float32, trains, asked) == asked
+        assert cpu.screen_limit(100, 4096, torch.float32, trains, None) == 0.0
+        assert cpu.screen_limit(0, 16, torch.float32, trains, asked) == 0.0
+        assert cpu.screen_limit(100, screened.MAX_WIDTH, torch.float32, trains, asked) == 0.0
+
+
+def test_narrow_blocks_are_not_screened_unasked(
+    with_vnni: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_screened", {(torch.float32, 1): TABLE})
+    least = cpu._LEAST_WIDTH
+    assert cpu.screen_limit(64, least, torch.float32, False, None) == 0.5
+    assert cpu.screen_limit(64, least - 1, torch.float32, False, None) == 0.0
+    assert cpu.screen_limit(64, least - 1, torch.float32, False, 1.0) == 1.0
