@@ -17,6 +17,7 @@ import steppe
 from steppe import runtime
 from steppe.errors import AccelerationError, SparsificationError
 from steppe.ops import cpu, packing, registry
+from steppe.ops.few import FewBlock
 from steppe.ops.native import kernels
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
@@ -38,7 +39,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture
 def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The number of entries that each routed call listed; -1 for a dense one."""
+    """The number of entries that each routed call listed; -1 for a dense one, or of few rows."""
     seen: list[int] = []
 
     def counting(run: Any) -> Any:
@@ -53,6 +54,12 @@ def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
         return counted
 
+    class Counted(FewBlock):
+        def run(self, *arguments: Any) -> Any:
+            seen.append(-1)
+            return super().run(*arguments)
+
+    monkeypatch.setattr(runtime, "FewBlock", Counted)
     monkeypatch.setattr(runtime, "mlp", counting(registry.mlp))
     monkeypatch.setattr(runtime.cpu, "mlp", counting(cpu.mlp))
     return seen
