@@ -17,6 +17,7 @@ import steppe
 from steppe import runtime
 from steppe.errors import AccelerationError, SparsificationError
 from steppe.ops import cpu, packing, registry
+from steppe.ops.few import FewBlock
 from steppe.ops.native import kernels
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
@@ -53,6 +54,13 @@ def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
         return counted
 
+    class CountingBlock(FewBlock):
+        def run(self, *arguments: Any) -> bool | None:
+            done = super().run(*arguments)
+            seen.append(self.weights.down.shape[0] if done else -1)
+            return done
+
+    monkeypatch.setattr(runtime, "FewBlock", CountingBlock)
     monkeypatch.setattr(runtime, "mlp", counting(registry.mlp))
     monkeypatch.setattr(runtime.cpu, "mlp", counting(cpu.mlp))
     return seen

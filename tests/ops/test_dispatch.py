@@ -117,7 +117,7 @@ def test_few_rows_go_by_their_habit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert screened == [False]  # a weight that is met for the first time
     call(quiet)
     assert screened[1:] == [True]
-    habit = kept_screen(weight).habit
+    habit = kept_screen(weight).few
     assert 0.0 <= habit.share < 0.25
     call(busy)  # too many are candidates, which only counting them tells
     assert screened[2:] == [True]
@@ -132,4 +132,4 @@ def test_few_rows_go_by_their_habit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert habit.screens
     call(quiet, most=0.0)
     assert screened[-1:] == [False]
-    assert cpu.kept_screen(weight).habit is habit
+    assert cpu.kept_screen(weight).few is habit

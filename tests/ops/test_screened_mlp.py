@@ -85,8 +85,8 @@ def screens(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.sampled_from([0, 1, 5, 6, 7, 8, 9, 40, 97, 130]),
-    width=st.integers(1, 300),
-    hidden=st.integers(1, 300),
+    width=st.integers(8, 300),  # in one number all that is summed may cancel
+    hidden=st.integers(8, 300),
     shift=st.sampled_from([-9.0, -2.0, -1.0, 0.0, 9.0]),
     gated=st.booleans(),
     rule=st.sampled_from(RULES),
@@ -176,9 +176,10 @@ def test_it_is_the_screen_that_is_tested(
 ) -> None:
     weights = weights_for(128, 512, False, dtype, -1.6)
     run(torch.randn(97, 128).to(dtype), weights, 1.0, trains)
-    assert screens == [True, True]  # of some rows, then of all
+    expected = [True, True] if trains else [True]  # in training first of some rows and units
+    assert screens == expected
     run(torch.randn(97, 128).to(dtype), weights, 0.0, trains)
-    assert len(screens) == 2
+    assert screens == expected
 
 
 @native
@@ -339,7 +340,7 @@ def test_the_largest_integers_at_the_largest_width_fit() -> None:
         for _ in range(2):
             r = run(x[:3], block, 1.0, trains=False)[1]
         assert r.tolist() == [1.0 if bias > -8192 else 0.0, 0.0] * 3
-        assert packing.kept_screen(weight).habit.share == (0.5 if bias > -8192 else 0.0)
+        assert packing.kept_screen(weight).few.share == (0.5 if bias > -8192 else 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
