@@ -54,12 +54,13 @@ def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
         return counted
 
-    class Counted(FewBlock):
-        def run(self, *arguments: Any) -> Any:
-            seen.append(-1)
-            return super().run(*arguments)
+    class CountingBlock(FewBlock):
+        def run(self, *arguments: Any) -> bool | None:
+            done = super().run(*arguments)
+            seen.append(self.weights.down.shape[0] if done else -1)
+            return done
 
-    monkeypatch.setattr(runtime, "FewBlock", Counted)
+    monkeypatch.setattr(runtime, "FewBlock", CountingBlock)
     monkeypatch.setattr(runtime, "mlp", counting(registry.mlp))
     monkeypatch.setattr(runtime.cpu, "mlp", counting(cpu.mlp))
     return seen

@@ -578,11 +578,14 @@ def _density(blocks: Iterable[Any], inputs: Iterable[Tensor]) -> float:
 
 
 def _candidates(blocks: nn.ModuleList, inputs: Sequence[Tensor], case: Case) -> float:
-    """Share of the hidden entries that are candidates; for cold blocks, of the first one."""
+    """Share of the hidden entries that are candidates."""
+    bits = 16 if len(inputs[0]) <= DECODE_ROWS and not case.trains else 8
+    pairs: list[tuple[Any, Tensor]] = list(zip(blocks, inputs, strict=True))
+    if case.is_cold:
+        pairs = [(blocks[0], torch.cat(list(inputs)))]  # blocks of the same weights
     shares = []
-    for block, x in list(zip(blocks, inputs, strict=True))[: 1 if case.is_cold else None]:
-        layer: Any = block.up if block.gate is None else block.gate
-        bits = 16 if len(x) <= DECODE_ROWS and not case.trains else 8
+    for block, x in pairs:
+        layer = block.up if block.gate is None else block.gate
         with torch.no_grad():
             found = candidates(quantise(x, bits), quantise(layer.weight), layer.bias)
         shares.append(found.double().mean().item())

@@ -28,7 +28,7 @@ from steppe.ops import calls, screened
 from steppe.ops.calls import DECODE_ROWS
 from steppe.ops.few import FewBlock
 from steppe.ops.native import kernels
-from steppe.ops.reference import Weights, densify
+from steppe.ops.reference import Weights, ceil_div, densify
 from steppe.ops.screened import Screen, compact_product, find_candidates, screen_of
 from steppe.ops.screening import candidates, estimate, quantise, rotate, slack
 
@@ -332,14 +332,18 @@ def test_results_are_the_same_bits_for_any_number_of_threads(rows: int, dtype: t
 
 
 def test_the_rows_that_are_looked_at_first_are_spread_and_few() -> None:
-    for rows, few in ((1, 1), (2, 2), (5, 2), (64, 2), (65, 3), (1024, 32)):
-        looked_at = screened.sample(torch.arange(rows)[:, None]).flatten()
-        assert len(looked_at) == len(looked_at.unique()) == few
-        assert int(looked_at.max()) < rows
-        if rows == 1024:
-            assert int(looked_at.diff().max()) < 64
-            for period in (2, 4, 8):
-                assert int((looked_at % period).bincount(minlength=period).min()) > 0
+    for rows in (1, 5, 16, 17, 100, 1024):
+        x = torch.arange(rows, dtype=torch.float32)[:, None]
+        sample = screened.sample(x).flatten()
+        assert len(sample) == min(max(ceil_div(rows, 32), 2), rows)
+        assert len(sample.unique()) == len(sample)
+        assert float(sample.max()) < rows
+        if rows >= 100:
+            assert float(sample.diff().max()) < 64
+        for period in (2, 4, 8):
+            if rows == 1024:
+                counts = (sample.long() % period).bincount(minlength=period)
+                assert int(counts.min()) > 0
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from steppe.ops.screened import (
 )
 
 _LEAST_WIDTH = 256  # of narrower blocks all is done so soon that screening gains little or nothing
-_UNITS_SAMPLED = 4  # one unit in so many is looked at first
+_UNITS_SAMPLED = 16  # one unit in so many is looked at first
 
 
 def runs(*tensors: Tensor | None) -> bool:

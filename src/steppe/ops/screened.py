@@ -214,7 +214,9 @@ def compact_product(
         kept_counts.data_ptr(),
         threads(),
     )
-    merged = _merged(tile, tiles, blocks, tile_for(kept / max(rows * columns, 1), rows, values.dtype))
+    merged = _merged(
+        tile, tiles, blocks, tile_for(kept / max(rows * columns, 1), rows, values.dtype)
+    )
     support = Support(
         torch.empty(kept, dtype=torch.int16),
         torch.empty(ceil_div(tiles, merged) * rows + 1, dtype=torch.int64),

@@ -23,7 +23,13 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
     widths = dict.fromkeys((row["d"], row["f"]) for row in rows)
     threads = " or ".join(dict.fromkeys(str(row["threads"]) for row in rows))
     title = ", ".join(f"d_model {d}, d_hidden {f}" for d, f in widths) + f"; threads: {threads}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.add_column("case", no_wrap=True)
     for heading in (
         *("density\n%", "candi-\ndates %", "dense\nms", "sparse\nms"),
