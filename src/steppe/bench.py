@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from steppe.blocks import BlockPattern, MLPBlock, find_blocks, linear_weight, unwrap
 from steppe.ops.native import kernels
+from steppe.plugins.rising_threshold import activated_bias
 from steppe.runs import versions
 from steppe.runtime import accelerate_, restore_
 
@@ -496,7 +497,8 @@ def _block_alone(block: MLPBlock) -> Block:
         copied.weight = nn.Parameter(
             (weight if hasattr(layer, "in_features") else weight.T).clone()
         )
-        copied.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        bias = activated_bias(block) if layer is block.activated else layer.bias
+        copied.bias = None if bias is None else nn.Parameter(bias.detach().clone())
     return alone.eval()
 
 

@@ -21,6 +21,8 @@ from steppe.ops.packing import forget
 from steppe.ops.reference import Rule, Weights
 from steppe.ops.registry import mlp, rule_of, scatter
 from steppe.plugins.jumping_relu import JUMPING_SQUARED_RELU, MixedActivation
+from steppe.plugins.penalty import is_penalized
+from steppe.plugins.rising_threshold import activated_bias, threshold_of
 from steppe.plugins.sparsify import sparsification_of
 from steppe.routing import Route
 from steppe.surgery import Journal, forget_compiled_code
@@ -98,7 +100,7 @@ def accelerate_(
         journal.hold_nested_tensors_off(root)
         for block in blocks:
             compute = partial(_compute, max_density=max_density)
-            pays_here = partial(_pays, block) if max_density is None else _always
+            pays_here = partial(_pays, block, max_density is not None)
             Route(block, compute, pays_here).lay(journal)
         journal.add_attribute(Slot(root, _ATTRIBUTE), Acceleration(blocks, journal))
     except BaseException:  # also Ctrl-C: never half a model
@@ -194,14 +196,11 @@ def _is_conv1d(layer: nn.Module) -> bool:
     return hasattr(layer, "nf") and hasattr(layer, "nx") and not hasattr(layer, "base_layer")
 
 
-def _pays(block: MLPBlock, x: Tensor) -> bool:
-    """Whether a call is worth the detour."""
-    return pays(x.numel() // block.d_model, block.d_model, block.d_hidden)
-
-
-def _always(x: Tensor) -> bool:
-    """Every call."""
-    return True
+def _pays(block: MLPBlock, always: bool, x: Tensor) -> bool:
+    """Whether a call is worth the detour; not where the loss needs the activations themselves."""
+    if is_penalized(block):
+        return False
+    return always or pays(x.numel() // block.d_model, block.d_model, block.d_hidden)
 
 
 def _compute(route: Route, x: Tensor, max_density: float | None) -> Tensor:
@@ -215,6 +214,9 @@ def _compute(route: Route, x: Tensor, max_density: float | None) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    threshold = threshold_of(block)
+    if threshold is not None and block.activated.training:
+        threshold.see_x(*tensors[:2], _bias(block.activated))
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     op = mlp if trains or not _is_plain(x) else cpu.mlp
     z, r, up, _, index, offsets = op(*tensors, alpha, beta, mix, dropout, trains, max_density)
@@ -259,7 +261,7 @@ def _weights(block: MLPBlock) -> Weights:
     first, up = block.activated, None if block.gate is None else block.up
     return Weights(
         activated=_outputs_first(first),
-        activated_bias=_bias(first),
+        activated_bias=activated_bias(block),
         up=None if up is None else _outputs_first(up),
         up_bias=None if up is None else _bias(up),
         down=_outputs_first(block.down).T,

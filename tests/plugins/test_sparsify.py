@@ -469,7 +469,7 @@ def test_an_interruption_in_the_middle_leaves_the_model_untouched(
     before = Snapshot.of(model)
     old = logits(model)
     monkeypatch.setattr(kind, "apply", interrupted)
-    have = {plugin.key for plugin, _ in getattr(sparsification_of(model), "applied", [])}
+    have = {applied.plugin.key for applied in getattr(sparsification_of(model), "applied", [])}
     with pytest.raises(KeyboardInterrupt):
         steppe.sparsify_(model, [p for p in (ZEROTH, NORM, MIXED) if p.key not in have])
     before.assert_same(model)
