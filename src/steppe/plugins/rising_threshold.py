@@ -175,7 +175,7 @@ class Threshold(nn.Module):
         whole = tokens.clamp(min=1.0)
         variance = ((squares - total.square() / whole) / whole).clamp(min=0.0)
         seen = variance.sqrt().to(self.deviation)
-        share = torch.where(self.deviation == 0, 1.0, 1.0 - DECAY)
+        share = torch.full_like(seen, 1.0 - DECAY).masked_fill(self.deviation == 0, 1.0)
         moved = self.deviation + share * (seen - self.deviation)
         usable = (tokens > 0) & seen.isfinite()
         self.deviation.copy_(torch.where(usable, moved, self.deviation))
@@ -239,9 +239,7 @@ class Rising(Constraint):
             flat = torch.cat([part.flatten().to(sums[0].device) for part in sums])
             dist.all_reduce(flat)  # one for all blocks
             parts = flat.split([part.numel() for part in sums])
-            sums = [
-                part.view_as(own).to(own.device) for part, own in zip(parts, sums, strict=True)
-            ]
+            sums = [part.view_as(own).to(own.device) for part, own in zip(parts, sums, strict=True)]
         for threshold, part in zip(self.thresholds, sums, strict=True):
             threshold.take_up(part)
 
@@ -310,9 +308,7 @@ def add_product_moments_(
 
 
 @add_product_moments_.register_fake
-def _(
-    sums: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, counted: Tensor | None
-) -> None:
+def _(sums: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, counted: Tensor | None) -> None:
     """Nothing is returned."""
 
 
