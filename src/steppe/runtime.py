@@ -216,7 +216,7 @@ def _compute(route: Route, x: Tensor, max_density: float | None) -> Tensor:
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     threshold = threshold_of(block)
     if threshold is not None and block.activated.training:
-        threshold.see_x(*tensors[:2], _bias(block.activated))
+        threshold.see_x(flat, weights.activated, _bias(block.activated))
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     op = mlp if trains or not _is_plain(x) else cpu.mlp
     z, r, up, _, index, offsets = op(*tensors, alpha, beta, mix, dropout, trains, max_density)
