@@ -137,7 +137,7 @@ class Penalty(Constraint):
             self._means.append(mean)
             self._is_due = True
 
-    def add_to(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
+    def add_to(self, loss: Tensor, share: float = 1.0) -> Tensor:
         """The loss with the penalty of the last forward pass, which is then done with.
 
         Args:

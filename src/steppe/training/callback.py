@@ -177,7 +177,9 @@ class SteppeCallback(TrainerCallback, ExportableState):
         self._monitor = self._watching.__enter__()
         self._monitor.enabled = False
         if penalties_of(model):
-            self._journal.add_forward_hook(model, PenalizedLoss(model), with_kwargs=True)
+            together = args.world_size if args.average_tokens_across_devices else 1
+            penalized = PenalizedLoss(model, args.gradient_accumulation_steps * together)
+            self._journal.add_forward_hook(model, penalized, with_kwargs=True)
         _advance(model, state, state.global_step)
 
     def on_step_begin(
