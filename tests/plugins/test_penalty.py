@@ -193,16 +193,49 @@ def make_stack(reentrant: bool | None = None) -> nn.Module:
     return steppe.sparsify_(Stack(reentrant), [ActivationPenalty(STRENGTH)])
 
 
-def test_checkpointing_adds_it_once() -> None:
-    plain, checked = make_stack(), make_stack(reentrant=False)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_adds_it_once(reentrant: bool) -> None:
+    plain, checked = make_stack(), make_stack(reentrant)
     want, got = penalized_gradients(plain, plain), penalized_gradients(checked, checked)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
-def test_reentrant_checkpointing_is_one_clear_error() -> None:
-    stack = make_stack(reentrant=True)
-    with pytest.raises(LossError, match="use_reentrant=False"):
-        penalized_gradients(stack, stack)
+def test_reentrant_checkpointing_of_one_layer_knows_the_scaled_loss() -> None:
+    found = []
+    for reentrant in (None, True):
+        stack = make_stack()
+        if reentrant:
+            first, second = stack.layers
+            stack.forward = lambda x, one=first, two=second: two(
+                checkpoint(one, x, use_reentrant=True)
+            )
+        optimizer = SGD(stack.parameters(), lr=0.1)
+        steppe.constrain_(stack, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+        x = torch.randn(2, 5, models.D_MODEL, generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            loss = steppe.penalize(stack(x.requires_grad_()).square().mean(), stack) / 3
+            scaler.scale(loss).backward()
+            found.append(gradients(stack))
+        scaler.step(optimizer)  # every block has had its gradient
+    torch.testing.assert_close(found[2], found[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[3], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_penalty_of_a_pass_without_a_graph_is_one_clear_error() -> None:
+    stack = make_stack()
+    optimizer = SGD(stack.parameters(), lr=0.1)
+    steppe.constrain_(stack, optimizer)
+    x = torch.randn(2, 5, models.D_MODEL)
+    with torch.no_grad():
+        loss = stack(x).square().mean()
+        assert steppe.penalize(loss, stack) > loss
+    own = sum(parameter.square().sum() for parameter in stack.parameters())
+    with torch.no_grad():
+        stack(x)
+    steppe.penalize(own, stack).backward()
+    with pytest.raises(LossError, match=r"under torch\.no_grad\(\), from which no gradient comes"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("reentrant", [None, False])

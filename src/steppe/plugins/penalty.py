@@ -93,49 +93,60 @@ class Penalty(Constraint):
         self.strength = torch.tensor(strength * ramp_progress(0.0, ramp))
         self._means: list[Tensor] = []  # of the last forward pass
         self._is_due = False
+        # Reentrant checkpointing runs the blocks without a graph first. Their gradient comes in
+        # when they run again; by then it is known what the loss was multiplied by.
+        self._bare: set[str] = set()
+        self._factor: Tensor | None = None
 
     def advance(self, progress: float) -> None:
         """Set λ."""
         self.strength.fill_(self._most * ramp_progress(progress, self._ramp))
 
     def project(self) -> None:
-        """Refuse a step whose loss has not got the penalty.
+        """Refuse a step whose loss has not got the penalty, or no gradient of it.
 
         Raises:
-            ScheduleError: says what to write.
+            ScheduleError: no loss got it; says what to write.
+            LossError: the forward pass had no graph.
         """
-        if self._is_due:
-            self._is_due = False
+        is_due, has_no_graph = self._is_due, bool(self._bare)
+        self.begin()
+        if is_due:
             raise ScheduleError(
                 "ActivationPenalty: no loss got the penalty of the last forward pass. Before"
                 " loss.backward(): loss = steppe.penalize(loss, model). In the Trainer:"
                 " callbacks=[SteppeCallback()]"
             )
+        if has_no_graph:
+            raise LossError(
+                "ActivationPenalty: the loss has the penalty of a forward pass under"
+                " torch.no_grad(), from which no gradient comes. Penalize the loss right after the"
+                " forward pass that it is of"
+            )
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook on the model: forget what an earlier call has left."""
-        self._means = []
+    def begin(self, *arguments: Any) -> None:
+        """Forget what an earlier pass has left; a forward pre-hook on the model."""
+        self._means, self._is_due, self._factor = [], False, None
+        self._bare.clear()
 
     def see_a(
         self, block: MLPBlock, context: TokenContext, module: nn.Module, args: tuple[Any, ...]
-    ) -> None:
+    ) -> tuple[Any, ...] | None:
         """Forward pre-hook on what receives a block's activations."""
         a = args[0]
         if not block.down.training or a.shape[-1] != block.d_hidden:
-            return
-        per_token = a.abs().sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
-        mask = context.mask_by_sample(a, block)
-        if mask is None:
-            mean = per_token.mean()
-        else:
-            tokens_first = block.token_dim == 0 and a.dim() == 3
-            counted = (mask.T if tokens_first else mask).reshape(per_token.shape)
-            counted = counted.to(per_token.device)
-            mean = torch.where(counted, per_token, 0.0).sum() / counted.sum().clamp(min=1)
-        # Recomputed by gradient checkpointing: the same operations, but nothing more to add.
+            return None
+        mean = mean_l1(a, self._counted(a, block, context))
+        # A pass recomputed by checkpointing: the same operations, but nothing more to add.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._means.append(mean)
             self._is_due = True
+            if not mean.requires_grad:
+                self._bare.add(block.name)
+        elif block.name in self._bare and self._factor is not None:
+            self._bare.remove(block.name)
+            return (_WithGradient.apply(a, mean, self._factor.to(mean)), *args[1:])
+        return None
 
     def add_to(self, loss: Tensor, share: float = 1.0) -> Tensor:
         """The loss with the penalty of the last forward pass, which is then done with.
@@ -143,26 +154,92 @@ class Penalty(Constraint):
         Args:
             loss: scalar.
             share: of the batch that this pass was of, where the loss is of the whole batch.
-
-        Raises:
-            LossError: no gradient can come from the penalty.
         """
         means, self._means = self._means, []
         self._is_due = False
         if not means:
             return loss
-        if loss.requires_grad and not any(mean.requires_grad for mean in means):
-            raise LossError(
-                "ActivationPenalty: the activations have no gradient. Was the forward pass under"
-                " torch.no_grad()? Gradient checkpointing must be the non-reentrant one:"
-                " use_reentrant=False, the default of Transformers"
-            )
         total = torch.stack([mean.to(loss.device) for mean in means]).sum()
-        return loss + (self.strength * share * total).to(loss.dtype)
+        weight = self.strength * share
+        penalty = (weight * total).to(loss.dtype)
+        if not loss.requires_grad:
+            self._bare.clear()
+        if not self._bare:
+            return loss + penalty
+        added: Tensor = _Added.apply(loss, penalty, weight, self)
+        return added
+
+    def take_factor(self, factor: Tensor) -> None:
+        """Be told of the gradient that each block's mean has."""
+        self._factor = factor
+
+    def _counted(self, a: Tensor, block: MLPBlock, context: TokenContext) -> Tensor | None:
+        """Which tokens count, bool, the shape of `a` without its last dimension; None for all."""
+        mask = context.mask_by_sample(a, block)
+        if mask is None:
+            return None
+        tokens_first = block.token_dim == 0 and a.dim() == 3
+        return (mask.T if tokens_first else mask).reshape(a.shape[:-1]).to(a.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: not the graph of the last forward pass."""
-        return {**self.__dict__, "_means": [], "_is_due": False}
+        passing = {"_means": [], "_is_due": False, "_bare": set(), "_factor": None}
+        return {**self.__dict__, **passing}
+
+
+class _Added(torch.autograd.Function):
+    """Loss + penalty, whose backward tells what the sum is multiplied by.
+
+    Everything that the loss depends on runs backward after it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, penalty: Tensor, weight: Tensor, told: Penalty) -> Tensor:
+        """The sum."""
+        ctx.told = told
+        ctx.weight = weight
+        return loss + penalty
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """The gradient as it is, for both."""
+        ctx.told.take_factor(grad.detach() * ctx.weight)
+        return grad, grad, None, None
+
+
+class _WithGradient(torch.autograd.Function):
+    """The activations as they are, whose backward gives their mean a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+        """The activations."""
+        ctx.save_for_backward(factor)
+        return a.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The gradient as it is, and the factor."""
+        return grad, ctx.saved_tensors[0], None
+
+
+def mean_l1(a: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean over tokens of Σ_i |a_i|.
+
+    Args:
+        a: activations ``[*, F]``.
+        counted: bool ``[*]``, False for tokens that do not count; None for all.
+
+    Returns:
+        A scalar, float32 or wider; 0 where no token counts.
+
+    Example:
+        >>> mean_l1(torch.tensor([[1.0, -2.0], [4.0, 1.0]]), None)
+        tensor(4.)
+    """
+    per_token = a.abs().sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
+    if counted is None:
+        return per_token.mean()
+    return torch.where(counted, per_token, 0.0).sum() / counted.sum().clamp(min=1)
 
 
 def penalize(loss: Tensor, model: nn.Module) -> Tensor:
@@ -180,8 +257,6 @@ def penalize(loss: Tensor, model: nn.Module) -> Tensor:
 
     Raises:
         SparsificationError: the model carries no `ActivationPenalty`.
-        LossError: the forward pass was under ``torch.no_grad()``, or under reentrant gradient
-            checkpointing.
     """
     penalties = penalties_of(model)
     if not penalties:
