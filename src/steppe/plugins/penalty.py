@@ -1,7 +1,4 @@
-"""Activation penalty: an L1 term in the loss, of what the blocks' activations are.
-
-Ours, not the paper's.
-"""
+"""Activation penalty: the L1 norm of the activations in the loss, which is not the paper's."""
 
 from __future__ import annotations
 
@@ -37,8 +34,6 @@ class ActivationPenalty(Plugin):
 
     Raises:
         ValueError: a setting is out of range.
-
-    Source: L1 on activations, e.g. arXiv 1905.04967; not of arXiv 2605.25612.
     """
 
     key: ClassVar[str] = "activation_penalty"

@@ -1,7 +1,4 @@
-"""Rising threshold: a unit is active where it stands out from its own usual values.
-
-Ours, not the paper's.
-"""
+"""Rising threshold, ours and not the paper's: active is what stands out from usual values."""
 
 from __future__ import annotations
 
