@@ -180,7 +180,8 @@ def sparsify_(
 def restore_(model: nn.Module) -> nn.Module:
     """Take everything back that `sparsify_` did: the exact inverse.
 
-    Values that training has given to the model's own parameters stay; the zeroth biases are gone.
+    Values that training has given to the model's own parameters stay; the zeroth biases and the
+    thresholds are gone (`fold_` keeps those).
 
     Args:
         model: a model that `sparsify_` changed.
@@ -278,7 +279,10 @@ def advance_(model: nn.Module, progress: float) -> nn.Module:
 
 
 def project_(model: nn.Module) -> nn.Module:
-    """Bring the parameters of a model's plug-ins back within their bounds.
+    """Bring the parameters of a model's plug-ins back within their bounds, after a step.
+
+    With `RisingThreshold` it takes up the step's statistics, summed over all processes: every one
+    must call it, once a step.
 
     Args:
         model: a sparsified model, on one device or sharded by FSDP2.
@@ -288,6 +292,8 @@ def project_(model: nn.Module) -> nn.Module:
 
     Raises:
         SparsificationError: the model carries no plug-in.
+        ScheduleError: no loss has got an `ActivationPenalty`.
+        LossError: the one that has got it gives it no gradient.
     """
     for constraint in require_sparsification(model).constraints:
         constraint.project()
