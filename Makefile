@@ -30,12 +30,12 @@ install: $(STAMP) ## make the virtual environment in .venv
 demo: $(STAMP) ## train the demo models and print the table
 	$(BIN)/steppe demo $(DEMO_ARGS)
 
-results: $(STAMP) ## measure the README's table and plot anew (ten minutes)
+results: $(STAMP) ## measure the README's table and plot anew (a quarter of an hour)
 	$(BIN)/steppe demo --seeds 3 --out runs/results
 	cp runs/results/summary.json docs/results/demo.json
 	$(BIN)/python docs/render.py
 
-twins: $(STAMP) ## train the recipes' twins anew: TEXT=FOLDER IMAGES=FOLDER (a quarter of an hour)
+twins: $(STAMP) ## train the recipes' twins anew: TEXT=FOLDER IMAGES=FOLDER (twenty minutes)
 	$(BIN)/python benchmarks/twins.py --text '$(TEXT)' --images '$(IMAGES)' \
 	  --json docs/results/twins.json
 	$(BIN)/python docs/render.py

@@ -80,3 +80,34 @@ def flatness_row(x: Tensor, grad: Tensor, slope: Tensor, counted: Tensor) -> lis
                 weight_gradient[i, j] += g * x[t, j].double().item()
     tied = sum(v.item() ** 2 for v in weight_gradient.flatten())
     return [tokens, sloped, inputs, flatness, gain, gradients, tied]
+
+
+def deviation(p: Tensor, counted: Tensor) -> list[float]:
+    """Standard deviation of each unit over the counted tokens, one entry at a time.
+
+    p is ``[N, F]``, counted is bool ``[N]``.
+    """
+    found = []
+    for unit in range(p.shape[1]):
+        values = [p[t, unit].double().item() for t in range(p.shape[0]) if counted[t]]
+        mean = math.fsum(values) / len(values)
+        found.append(math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values)))
+    return found
+
+
+def running_deviation(steps: list[list[float]], decay: float) -> list[float]:
+    """Of each unit after some steps; the first deviation above zero is taken as it is."""
+    running = [0.0] * len(steps[0])
+    for step in steps:
+        for unit, value in enumerate(step):
+            old = running[unit]
+            running[unit] = value if old == 0.0 else decay * old + (1.0 - decay) * value
+    return running
+
+
+def mean_l1(a: Tensor, counted: Tensor) -> float:
+    """Mean over the counted tokens of Σ_i |a_i|; a is ``[N, F]``, counted is bool ``[N]``."""
+    sums = [
+        math.fsum(abs(v.double().item()) for v in a[t]) for t in range(a.shape[0]) if counted[t]
+    ]
+    return math.fsum(sums) / len(sums)

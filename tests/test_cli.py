@@ -84,7 +84,7 @@ def test_demo_writes_summary_plot_logs_and_models_and_prints_the_table(tmp_path:
     for data_set, quality in (("digits", "accuracy"), ("pydoc", "loss")):
         assert data_set in result.stdout
         arms = summary["data_sets"][data_set]["arms"]
-        assert list(arms) == ["vanilla", "control", "steppe"]
+        assert list(arms) == ["vanilla", "control", "steppe", "threshold"]
         for name, arm in arms.items():
             for key in (quality, "density", "training_density", "derivative_density"):
                 assert arm[key] > 0
@@ -92,13 +92,14 @@ def test_demo_writes_summary_plot_logs_and_models_and_prints_the_table(tmp_path:
             folder = tmp_path / data_set / name / "seed-0"
             assert list(folder.glob("runs/*/events.out.tfevents.*"))
             config = json.loads((folder / "model" / "config.json").read_text())
-            assert ("steppe" in config) == (name == "steppe")
-    for name in ("vanilla", "control", "steppe"):
+            assert ("steppe" in config) == (name in ("steppe", "threshold"))
+    for name in ("vanilla", "control", "steppe", "threshold"):
         assert name in result.stdout
+    assert "ours and not the paper's" in result.stdout
     assert "dense time / accelerated time" in result.stdout
     assert result.stdout.splitlines()[-1] == str(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for label in ("digits", "pydoc", "vanilla", "control", "steppe"):
+    for label in ("digits", "pydoc", "vanilla", "control", "steppe", "threshold"):
         assert label in page
     assert result.stderr == ""
 

@@ -169,6 +169,48 @@ def test_fifty_steps_end_with_the_same_losses() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["plain", "checkpointing", "autocast"])
+@pytest.mark.parametrize("name", ["gpt2", "t5 gated", "llama"])
+def test_a_threshold_rises_as_without(name: str, mode: str, sparse_calls: list[int]) -> None:
+    torch.manual_seed(0)
+    model = steppe.sparsify_(MODELS[name](), [steppe.RisingThreshold(), PLUGINS[2]])
+    model.train()
+    if hasattr(model.config, "dropout_rate"):
+        assert model.config.dropout_rate == 0.0
+    if mode == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    other = steppe.accelerate_(copy.deepcopy(model), max_density=1.0)
+    inputs = {**models.inputs_for(model), "use_cache": False}
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, 5:] = 0
+    inputs["attention_mask"] = mask
+    densities, states = [], []
+    for each in (model, other):
+        optimizer = torch.optim.SGD(each.parameters(), lr=1.0)
+        steppe.constrain_(each, optimizer, total_steps=6)
+        with steppe.watch(each) as monitor:
+            for _ in range(4):
+                with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+                    loss = each(**inputs).logits.float().square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                densities.append(monitor.report().density)
+        states.append(each.state_dict())
+    tolerance = 5e-2 if mode == "autocast" else 1e-4
+    assert densities[4:] == pytest.approx(densities[:4], abs=1e-2 * (mode == "autocast") + 1e-9)
+    assert densities[3] < 0.8 * densities[0]
+    for key, want in states[0].items():
+        assert (states[1][key] - want).norm() <= tolerance * want.norm() + 1e-7, key
+        if key.endswith("deviation"):
+            assert want.all()
+            assert torch.allclose(states[1][key], want, rtol=tolerance)
+    assert len(sparse_calls) >= 4 * len(steppe.find_blocks(model))
+    # The bias is learnt through the threshold.
+    bias = next((b.activated.bias for b in steppe.find_blocks(other)), None)
+    assert bias is None or bias.requires_grad
+
+
 @pytest.mark.parametrize("name", ["t5", "gpt2", "t5 gated"])
 def test_watching_counts_what_it_counts_without(name: str, sparse_calls: list[int]) -> None:
     model = steppe.sparsify_(MODELS[name]().eval(), [steppe.JumpingSquaredReLU()])

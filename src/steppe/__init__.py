@@ -7,13 +7,17 @@ from steppe.errors import SteppeError
 from steppe.measures import BlockCurvature, BlockReport, Monitor, Report, measure, watch
 from steppe.ops.native import Kernels, kernels
 from steppe.plugins import (
+    ActivationPenalty,
     JumpingSquaredReLU,
     Plugin,
     RestrictedNorm,
+    RisingThreshold,
     ZerothBias,
     added_parameters,
     advance_,
     constrain_,
+    fold_,
+    penalize,
     project_,
     sparsify_,
 )
@@ -22,6 +26,7 @@ from steppe.runtime import accelerate_, restore_
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationPenalty",
     "BlockCurvature",
     "BlockPattern",
     "BlockReport",
@@ -33,6 +38,7 @@ __all__ = [
     "Rectifier",
     "Report",
     "RestrictedNorm",
+    "RisingThreshold",
     "SShapedSquaredReLU",
     "SteppeError",
     "ZerothBias",
@@ -41,9 +47,11 @@ __all__ = [
     "advance_",
     "constrain_",
     "find_blocks",
+    "fold_",
     "kernels",
     "load_pretrained",
     "measure",
+    "penalize",
     "project_",
     "restore_",
     "sparsify_",

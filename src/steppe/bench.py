@@ -31,6 +31,7 @@ from steppe.blocks import BlockPattern, MLPBlock, find_blocks, linear_weight, un
 from steppe.ops.calls import DECODE_ROWS
 from steppe.ops.native import kernels
 from steppe.ops.screening import candidates, quantise
+from steppe.plugins.rising_threshold import activated_bias
 from steppe.runs import versions
 from steppe.runtime import accelerate_, restore_
 
@@ -548,7 +549,8 @@ def _block_alone(block: MLPBlock) -> Block:
         copied.weight = nn.Parameter(
             (weight if hasattr(layer, "in_features") else weight.T).clone()
         )
-        copied.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        bias = activated_bias(block) if layer is block.activated else layer.bias
+        copied.bias = None if bias is None else nn.Parameter(bias.detach().clone())
     return alone.eval()
 
 

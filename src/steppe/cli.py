@@ -81,7 +81,7 @@ def demo(
         int | None, typer.Option(min=1, help="Stop each run early; for a quick look only.")
     ] = None,
 ) -> None:
-    """Train a tiny Transformer on two real data sets: vanilla, control, and with the plug-ins."""
+    """Train a tiny Transformer on two real data sets: vanilla, control, and with plug-ins."""
     _quieten_libraries()
     try:
         from steppe.report import (
@@ -113,7 +113,8 @@ def demo(
     _console.print(
         "In brackets: the change against vanilla.\n"
         "control: vanilla without weight decay on the norm scales, which alone gives much of the"
-        " effect.\nsteppe: zeroth bias + restricted norm + J-SquaredReLU, the paper's three.",
+        " effect.\nsteppe: zeroth bias + restricted norm + J-SquaredReLU, the paper's three."
+        "\nthreshold: control with a rising threshold, which is ours and not the paper's.",
         style="dim",
     )
     _console.print(speed_table(summary))

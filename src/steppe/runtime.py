@@ -24,6 +24,8 @@ from steppe.ops.packing import forget
 from steppe.ops.reference import Rule, Weights, mlp_from
 from steppe.ops.registry import mlp, rule_of, scatter
 from steppe.plugins.jumping_relu import JUMPING_SQUARED_RELU, MixedActivation
+from steppe.plugins.penalty import is_penalized
+from steppe.plugins.rising_threshold import activated_bias, threshold_of
 from steppe.plugins.sparsify import sparsification_of
 from steppe.routing import Route
 from steppe.surgery import Journal, forget_compiled_code
@@ -106,8 +108,9 @@ def accelerate_(
     try:
         journal.hold_nested_tensors_off(root)
         for block in blocks:
-            pays_here = partial(_pays, block) if max_density is None else _always
-            Route(block, _Computation(max_density, max_candidates), pays_here).lay(journal)
+            compute = _Computation(max_density, max_candidates)
+            pays_here = partial(_pays, block, max_density is not None)
+            Route(block, compute, pays_here).lay(journal)
         journal.add_attribute(Slot(root, _ATTRIBUTE), Acceleration(blocks, journal))
     except BaseException:  # also Ctrl-C: never half a model
         journal.undo()
@@ -202,14 +205,11 @@ def _is_conv1d(layer: nn.Module) -> bool:
     return hasattr(layer, "nf") and hasattr(layer, "nx") and not hasattr(layer, "base_layer")
 
 
-def _pays(block: MLPBlock, x: Tensor) -> bool:
-    """Whether a call is worth the detour."""
-    return pays(x.numel() // block.d_model, block.d_model, block.d_hidden)
-
-
-def _always(x: Tensor) -> bool:
-    """Every call."""
-    return True
+def _pays(block: MLPBlock, always: bool, x: Tensor) -> bool:
+    """Whether a call is worth the detour; not where the loss needs the activations themselves."""
+    if is_penalized(block):
+        return False
+    return always or pays(x.numel() // block.d_model, block.d_model, block.d_hidden)
 
 
 class _Computation:
@@ -252,6 +252,7 @@ class _Computation:
             and x.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
             and not _dropout(block)
+            and (not block.activated.training or threshold_of(block) is None)
         )
 
     def _compute_few(self, block: MLPBlock, x: Tensor) -> Tensor | None:
@@ -305,7 +306,9 @@ class _Computation:
         ):
             return None
         limit = cpu.screen_limit(DECODE_ROWS, block.d_model, x.dtype, False, self._limits[1])
-        return FewBlock(weights, screens=limit > 0.0, stays=True)
+        threshold = threshold_of(block)
+        of_bias = () if threshold is None else (threshold.multiple, threshold.deviation)
+        return FewBlock(weights, screens=limit > 0.0, stays=True, follows=of_bias)
 
 
 def _same(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
@@ -323,6 +326,9 @@ def _compute(route: Route, x: Tensor, limits: tuple[float | None, float | None])
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    threshold = threshold_of(block)
+    if threshold is not None and block.activated.training:
+        threshold.see_x(flat, weights.activated, _bias(block.activated))
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     op = mlp if trains or not _is_plain(x) else cpu.mlp
     z, r, up, _, index, offsets = op(*tensors, alpha, beta, mix, dropout, trains, *limits)
@@ -367,7 +373,7 @@ def _weights(block: MLPBlock) -> Weights:
     first, up = block.activated, None if block.gate is None else block.up
     return Weights(
         activated=_outputs_first(first),
-        activated_bias=_bias(first),
+        activated_bias=activated_bias(block),
         up=None if up is None else _outputs_first(up),
         up_bias=None if up is None else _bias(up),
         down=_outputs_first(block.down).T,

@@ -139,6 +139,11 @@ class Journal:
         slot.module.register_parameter(slot.name, parameter)
         self._edits.append(_ParameterEdit(slot))
 
+    def add_module(self, slot: Slot, module: nn.Module) -> None:
+        """Register a new module beside the existing ones."""
+        slot.module.register_module(slot.name, module)
+        self._edits.append(_AddedEdit(slot))
+
     def add_forward_pre_hook(
         self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False
     ) -> None:
@@ -146,9 +151,12 @@ class Journal:
         handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
         self._edits.append(_HookEdit(handle))
 
-    def add_forward_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+    def add_forward_hook(
+        self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False
+    ) -> None:
         """Register a forward hook."""
-        self._edits.append(_HookEdit(module.register_forward_hook(hook)))
+        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
+        self._edits.append(_HookEdit(handle))
 
     def freeze(self, parameter: nn.Parameter) -> None:
         """Take a parameter out of training.

@@ -18,7 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 import steppe
-from steppe import JumpingSquaredReLU, RestrictedNorm, ZerothBias
+from steppe import (
+    ActivationPenalty,
+    JumpingSquaredReLU,
+    RestrictedNorm,
+    RisingThreshold,
+    ZerothBias,
+)
 from steppe.errors import UnfitBlockError
 
 WORLD = 2
@@ -59,14 +65,19 @@ def train(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict
 
 def loss_of_share(model: nn.Module, step: int, rank: int, world: int) -> Tensor:
     """This process's share of the whole batch's mean loss, times the number of processes."""
+    rows = slice(rank * len(PADDING) // world, (rank + 1) * len(PADDING) // world)
+    return loss_of_rows(model, step, rows) * world
+
+
+def loss_of_rows(model: nn.Module, step: int, rows: slice) -> Tensor:
+    """Some rows' part of the whole batch's mean loss."""
     ids = models.token_ids(len(PADDING), TOKENS, seed=step)
     mask = torch.arange(TOKENS) >= PADDING[:, None]
     targets = ids.masked_fill(~mask, -100)[:, 1:]
     predicted = int((targets != -100).sum())
-    rows = slice(rank * len(PADDING) // world, (rank + 1) * len(PADDING) // world)
     logits = model(input_ids=ids[rows], attention_mask=mask[rows].long()).logits
     total = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[rows].flatten(), reduction="sum")
-    return total * world / predicted
+    return total / predicted
 
 
 def accelerated(
@@ -83,6 +94,30 @@ def accelerated(
         optimizer.step()
         optimizer.zero_grad()
     return {name: whole(p) for name, p in inner.named_parameters()}
+
+
+def thresholded(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict[str, Any]:
+    """Train with our plug-ins on micro-batches of one row each; state and own statistics."""
+    torch.manual_seed(0)
+    inner = models.gpt2().double()
+    steppe.sparsify_(inner, [RisingThreshold(ramp=1.0), ActivationPenalty(2.0**-8)])
+    model = wrap(inner)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    steppe.constrain_(model, optimizer, total_steps=STEPS)
+    threshold = inner.transformer.h[0].mlp.c_fc.threshold
+    own_tokens = []
+    for step in range(STEPS):
+        share = len(PADDING) // world
+        for row in range(rank * share, (rank + 1) * share):  # gradients are reduced each time
+            loss = loss_of_rows(model, step, slice(row, row + 1))
+            penalty = steppe.penalize(torch.zeros((), dtype=loss.dtype), model)
+            weight = (TOKENS - int(PADDING[row])) / int((TOKENS - PADDING).sum())
+            ((loss + weight * penalty) * world).backward()
+        own_tokens.append(threshold.sums[0, 0].item())
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
+    return {"state": {n: whole(t) for n, t in state.items()}, "own tokens": own_tokens}
 
 
 def measured(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict[str, Any]:
@@ -167,6 +202,8 @@ def work(rank: int, folder: Path) -> None:
             "fsdp2 accelerated": accelerated(fsdp, rank, WORLD),
             "ddp screened": accelerated(ddp, rank, WORLD, max_candidates=1.0),
             "fsdp2 screened": accelerated(fsdp, rank, WORLD, max_candidates=1.0),
+            "ddp thresholded": thresholded(ddp, rank, WORLD),
+            "fsdp2 thresholded": thresholded(fsdp, rank, WORLD),
             "too late": sparsify_too_late(rank),
         }
     torch.save(results, folder / f"{rank}.pt")

@@ -53,6 +53,25 @@ def test_accelerated_blocks_learn_what_one_process_learns(
 
 
 @each_kind
+def test_thresholds_and_penalty_are_those_of_one_process(
+    kind: str, by_rank: list[dict[str, Any]]
+) -> None:
+    expected = distributed_workers.thresholded(distributed_workers.alone, rank=0, world=1)
+    for results in by_rank:
+        got = results[f"{kind} thresholded"]
+        torch.testing.assert_close(got["state"], expected["state"], rtol=1e-9, atol=1e-12)
+    for block in ("transformer.h.0", "transformer.h.1"):
+        assert expected["state"][f"{block}.mlp.c_fc.threshold.multiple"] == 2.0
+        assert expected["state"][f"{block}.mlp.c_fc.threshold.deviation"].all()
+    # Each process had statistics of its own rows, also while DDP gave out its buffers.
+    own = [results[f"{kind} thresholded"]["own tokens"] for results in by_rank]
+    tokens = [int((TOKENS - part).sum()) for part in PADDING.chunk(WORLD)]
+    assert own == [[count] * STEPS for count in tokens]
+    assert tokens[0] != tokens[1]
+    assert expected["own tokens"] == [sum(tokens)] * STEPS
+
+
+@each_kind
 def test_the_projections_were_active_in_every_process(
     kind: str, by_rank: list[dict[str, Any]]
 ) -> None:

@@ -19,10 +19,18 @@ from torch.nn import functional as F
 
 import models
 import steppe
-from steppe import JumpingSquaredReLU, Plugin, RestrictedNorm, ZerothBias
+from steppe import (
+    ActivationPenalty,
+    JumpingSquaredReLU,
+    Plugin,
+    RestrictedNorm,
+    RisingThreshold,
+    ZerothBias,
+)
 from steppe.blocks import MLPBlock
 from steppe.errors import SparsificationError, UnfitBlockError
 from steppe.plugins.base import Constraint
+from steppe.plugins.rising_threshold import threshold_of
 from steppe.plugins.sparsify import Sparsification, sparsification_of
 from steppe.surgery import Journal
 
@@ -40,11 +48,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 ZEROTH = ZerothBias(max_tokens=16)
 NORM = RestrictedNorm(allow_shared=True)
 MIXED = JumpingSquaredReLU(ramp=0.3)
+THRESHOLD = RisingThreshold()
+PENALTY = ActivationPenalty(1e-3)
+EVERY = (ZEROTH, NORM, MIXED, THRESHOLD, PENALTY)
 NEUTRAL: dict[str, tuple[Plugin, ...]] = {
     "zeroth bias": (ZEROTH,),
     "restricted norm": (NORM,),
     "jumping relu": (MIXED,),
-    "all": (ZEROTH, NORM, MIXED),
+    "threshold": (THRESHOLD,),
+    "penalty": (PENALTY,),
+    "all": EVERY,
 }
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 each_neutral = pytest.mark.parametrize("plugins", NEUTRAL.values(), ids=NEUTRAL.keys())
@@ -145,7 +158,7 @@ def test_restore_is_the_exact_inverse(
     assert steppe.sparsify_(model, plugins) is model
     steppe.advance_(model, 1.0)
     randomise_(model)
-    if plugins != (NORM,):
+    if plugins not in ((NORM,), (THRESHOLD,), (PENALTY,)):
         assert not torch.equal(logits(model), old)
     assert steppe.restore_(model) is model
     before.assert_same(model)
@@ -159,13 +172,15 @@ def test_restore_is_the_exact_inverse(
 def test_existing_keys_stay_and_new_ones_come_beside(make: Callable[[], nn.Module]) -> None:
     model = make()
     before = Snapshot.of(model)
-    steppe.sparsify_(model, [ZEROTH, NORM, MIXED])
+    steppe.sparsify_(model, EVERY)
     after = Snapshot.of(model)
     old = set(before.keys)
     assert [key for key in after.keys if key in old] == before.keys
     new = [key for key in after.keys if key not in old]
-    assert {key.rpartition(".")[2] for key in new} == {"zeroth_bias", "mix"}
-    assert len(new) == 2 * len(steppe.find_blocks(model))
+    assert {key.rpartition(".")[2] for key in new} == {
+        *("zeroth_bias", "mix", "multiple", "deviation")
+    }
+    assert len(new) == 4 * len(steppe.find_blocks(model))
     assert {key for key in new if key.endswith("bias")} == set(steppe.added_parameters(model))
     identities = {name: identity for name, (identity, _) in after.parameters.items()}
     assert {name: identities[name] for name in before.parameters} == {
@@ -215,12 +230,12 @@ def test_a_frozen_bias_stays_although_the_optimizer_has_momentum_for_it() -> Non
     assert torch.equal(bias, old)
 
 
-@pytest.mark.parametrize("plugin", [ZEROTH, NORM, MIXED], ids=lambda plugin: plugin.key)
+@pytest.mark.parametrize("plugin", EVERY, ids=lambda plugin: plugin.key)
 def test_applied_twice_is_refused_and_changes_nothing(plugin: Plugin) -> None:
     model = models.gpt2()
     steppe.sparsify_(model, [plugin])
     before = Snapshot.of(model)
-    others = [other for other in (ZEROTH, NORM, MIXED) if other is not plugin]
+    others = [other for other in EVERY if other is not plugin]
     with pytest.raises(SparsificationError, match=r"transformer\.h\.0: has .* already"):
         steppe.sparsify_(model, [*others, plugin])
     before.assert_same(model)
@@ -447,7 +462,7 @@ def test_a_misfit_can_be_left_out() -> None:
     assert isinstance(model.transformer.h[1].mlp.act, nn.GELU)
 
 
-@pytest.mark.parametrize("kind", [ZerothBias, RestrictedNorm, JumpingSquaredReLU])
+@pytest.mark.parametrize("kind", [type(plugin) for plugin in EVERY])
 @pytest.mark.parametrize("has_some_already", [False, True])
 def test_an_interruption_in_the_middle_leaves_the_model_untouched(
     kind: type[Plugin], has_some_already: bool, monkeypatch: pytest.MonkeyPatch
@@ -469,13 +484,13 @@ def test_an_interruption_in_the_middle_leaves_the_model_untouched(
     before = Snapshot.of(model)
     old = logits(model)
     monkeypatch.setattr(kind, "apply", interrupted)
-    have = {plugin.key for plugin, _ in getattr(sparsification_of(model), "applied", [])}
+    have = {applied.plugin.key for applied in getattr(sparsification_of(model), "applied", [])}
     with pytest.raises(KeyboardInterrupt):
-        steppe.sparsify_(model, [p for p in (ZEROTH, NORM, MIXED) if p.key not in have])
+        steppe.sparsify_(model, [p for p in EVERY if p.key not in have])
     before.assert_same(model)
     assert torch.equal(logits(model), old)
     monkeypatch.undo()
-    steppe.sparsify_(model, [p for p in (ZEROTH, NORM, MIXED) if p.key not in have])
+    steppe.sparsify_(model, [p for p in EVERY if p.key not in have])
     steppe.restore_(model)
 
 
@@ -498,7 +513,7 @@ def test_an_interruption_at_the_very_end_leaves_the_model_untouched(
 def test_a_config_that_is_not_hugging_faces_is_none_of_our_business() -> None:
     model = models.torch_encoder()
     model.config = config = {"lock": threading.Lock()}
-    steppe.sparsify_(model, [ZEROTH, NORM, MIXED])
+    steppe.sparsify_(model, EVERY)
     assert model.config is config
     steppe.restore_(model)
     assert model.config is config
@@ -508,7 +523,7 @@ def test_a_config_that_is_not_hugging_faces_is_none_of_our_business() -> None:
 def test_a_deep_copy_is_independent_and_can_be_restored(name: str) -> None:
     model = MODELS[name]()
     original = logits(model)
-    steppe.sparsify_(model, [ZEROTH, NORM, MIXED])
+    steppe.sparsify_(model, EVERY)
     randomise_(model)
     old = logits(model)
     clone = copy.deepcopy(model)
@@ -522,7 +537,11 @@ def test_a_deep_copy_is_independent_and_can_be_restored(name: str) -> None:
     with torch.no_grad():
         for block in steppe.find_blocks(clone):
             block.norm.weight.fill_(0.0)
+    steppe.penalize(torch.zeros(()), clone)
     steppe.project_(clone)
+    for block, copied in zip(steppe.find_blocks(model), steppe.find_blocks(clone), strict=True):
+        assert not threshold_of(block).deviation.any()
+        assert threshold_of(copied).deviation.all()
     assert all((block.norm.weight == 1.0).all() for block in steppe.find_blocks(clone))
 
     steppe.restore_(clone)
@@ -661,8 +680,11 @@ def test_lora_on_the_mlp_is_refused_since_merging_would_drop_the_biases() -> Non
 
 @pytest.mark.parametrize(
     "plugins",
-    [(ZEROTH,), (NORM,), (JumpingSquaredReLU(),), (ZEROTH, NORM, JumpingSquaredReLU())],
-    ids=NEUTRAL.keys(),
+    [
+        *[(ZEROTH,), (NORM,), (JumpingSquaredReLU(),), (THRESHOLD,)],
+        (ZEROTH, NORM, JumpingSquaredReLU(), THRESHOLD),
+    ],
+    ids=["zeroth bias", "restricted norm", "jumping relu", "threshold", "all"],
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_torch_encoder_in_evaluation_drops_no_plugin_for_its_fused_kernel(
@@ -683,6 +705,9 @@ def test_torch_encoder_in_evaluation_drops_no_plugin_for_its_fused_kernel(
     if plugins == (NORM,):
         with torch.no_grad():
             model.layers[0].norm1.weight.mul_(2.0)
+    if THRESHOLD in plugins:
+        run(train=True)
+        steppe.project_(steppe.advance_(model, 1.0))
     trained = run(train=True)
     assert (trained - vanilla)[real].abs().max() > 0.01
     torch.testing.assert_close(run(train=False)[real], trained[real])

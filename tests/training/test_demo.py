@@ -49,10 +49,26 @@ def test_all_arms_start_from_the_same_weights_and_batches(summary: dict) -> None
             # The first step is counted before any update, so it differs by the activation alone:
             # J-SquaredReLU of the first block has the support of ReLU.
             firsts = [arm["runs"][seed]["history"][0] for arm in data_set["arms"].values()]
-            assert firsts[0] == firsts[1]
+            assert list(data_set["arms"]) == ["vanilla", "control", "steppe", "threshold"]
+            assert firsts[0] == firsts[1] == firsts[3]
             assert firsts[0][0] == 1
         seeds = {tuple(run["history"][0]) for run in data_set["arms"]["vanilla"]["runs"]}
         assert len(seeds) == 2
+
+
+def test_the_threshold_has_risen_over_the_first_half(summary: dict) -> None:
+    for data_set in summary["data_sets"].values():
+        arms = data_set["arms"]
+        for seed in range(2):
+            control, threshold = (
+                arms[arm]["runs"][seed]["history"] for arm in ("control", "threshold")
+            )
+            assert [step for step, _ in threshold] == [1, 11]
+            assert threshold[1][1] < 0.3 * control[1][1]
+        # What is timed has the threshold in its biases.
+        for run in arms["threshold"]["runs"]:
+            assert run["speed"][0]["density"] == pytest.approx(run["density"], rel=0.3)
+            assert run["speed"][0]["density"] < 0.2
 
 
 def test_the_speed_of_the_trained_blocks_is_in_the_summary(summary: dict) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from training import recipe_worker
@@ -32,6 +33,7 @@ SAME = (
     *("--model_config", recipe_worker.TINY_GPT.replace("0.1", "0.0")),
     *("--gradient_accumulation_steps", "1", "--max_steps", "8", "--save_steps", "4"),
     *("--eval_steps", "8", "--adam_epsilon", "1e-3"),
+    *("--rising_threshold", "true", "--activation_penalty", "1e-3", "--penalty_ramp", "0.5"),
 )
 
 
@@ -77,6 +79,13 @@ def test_two_processes_are_as_one(alone: Path, way: str) -> None:
     assert expected.keys() <= got.keys()  # FSDP keeps a tied weight twice
     for name, tensor in expected.items():
         assert (tensor - got[name]).abs().max() < 1e-6, name
+    for index in (0, 1):
+        threshold = f"transformer.h.{index}.mlp.c_fc.threshold"
+        assert expected[f"{threshold}.multiple"] == 2.0
+        # The two differ by the rounding of the weights.
+        own, other = (tensors[f"{threshold}.deviation"] for tensors in (expected, got))
+        torch.testing.assert_close(other, own, rtol=1e-5, atol=0)
+        assert own.min() > 0
     moved = "transformer.h.0.mlp.c_fc.zeroth_bias"
     assert expected[moved].abs().max() > 1e-4  # a hundred times what the two may differ
     for mine, other in zip(counts_of(alone), counts_of(together), strict=True):

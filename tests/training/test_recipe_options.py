@@ -32,7 +32,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(place: Path, out: Path, *flags: str) -> dict:
-    flags = ("--max_steps", "6", "--save_steps", "6", "--eval_steps", "6", *flags)
+    ours = ("--rising_threshold", "true", "--activation_penalty", "1e-3")
+    flags = (*ours, "--max_steps", "6", "--save_steps", "6", "--eval_steps", "6", *flags)
     summary = run_recipe(tiny_text_recipe(place / "data", place / "cache", out, *flags))
     return {**summary, "weights": load_file(Path(summary["model"]) / "model.safetensors")}
 

@@ -130,14 +130,25 @@ def test_arms_and_subsets_of_plugins(text: Path, tmp_path: Path) -> None:
         "control": ("--arm", "control"),
         "subset": ("--arm", "vanilla", "--restricted_norm", "true"),
         "without": ("--zeroth_bias", "false"),
+        "threshold": ("--arm", "threshold", "--threshold_multiple", "1.5"),
+        "both": ("--rising_threshold", "true", "--activation_penalty", "1e-4"),
+        "penalty": ("--arm", "control", "--activation_penalty", "1e-4", "--penalty_ramp", "0.1"),
     }.items():
         recipe = tiny_text_recipe(
             text / "data", text / "cache", tmp_path / name, "--max_steps", "2", *flags
         )
-        found[name] = [p["plugin"] for p in run_recipe(recipe)["plugins"]]
+        plugins = run_recipe(recipe)["plugins"]
+        found[name] = [plugin["plugin"] for plugin in plugins]
     assert found["vanilla"] == found["control"] == []
     assert found["subset"] == ["restricted_norm"]
     assert found["without"] == ["restricted_norm", "jumping_squared_relu"]
+    assert found["threshold"] == ["rising_threshold"]
+    assert found["both"] == [
+        *("zeroth_bias", "restricted_norm", "jumping_squared_relu"),
+        *("rising_threshold", "activation_penalty"),
+    ]
+    assert found["penalty"] == ["activation_penalty"]
+    assert plugins[0] == {"plugin": "activation_penalty", "strength": 1e-4, "ramp": 0.1}
 
 
 def test_all_parameters_decay_but_the_controls_norms(
@@ -154,14 +165,14 @@ def test_all_parameters_decay_but_the_controls_norms(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "train", look)
-    for arm in ("vanilla", "control"):
+    for arm in ("vanilla", "control", "threshold"):
         groups.clear()
         recipe = tiny_text_recipe(text / "data", text / "cache", tmp_path / arm, "--arm", arm)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(recipe)
         spared = {name for name, decay in groups.items() if decay == 0}
         norms = {f"transformer.h.{i}.ln_2.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
-        assert spared == (norms if arm == "control" else set())
+        assert spared == (set() if arm == "vanilla" else norms)
         assert groups["transformer.ln_f.bias"] == 0.3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,12 +52,15 @@ class FewBlock:
         screens: whether to screen the first product where it pays.
         stays: whether it is for more than one call, so that a screen may be made at once, and
             changes of the weights must be noticed.
+        follows: what the weights follow from besides parameters that they are views of.
 
     Attributes:
         weights: the same.
     """
 
-    def __init__(self, weights: Weights, screens: bool, stays: bool) -> None:
+    def __init__(
+        self, weights: Weights, screens: bool, stays: bool, follows: Sequence[Tensor] = ()
+    ) -> None:
         hidden, width = weights.down.shape
         self.weights = weights
         laid_out = weights._replace(
@@ -107,6 +111,7 @@ class FewBlock:
             for weight in weights
             if stays and weight is not None
         ]
+        self._given += follows
         self._state = [(weight.data_ptr(), weight._version) for weight in self._given]
 
     def holds(self) -> bool:

@@ -16,7 +16,7 @@ from steppe.surgery import Journal
 
 
 class Constraint:
-    """What a plug-in goes on doing to one block during training; by default nothing.
+    """What a plug-in goes on doing to its blocks during training; by default nothing.
 
     Attributes:
         reads_norm: the bounds depend on the norm's scale, so it is projected after the norm.
@@ -32,7 +32,10 @@ class Constraint:
         """
 
     def project(self) -> None:
-        """Bring the parameters back within their bounds, after an optimizer step."""
+        """Bring the parameters back within their bounds, after an optimizer step.
+
+        What follows from the step's batches is taken up here, too: in every process, at once.
+        """
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Plugin(ABC):
             journal: takes down every edit.
 
         Returns:
-            One constraint per block.
+            Constraints, of a block each or of all together.
         """
 
     def settings(self) -> dict[str, Any]:

@@ -98,7 +98,9 @@ def constrain_(
         raise ScheduleError(f"constrain_: expected total_steps ≥ 1, got {total_steps}")
     if total_steps is None and sparsification.has_schedule:
         ramps = ", ".join(
-            repr(plugin) for plugin, _ in sparsification.applied if plugin.has_schedule
+            repr(applied.plugin)
+            for applied in sparsification.applied
+            if applied.plugin.has_schedule
         )
         raise ScheduleError(
             f"constrain_: {ramps} needs the length of the run:"

@@ -18,15 +18,40 @@ from steppe.blocks import (
 from steppe.errors import SparsificationError
 from steppe.plugins.base import Constraint, Plugin
 from steppe.plugins.jumping_relu import JumpingSquaredReLU
+from steppe.plugins.penalty import ActivationPenalty
 from steppe.plugins.restricted_norm import RestrictedNorm
+from steppe.plugins.rising_threshold import RisingThreshold
 from steppe.plugins.zeroth_bias import ZerothBias
 from steppe.routing import route_of
 from steppe.surgery import Journal, forget_compiled_code
 
-PLUGINS: tuple[type[Plugin], ...] = (ZerothBias, RestrictedNorm, JumpingSquaredReLU)
+PLUGINS: tuple[type[Plugin], ...] = (
+    ZerothBias,
+    RestrictedNorm,
+    JumpingSquaredReLU,
+    RisingThreshold,
+    ActivationPenalty,
+)
 CONFIG_KEY = "steppe"  # where a Hugging Face config keeps the record
 RECORD_VERSION = 1
 _ATTRIBUTE = "_steppe_sparsification"
+
+
+@dataclass
+class Applied:
+    """One plug-in in some blocks.
+
+    Attributes:
+        plugin: its settings, every one decided.
+        names: of the blocks that have it.
+        journal: takes it back.
+        constraints: what it goes on doing.
+    """
+
+    plugin: Plugin
+    names: tuple[str, ...]
+    journal: Journal = field(repr=False)
+    constraints: list[Constraint] = field(repr=False)
 
 
 @dataclass
@@ -34,19 +59,31 @@ class Sparsification:
     """What steppe did to a model: the plug-ins, the blocks, and how to take it back.
 
     Attributes:
-        applied: each plug-in, with the names of the blocks that have it.
+        applied: each plug-in, in the order in which they came.
         progress: share of the run that is done, in [0, 1].
+        journal: what was done for all of them.
     """
 
-    applied: list[tuple[Plugin, tuple[str, ...]]] = field(default_factory=list)
+    applied: list[Applied] = field(default_factory=list)
     progress: float = 0.0
     journal: Journal = field(default_factory=Journal, repr=False)
-    constraints: list[Constraint] = field(default_factory=list, repr=False)
+
+    @property
+    def constraints(self) -> list[Constraint]:
+        """Of all plug-ins, those that read the norm last."""
+        found = [constraint for applied in self.applied for constraint in applied.constraints]
+        return sorted(found, key=lambda constraint: constraint.reads_norm)
 
     @property
     def has_schedule(self) -> bool:
         """Whether some plug-in needs to know how much of the run is done."""
-        return any(plugin.has_schedule for plugin, _ in self.applied)
+        return any(applied.plugin.has_schedule for applied in self.applied)
+
+    def undo(self) -> None:
+        """Take all of it back."""
+        for applied in reversed(self.applied):
+            applied.journal.undo()
+        self.journal.undo()
 
     def record(self) -> dict[str, Any]:
         """The JSON values that stand in ``config.json``."""
@@ -54,7 +91,8 @@ class Sparsification:
             "version": RECORD_VERSION,
             "progress": self.progress,
             "plugins": [
-                {**plugin.settings(), "blocks": list(names)} for plugin, names in self.applied
+                {**applied.plugin.settings(), "blocks": list(applied.names)}
+                for applied in self.applied
             ],
         }
 
@@ -74,7 +112,8 @@ def sparsify_(
 
     Args:
         model: the model; wrappers (PEFT, ``torch.compile``) are seen through.
-        plugins: `ZerothBias`, `RestrictedNorm`, `JumpingSquaredReLU`, in any combination.
+        plugins: `ZerothBias`, `RestrictedNorm`, `JumpingSquaredReLU`, `RisingThreshold`,
+            `ActivationPenalty`, in any combination.
         where: which blocks; all by default.
         patterns: patterns of your own for `find_blocks`.
 
@@ -114,24 +153,24 @@ def sparsify_(
         for block in blocks:
             plugin.check(block)
 
-    journal = Journal()
-    constraints: list[Constraint] = []
+    new = Sparsification()
     try:
-        journal.hold_nested_tensors_off(root)
+        new.journal.hold_nested_tensors_off(root)
         for plugin in resolved:
-            constraints += plugin.apply(root, blocks, journal)
+            applied = Applied(plugin, names, Journal(), [])
+            new.applied.append(applied)
+            applied.constraints += plugin.apply(root, blocks, applied.journal)
         if old is None:
             _own_config(root)
         before = old or Sparsification()
         after = Sparsification(
-            applied=[*before.applied, *((plugin, names) for plugin in resolved)],
+            applied=before.applied + new.applied,
             progress=before.progress,
-            journal=before.journal.followed_by(journal),
-            constraints=sorted(before.constraints + constraints, key=lambda c: c.reads_norm),
+            journal=before.journal.followed_by(new.journal),
         )
         _keep(root, after)
     except BaseException:  # also Ctrl-C: never half a model
-        journal.undo()
+        new.undo()
         _keep(root, old)
         raise
     forget_compiled_code()
@@ -141,7 +180,8 @@ def sparsify_(
 def restore_(model: nn.Module) -> nn.Module:
     """Take everything back that `sparsify_` did: the exact inverse.
 
-    Values that training has given to the model's own parameters stay; the zeroth biases are gone.
+    Values that training has given to the model's own parameters stay; the zeroth biases and the
+    thresholds are gone (`fold_` keeps those).
 
     Args:
         model: a model that `sparsify_` changed.
@@ -153,10 +193,27 @@ def restore_(model: nn.Module) -> nn.Module:
         SparsificationError: the model carries no plug-in.
     """
     root = unwrap(model)
-    require_sparsification(root).journal.undo()
+    require_sparsification(root).undo()
     _keep(root, None)
     forget_compiled_code()
     return model
+
+
+def take_out_(model: nn.Module, applied: Applied) -> None:
+    """Take one plug-in back and leave the others.
+
+    Args:
+        model: a sparsified model.
+        applied: of its `sparsification_of`.
+    """
+    root = unwrap(model)
+    sparsification = require_sparsification(root)
+    applied.journal.undo()
+    sparsification.applied.remove(applied)
+    if not sparsification.applied:
+        sparsification.journal.undo()
+    _keep(root, sparsification if sparsification.applied else None)
+    forget_compiled_code()
 
 
 def sparsification_of(model: nn.Module) -> Sparsification | None:
@@ -186,7 +243,8 @@ def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     ``optimizer.add_param_group({"params": list(added_parameters(model).values())})``.
     """
     sparsification = sparsification_of(model)
-    slots = [] if sparsification is None else sparsification.journal.added_parameters()
+    journals = [] if sparsification is None else [a.journal for a in sparsification.applied]
+    slots = [slot for journal in journals for slot in journal.added_parameters()]
     # By place: PEFT renames modules, FSDP2 replaces parameters.
     names = {module: name for name, module in unwrap(model).named_modules()}
     return {
@@ -221,7 +279,10 @@ def advance_(model: nn.Module, progress: float) -> nn.Module:
 
 
 def project_(model: nn.Module) -> nn.Module:
-    """Bring the parameters of a model's plug-ins back within their bounds.
+    """Bring the parameters of a model's plug-ins back within their bounds, after a step.
+
+    With `RisingThreshold` it takes up the step's statistics, summed over all processes: every one
+    must call it, once a step.
 
     Args:
         model: a sparsified model, on one device or sharded by FSDP2.
@@ -231,6 +292,8 @@ def project_(model: nn.Module) -> nn.Module:
 
     Raises:
         SparsificationError: the model carries no plug-in.
+        ScheduleError: no loss has got an `ActivationPenalty`.
+        LossError: the one that has got it gives it no gradient.
     """
     for constraint in require_sparsification(model).constraints:
         constraint.project()
@@ -245,12 +308,12 @@ def _refuse_duplicates(
     for key in keys:
         if keys.count(key) > 1:
             raise SparsificationError(f"sparsify_: {key} is given {keys.count(key)} times")
-    for plugin, have in [] if old is None else old.applied:
-        again = [name for name in names if name in have]
-        if plugin.key in keys and again:
+    for applied in [] if old is None else old.applied:
+        again = [name for name in names if name in applied.names]
+        if applied.plugin.key in keys and again:
             raise SparsificationError(
-                f"{again[0]}: has {type(plugin).__name__} already; the model is unchanged. To"
-                " start over: steppe.restore_(model)"
+                f"{again[0]}: has {type(applied.plugin).__name__} already; the model is unchanged."
+                " To start over: steppe.restore_(model)"
             )
 
 

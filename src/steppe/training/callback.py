@@ -27,12 +27,15 @@ from steppe.files import prepare_folder
 from steppe.measures.report import Report, report_from_dict
 from steppe.measures.tally import Tally, sum_over
 from steppe.measures.watch import Monitor, watch
+from steppe.plugins.penalty import penalties_of
 from steppe.plugins.sparsify import (
     advance_,
     project_,
     sparsification_of,
 )
 from steppe.runs import RUN_FILE, Run, measures_of, versions, write_run
+from steppe.surgery import Journal
+from steppe.training.penalized import PenalizedLoss
 
 # Means over the blocks that each log gets, beside the densities.
 _MEASURES = (
@@ -73,7 +76,8 @@ class SteppeCallback(TrainerCallback, ExportableState):
     """Constraints, schedules and metrics of steppe in a stock ``transformers.Trainer``.
 
     If the model carries plug-ins, their schedules follow ``global_step / max_steps`` and they are
-    projected after every optimizer step. Every `every` steps the passes of one step are measured:
+    projected after every optimizer step; an `ActivationPenalty` is added to the model's loss, with
+    which it is logged. Every `every` steps the passes of one step are measured:
     what `BlockReport` has, AF and its factors from the step's own backward pass. Each log gets
     ``density`` and ``derivative_density`` of the steps measured since the last one,
     ``training_density`` (the mean over all steps measured so far, the paper's training density),
@@ -112,6 +116,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
         """The same of the Trainer's evaluations during training; densities only."""
         self._logged = 0  # entries of the history that a log has had
         self._pending: list[tuple[int, list[Tally]]] = []
+        self._journal = Journal()
         self._watching: AbstractContextManager[Monitor] | None = None
         self._monitor: Monitor | None = None
         self._writer: Any = None  # TensorBoard's
@@ -171,6 +176,10 @@ class SteppeCallback(TrainerCallback, ExportableState):
         self._watching = watch(model, gradients=self.flatness)
         self._monitor = self._watching.__enter__()
         self._monitor.enabled = False
+        if penalties_of(model):
+            together = args.world_size if args.average_tokens_across_devices else 1
+            penalized = PenalizedLoss(model, args.gradient_accumulation_steps * together)
+            self._journal.add_forward_hook(model, penalized, with_kwargs=True)
         _advance(model, state, state.global_step)
 
     def on_step_begin(
@@ -419,6 +428,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
                 wandb.log({**named, "train/global_step": state.global_step})
 
     def _stop_watching(self) -> None:
+        self._journal.undo()
         if self._watching is not None:
             self._watching.__exit__(None, None, None)
         self._watching = self._monitor = None

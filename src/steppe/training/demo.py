@@ -1,10 +1,11 @@
-"""The main job, small: two real data sets, three arms each, trained by the stock Trainer.
+"""The main job, small: two real data sets, four arms each, trained by the stock Trainer.
 
 The arms start from the same seed, with the same initial weights and the same order of batches:
 
 - ``vanilla``: weight decay on all parameters, norms included, as in the paper's ImageNet recipe;
 - ``control``: vanilla, but the norms are not decayed (what RestrictedNorm alone would bring);
-- ``steppe``: vanilla's optimizer with the paper's three plug-ins.
+- ``steppe``: vanilla's optimizer with the paper's three plug-ins;
+- ``threshold``: control with the rising threshold, which is ours and not the paper's.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from steppe.measures import measure
 from steppe.plugins import (
     JumpingSquaredReLU,
     RestrictedNorm,
+    RisingThreshold,
     ZerothBias,
     sparsify_,
 )
@@ -53,7 +55,8 @@ from steppe.runs import RUN_FILE, write_run
 from steppe.training.callback import SteppeCallback
 from steppe.training.data import BYTES, Split, load_digits_split, load_pydoc_split
 
-ARMS = ("vanilla", "control", "steppe")
+ARMS = ("vanilla", "control", "steppe", "threshold")
+_NORMS_SPARED = ("control", "threshold")
 SUMMARY_VERSION = 1
 _WARMUP = 0.1  # share of the run
 _COUNT_EVERY = 10  # steps
@@ -225,8 +228,11 @@ def _train_arm(
     norms = {id(p) for b in find_blocks(model) if b.norm for p in b.norm.parameters()}
     if arm == "steppe":
         sparsify_(model, [ZerothBias(), RestrictedNorm(), JumpingSquaredReLU()])
+    elif arm == "threshold":
+        sparsify_(model, [RisingThreshold()])
     for parameter in model.parameters():
-        (spared if arm == "control" and id(parameter) in norms else decayed).append(parameter)
+        is_spared = arm in _NORMS_SPARED and id(parameter) in norms
+        (spared if is_spared else decayed).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=task.lr, weight_decay=task.weight_decay)
     label = _label(task.name, arm, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,7 +18,9 @@ from steppe.errors import RecipeError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 """The folder of the recipes that come with steppe."""
-ARMS = ("vanilla", "control", "steppe")
+ARMS = ("vanilla", "control", "steppe", "threshold")
+NORMS_NOT_DECAYED = ("control", "threshold")
+"""The arms in which the norms before the MLPs have no weight decay."""
 IMAGES, CAUSAL, SPANS = "image-classification", "causal-lm", "span-corruption"
 TASKS = (IMAGES, CAUSAL, SPANS)
 _NEAREST = 3
@@ -94,12 +97,28 @@ class ArmArguments:
 
     arm: str = field(
         default="steppe",
-        metadata={"help": "vanilla, control (the MLP norms' scales not decayed) or steppe."},
+        metadata={
+            "help": "vanilla, control (the MLP norms' scales not decayed), steppe, or threshold"
+            " (control with the rising threshold)."
+        },
     )
     zeroth_bias: bool | None = field(default=None, metadata={"help": "By default as the arm."})
     restricted_norm: bool | None = field(default=None, metadata={"help": "By default as the arm."})
     jumping_squared_relu: bool | None = field(
         default=None, metadata={"help": "By default as the arm."}
+    )
+    rising_threshold: bool | None = field(default=None, metadata={"help": "By default as the arm."})
+    threshold_multiple: float = field(
+        default=2.0, metadata={"help": "The threshold at the end, in standard deviations."}
+    )
+    threshold_ramp: float = field(
+        default=0.5, metadata={"help": "Share of the run over which the threshold rises."}
+    )
+    activation_penalty: float = field(
+        default=0.0, metadata={"help": "Strength of an L1 penalty on the activations; 0 for none."}
+    )
+    penalty_ramp: float = field(
+        default=0.0, metadata={"help": "Share of the run over which the penalty rises."}
     )
     ramp: float = field(
         default=0.0,
@@ -311,6 +330,15 @@ def _check(recipe: Recipe, path: Path) -> None:
         wrong = "no data: expected data_dir or dataset, e.g. --data_dir FOLDER"
     elif not 0.0 <= arm.ramp <= 1.0:
         wrong = f"ramp: expected a share of the run in 0 … 1, got {arm.ramp}"
+    elif not 0.0 <= arm.threshold_multiple < math.inf:
+        wrong = f"threshold_multiple: expected at least 0, got {arm.threshold_multiple}"
+    elif not 0.0 < arm.threshold_ramp <= 1.0:
+        wrong = "threshold_ramp: expected a share of the run, more than 0 and at most 1,"
+        wrong += f" got {arm.threshold_ramp}"
+    elif not 0.0 <= arm.activation_penalty < math.inf:
+        wrong = f"activation_penalty: expected at least 0, got {arm.activation_penalty}"
+    elif not 0.0 <= arm.penalty_ramp <= 1.0:
+        wrong = f"penalty_ramp: expected a share of the run in 0 … 1, got {arm.penalty_ramp}"
     elif arm.measure_every < 1:
         wrong = f"measure_every: expected at least 1, got {arm.measure_every}"
     elif not 0.0 <= data.label_smoothing < 1.0:

@@ -17,7 +17,14 @@ from transformers import (
 
 from steppe.blocks import find_blocks
 from steppe.errors import CheckpointError, RecipeError
-from steppe.plugins import JumpingSquaredReLU, Plugin, RestrictedNorm, ZerothBias
+from steppe.plugins import (
+    ActivationPenalty,
+    JumpingSquaredReLU,
+    Plugin,
+    RestrictedNorm,
+    RisingThreshold,
+    ZerothBias,
+)
 from steppe.plugins.sparsify import sparsification_of
 from steppe.training.loading import load_checkpoint
 from steppe.training.recipe import CAUSAL, IMAGES, SPANS, Recipe, model_settings
@@ -91,14 +98,19 @@ def plugins_of(recipe: Recipe) -> list[Plugin]:
         recipe: its arm.
     """
     arm = recipe.arm
-    usual = arm.arm == "steppe"
+    papers, ours = arm.arm == "steppe", arm.arm == "threshold"
     positions = None if recipe.model.task == IMAGES else recipe.data.length
-    wanted: list[tuple[bool | None, Plugin]] = [
-        (arm.zeroth_bias, ZerothBias(max_tokens=positions)),
-        (arm.restricted_norm, RestrictedNorm(ramp=arm.ramp)),
-        (arm.jumping_squared_relu, JumpingSquaredReLU(ramp=arm.ramp)),
+    threshold = RisingThreshold(arm.threshold_multiple, arm.threshold_ramp)
+    wanted: list[tuple[bool | None, bool, Plugin]] = [
+        (arm.zeroth_bias, papers, ZerothBias(max_tokens=positions)),
+        (arm.restricted_norm, papers, RestrictedNorm(ramp=arm.ramp)),
+        (arm.jumping_squared_relu, papers, JumpingSquaredReLU(ramp=arm.ramp)),
+        (arm.rising_threshold, ours, threshold),
     ]
-    return [plugin for asked, plugin in wanted if (usual if asked is None else asked)]
+    plugins = [plugin for asked, usual, plugin in wanted if (usual if asked is None else asked)]
+    if arm.activation_penalty:
+        plugins.append(ActivationPenalty(arm.activation_penalty, arm.penalty_ramp))
+    return plugins
 
 
 def add_lora_(model: PreTrainedModel, recipe: Recipe) -> LoraModel | None:

@@ -48,7 +48,14 @@ from steppe.training.quality import (
     perplexity,
     token_quality,
 )
-from steppe.training.recipe import IMAGES, SPANS, DataArguments, Recipe, settings_of
+from steppe.training.recipe import (
+    IMAGES,
+    NORMS_NOT_DECAYED,
+    SPANS,
+    DataArguments,
+    Recipe,
+    settings_of,
+)
 from steppe.training.recipe_model import (
     add_lora_,
     build_model,
@@ -291,9 +298,10 @@ def _trainer(
         arguments.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     repeats = recipe.data.repeated_augmentation
+    spares_norms = recipe.arm.arm in NORMS_NOT_DECAYED
     draws = None if is_stream else DrawSampler(len(job.train), seed, repeats)
     trainer = RecipeTrainer(
-        not_decayed=norm_parameter_names(job.model) if recipe.arm.arm == "control" else set(),
+        not_decayed=norm_parameter_names(job.model) if spares_norms else set(),
         prepare=job.prepare,
         draws=draws,
         settings=settings,

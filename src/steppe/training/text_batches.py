@@ -65,7 +65,8 @@ def tokens_per_window(model: PreTrainedModel, asked: int | None, tokenizer: Any 
     """
     limits = [max_tokens_of(model), getattr(tokenizer, "model_max_length", None)]
     sparsification = sparsification_of(model)
-    for plugin, _ in [] if sparsification is None else sparsification.applied:
+    for applied in [] if sparsification is None else sparsification.applied:
+        plugin = applied.plugin
         limits.append(plugin.max_tokens if isinstance(plugin, ZerothBias) else None)
     known = [limit for limit in limits if limit is not None and limit < _NO_LIMIT]
     if asked is not None and known and asked > min(known):

@@ -1,0 +1,117 @@
+"""`fold_`: a threshold becomes part of a bias, and nothing is left of the plug-in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from steppe.blocks import find_blocks, linear_weight, unwrap
+from steppe.errors import SparsificationError
+from steppe.plugins.rising_threshold import Rising, Threshold, activated_bias
+from steppe.plugins.sparsify import sparsification_of, take_out_
+from steppe.sharding import is_sharded
+
+_BIAS_SETTING = "mlp_bias"  # of the configs of Llama and its kin
+_logger = logging.getLogger(__name__)
+
+
+def fold_(model: nn.Module) -> nn.Module:
+    """Move the thresholds of `RisingThreshold` into the biases, and take the plug-in out.
+
+    ``b − τ · s_u`` takes the place of the bias b of `up`, of a gated block's `gate`, in the same
+    Parameter; where there is none, one is made. What is left computes the same and needs no steppe
+    to be loaded, if no other plug-in is in the model. Other plug-ins stay.
+
+    A Hugging Face model whose stock class has no bias there gets it by its config where that has a
+    setting for it (``mlp_bias``); where it has none (T5, Qwen 2) a warning says that
+    ``from_pretrained`` would leave the bias out.
+
+    Args:
+        model: the model, accelerated or not; wrappers are seen through.
+
+    Returns:
+        The model.
+
+    Raises:
+        SparsificationError: there is no threshold (any more), no batch was seen yet, or the model
+            is sharded.
+    """
+    root = unwrap(model)
+    sparsification = sparsification_of(root)
+    folded = [
+        (applied, constraint.thresholds)
+        for applied in ([] if sparsification is None else sparsification.applied)
+        for constraint in applied.constraints
+        if isinstance(constraint, Rising)
+    ]
+    if not folded:
+        raise SparsificationError(
+            f"fold_: {type(root).__name__} carries no threshold, or its threshold is folded"
+            " already. First: steppe.sparsify_(model, [steppe.RisingThreshold()]), and train"
+        )
+    blocks = [threshold.block for _, thresholds in folded for threshold in thresholds]
+    for _, thresholds in folded:
+        for threshold in thresholds:
+            _check(threshold)
+    bare = [block.name for block in blocks if _has_no_bias(block.activated)]
+    with torch.no_grad():
+        for block in blocks:
+            bias = activated_bias(block)
+            assert bias is not None
+            _bias_of(block.activated).copy_(bias)
+    for applied, _ in folded:
+        take_out_(root, applied)
+    if bare:
+        _make_loadable(root, bare)
+    return model
+
+
+def _check(threshold: Threshold) -> None:
+    """Refuse a threshold that is not known yet, or a bias that is not whole."""
+    block = threshold.block
+    if not bool(threshold.deviation.any()):
+        raise SparsificationError(
+            f"fold_: {block.name} has seen no training batch, so its threshold is not known. Train"
+            " first, with steppe.constrain_ or SteppeCallback; or steppe.restore_(model)"
+        )
+    if is_sharded(linear_weight(block.activated)):
+        raise SparsificationError(
+            f"fold_: {block.name} is sharded over processes. Save the model, load it in one process"
+            " with steppe.load_pretrained, and fold it there"
+        )
+
+
+def _has_no_bias(layer: Any) -> bool:
+    return layer.bias is None
+
+
+def _bias_of(layer: Any) -> nn.Parameter:
+    """The bias of a layer; where it has none, a new one of zeros."""
+    if layer.bias is None:
+        weight = linear_weight(layer)
+        zeros = torch.zeros(layer.out_features, dtype=weight.dtype, device=weight.device)
+        layer.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+    bias: nn.Parameter = layer.bias
+    return bias
+
+
+def _make_loadable(root: nn.Module, bare: Sequence[str]) -> None:
+    """Let the stock class of a Hugging Face model know the new biases, or say that it cannot."""
+    config: Any = getattr(root, "config", None)
+    if hasattr(config, _BIAS_SETTING):
+        setattr(config, _BIAS_SETTING, True)
+        for block in find_blocks(root):  # the setting is for every linear layer of every block
+            for layer in (block.gate, block.up, block.down):
+                if layer is not None:
+                    _bias_of(layer)
+    elif hasattr(root, "save_pretrained"):
+        _logger.warning(
+            "fold_: %s has a bias now that its stock class does not have, so from_pretrained would"
+            " leave it out. Save the state_dict, or save the model before fold_: with its threshold"
+            " steppe.load_pretrained brings it back, and accelerate_ takes it as it is",
+            bare[0],
+        )

@@ -1,0 +1,279 @@
+"""Activation penalty: the L1 norm of the activations in the loss, which is not the paper's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from steppe.blocks import MLPBlock, Slot
+from steppe.errors import LossError, ScheduleError, SparsificationError
+from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
+from steppe.surgery import Journal
+from steppe.tokens import TokenContext, listen
+
+_MARK = "_steppe_penalty"  # on the second layer of a block that has one
+
+
+@dataclass(frozen=True)
+class ActivationPenalty(Plugin):
+    """``λ · Σ_blocks mean over tokens of Σ_i |a_i|``, added to the loss while the model trains.
+
+    a is what the block's second layer receives, before dropout; padding does not count. In a loop
+    of your own: ``loss = steppe.penalize(loss, model)``. In the Trainer `SteppeCallback` does it.
+    In evaluation there is no penalty.
+
+    Args:
+        strength: λ, ≥ 0.
+        ramp: share of the run over which λ rises linearly from 0, in [0, 1]; 0 for at once.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    key: ClassVar[str] = "activation_penalty"
+
+    strength: float
+    ramp: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that mean nothing."""
+        if not 0.0 <= self.strength < math.inf:  # NaN too
+            raise ValueError(f"ActivationPenalty: expected strength ≥ 0, got {self.strength}")
+        require_share("ActivationPenalty.ramp", self.ramp)
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether λ rises."""
+        return self.ramp > 0
+
+    def check(self, block: MLPBlock) -> None:
+        """Every block fits."""
+
+    def apply(
+        self, model: nn.Module, blocks: Sequence[MLPBlock], journal: Journal
+    ) -> list[Constraint]:
+        """Add the hooks that see the activations."""
+        penalty = Penalty(self.strength, self.ramp)
+        contexts, hooks = listen(model, blocks)
+        journal.add_forward_pre_hook(model, penalty.begin)
+        for module, hook in hooks:
+            journal.add_forward_pre_hook(module, hook, with_kwargs=True)
+        for block, context in zip(blocks, contexts, strict=True):
+            journal.add_attribute(Slot(block.down, _MARK), penalty)
+            receiver = block.down if block.dropout is None else block.dropout
+            journal.add_forward_pre_hook(receiver, partial(penalty.see_a, block, context))
+        return [penalty]
+
+
+class Penalty(Constraint):
+    """The penalty of all blocks together.
+
+    Args:
+        strength: λ at the end of the ramp.
+        ramp: share of the run over which it rises.
+
+    Attributes:
+        strength: λ now, a 0-dim tensor, which can change without recompiling.
+    """
+
+    def __init__(self, strength: float, ramp: float) -> None:
+        self._most = strength
+        self._ramp = ramp
+        self.strength = torch.tensor(strength * ramp_progress(0.0, ramp))
+        self._means: list[Tensor] = []  # of the last forward pass
+        self._is_due = False
+        # Reentrant checkpointing runs the blocks without a graph first. Their gradient comes in
+        # when they run again; by then it is known what the loss was multiplied by.
+        self._bare: set[str] = set()
+        self._factor: Tensor | None = None
+
+    def advance(self, progress: float) -> None:
+        """Set λ."""
+        self.strength.fill_(self._most * ramp_progress(progress, self._ramp))
+
+    def project(self) -> None:
+        """Refuse a step whose loss has not got the penalty, or no gradient of it.
+
+        Raises:
+            ScheduleError: no loss got it; says what to write.
+            LossError: the forward pass had no graph.
+        """
+        is_due, has_no_graph = self._is_due, bool(self._bare)
+        self.begin()
+        if is_due:
+            raise ScheduleError(
+                "ActivationPenalty: no loss got the penalty of the last forward pass. Before"
+                " loss.backward(): loss = steppe.penalize(loss, model). In the Trainer:"
+                " callbacks=[SteppeCallback()]"
+            )
+        if has_no_graph:
+            raise LossError(
+                "ActivationPenalty: the loss has the penalty of a forward pass under"
+                " torch.no_grad(), from which no gradient comes. Penalize the loss right after the"
+                " forward pass that it is of"
+            )
+
+    def begin(self, *arguments: Any) -> None:
+        """Forget what an earlier pass has left; a forward pre-hook on the model."""
+        self._means, self._is_due, self._factor = [], False, None
+        self._bare.clear()
+
+    def see_a(
+        self, block: MLPBlock, context: TokenContext, module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        """Forward pre-hook on what receives a block's activations."""
+        a = args[0]
+        if not block.down.training or a.shape[-1] != block.d_hidden:
+            return None
+        mean = mean_l1(a, self._counted(a, block, context))
+        # A pass recomputed by checkpointing: the same operations, but nothing more to add.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self._means.append(mean)
+            self._is_due = True
+            if not mean.requires_grad:
+                self._bare.add(block.name)
+        elif block.name in self._bare and self._factor is not None:
+            self._bare.remove(block.name)
+            return (_WithGradient.apply(a, mean, self._factor.to(mean)), *args[1:])
+        return None
+
+    def add_to(self, loss: Tensor, share: float = 1.0) -> Tensor:
+        """The loss with the penalty of the last forward pass, which is then done with.
+
+        Args:
+            loss: scalar.
+            share: of the batch that this pass was of, where the loss is of the whole batch.
+        """
+        means, self._means = self._means, []
+        self._is_due = False
+        if not means:
+            return loss
+        total = torch.stack([mean.to(loss.device) for mean in means]).sum()
+        weight = self.strength * share
+        penalty = (weight * total).to(loss.dtype)
+        if not loss.requires_grad:
+            self._bare.clear()
+        if not self._bare:
+            return loss + penalty
+        added: Tensor = _Added.apply(loss, penalty, weight, self)
+        return added
+
+    def take_factor(self, factor: Tensor) -> None:
+        """Be told of the gradient that each block's mean has."""
+        self._factor = factor
+
+    def _counted(self, a: Tensor, block: MLPBlock, context: TokenContext) -> Tensor | None:
+        """Which tokens count, bool, the shape of `a` without its last dimension; None for all."""
+        mask = context.mask_by_sample(a, block)
+        if mask is None:
+            return None
+        tokens_first = block.token_dim == 0 and a.dim() == 3
+        return (mask.T if tokens_first else mask).reshape(a.shape[:-1]).to(a.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not the graph of the last forward pass."""
+        passing = {"_means": [], "_is_due": False, "_bare": set(), "_factor": None}
+        return {**self.__dict__, **passing}
+
+
+class _Added(torch.autograd.Function):
+    """Loss + penalty, whose backward tells what the sum is multiplied by.
+
+    Everything that the loss depends on runs backward after it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, penalty: Tensor, weight: Tensor, told: Penalty) -> Tensor:
+        """The sum."""
+        ctx.told = told
+        ctx.weight = weight
+        return loss + penalty
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """The gradient as it is, for both."""
+        ctx.told.take_factor(grad.detach() * ctx.weight)
+        return grad, grad, None, None
+
+
+class _WithGradient(torch.autograd.Function):
+    """The activations as they are, whose backward gives their mean a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+        """The activations."""
+        ctx.save_for_backward(factor)
+        return a.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The gradient as it is, and the factor."""
+        return grad, ctx.saved_tensors[0], None
+
+
+def mean_l1(a: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean over tokens of Σ_i |a_i|.
+
+    Args:
+        a: activations ``[*, F]``.
+        counted: bool ``[*]``, False for tokens that do not count; None for all.
+
+    Returns:
+        A scalar, float32 or wider; 0 where no token counts.
+
+    Example:
+        >>> mean_l1(torch.tensor([[1.0, -2.0], [4.0, 1.0]]), None)
+        tensor(4.)
+    """
+    per_token = a.abs().sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
+    if counted is None:
+        return per_token.mean()
+    return torch.where(counted, per_token, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def penalize(loss: Tensor, model: nn.Module) -> Tensor:
+    """A loss with the `ActivationPenalty` of the model's last forward pass.
+
+    After a forward pass in evaluation mode it is the loss as it was. With gradient accumulation,
+    call it for each micro-batch, before dividing.
+
+    Args:
+        loss: scalar, a mean over the tokens or samples of the forward pass.
+        model: a model that carries the plug-in; wrappers are seen through.
+
+    Returns:
+        A scalar; λ Σ_blocks mean over tokens of Σ_i |a_i| more.
+
+    Raises:
+        SparsificationError: the model carries no `ActivationPenalty`.
+    """
+    penalties = penalties_of(model)
+    if not penalties:
+        raise SparsificationError(
+            f"penalize: {type(model).__name__} carries no penalty. First:"
+            " steppe.sparsify_(model, [steppe.ActivationPenalty(1e-4)])"
+        )
+    for penalty in penalties:
+        loss = penalty.add_to(loss)
+    return loss
+
+
+def penalties_of(model: nn.Module) -> list[Penalty]:
+    """The penalties of a model's blocks: one for each time that `sparsify_` put one in."""
+    found = {
+        id(penalty): penalty
+        for module in model.modules()
+        if isinstance(penalty := module.__dict__.get(_MARK), Penalty)
+    }
+    return list(found.values())
+
+
+def is_penalized(block: MLPBlock) -> bool:
+    """Whether a block's activations are in the loss of a training step."""
+    return block.down.training and _MARK in block.down.__dict__
