@@ -84,7 +84,7 @@ class _Scratch(threading.local):
             return last
         size = math.prod(shape) * like.element_size()
         if name not in self._buffers or len(self._buffers[name]) < size:
-            self._buffers[name] = torch.empty(size, dtype=torch.uint8)
+            self._buffers[name] = lasting((size,), torch.uint8)
         self._taken[name] = self._buffers[name][:size].view(like.dtype).view(shape)
         return self._taken[name]
 
