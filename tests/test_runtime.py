@@ -193,6 +193,8 @@ def test_a_threshold_rises_as_without(name: str, mode: str, sparse_calls: list[i
                 with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
                     loss = each(**inputs).logits.float().square().mean()
                 loss.backward()
+                first = steppe.find_blocks(each)[0].activated
+                assert first.threshold.sums[0, 0] == mask.sum()  # also where it runs twice
                 optimizer.step()
                 optimizer.zero_grad()
                 densities.append(monitor.report().density)

@@ -294,7 +294,8 @@ class Stack(nn.Module):
 
 
 def train_stack(stack: nn.Module, forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """A few steps; deviations, parameters and the last output."""
+    """A few steps; the sums of each, deviations, parameters and the last output."""
+    sums = []
     optimizer = SGD(stack.parameters(), lr=0.1)
     steppe.constrain_(stack, optimizer, total_steps=4)
     for step in range(4):
@@ -302,11 +303,14 @@ def train_stack(stack: nn.Module, forward: Callable[[Tensor], Tensor]) -> list[T
             generator = torch.Generator().manual_seed(10 * step + micro)
             x = torch.randn(3, 5, models.D_MODEL, generator=generator, dtype=torch.float64)
             forward(x.requires_grad_()).square().mean().backward()
+        # Of a batch that counts twice the deviation is the same; the sums are not.
+        sums += [layer.up.threshold.sums.clone() for layer in stack.layers]
+        assert sums[-1][0].tolist() == [2 * 3 * 5] * models.D_HIDDEN
         optimizer.step()
         optimizer.zero_grad()
     found = [layer.up.threshold.deviation for layer in stack.layers]
     assert all(layer.up.threshold.multiple == 2.0 for layer in stack.layers)
-    return [*found, *stack.parameters(), forward(x)]
+    return [*sums, *found, *stack.parameters(), forward(x)]
 
 
 def make_stack(reentrant: bool | None = None) -> nn.Module:
@@ -345,6 +349,8 @@ def test_transformers_own_checkpointing_counts_once(name: str) -> None:
         each.lm_head.register_forward_hook(functools.partial(_keep_graph, kept))
         run(each, 0)
         kept[0].square().mean().backward()
+        counted = [int(threshold.sums[0, 0]) for threshold in thresholds(each)]
+        assert counted == ([11, 11, 7, 7] if name == "t5" else [11, 11])
         steppe.project_(each)
     for one, two in zip(deviations(model), deviations(other), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=0)

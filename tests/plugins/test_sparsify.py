@@ -722,3 +722,30 @@ def test_a_plain_function_comes_back_as_the_same_object() -> None:
     steppe.restore_(model)
     assert model.layers[0].activation is F.relu
     assert model.layers[0].activation_relu_or_gelu == 1
+
+
+def saved_storages(model: nn.Module, x: Tensor) -> list[int]:
+    """Bytes of what a forward pass keeps for backward, the parameters not counted."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        z = model(x)
+    for parameter in model.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    del z
+    return sorted(size for size in storages.values() if size >= x.nbytes)
+
+
+@pytest.mark.parametrize("plugins", [(THRESHOLD,), (PENALTY,), (THRESHOLD, PENALTY)])
+def test_ours_keep_no_hidden_tensor_for_the_backward_pass(plugins: tuple[Plugin, ...]) -> None:
+    model = models.torch_encoder().layers[0]
+    model.norm_first = False
+    x = torch.randn(4, 7, models.D_MODEL)
+    before = saved_storages(model, x)
+    assert 4 * 7 * models.D_HIDDEN * 4 in before
+    steppe.sparsify_(model, plugins)
+    assert saved_storages(model, x) == before
