@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,12 @@ def test_screening_is_measured_against_shares_of_candidates_not_densities(
         given.append(shares)
         return 0.25
 
+    ratio = calibration._ratio
+
+    def gaining(*arguments: Any) -> float:
+        return max(ratio(*arguments), 2.0)  # so that no density is left out
+
+    monkeypatch.setattr(calibration, "_ratio", gaining)
     monkeypatch.setattr(calibration, "crossover", crossover)
     monkeypatch.setattr(calibration, "kernels", lambda: replace(kernels(), unscreened=""))
     tables = calibration.measure_candidates(torch.float32, (1, 200), 64, 128, rounds=1)

@@ -224,7 +224,7 @@ def scaled_rows(screen: Screen, factors: tuple[float, float, float]) -> Screen:
         (overflowing(1e13, 3e25), of_many, (1.0, 1.0, 1.0), 1),  # NaN is taken away
         (overflowing(1e13, 3e25), of_few, (1.0, 1.0, 1.0), 1),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_smaller_bound_misses_units(
     make: Make, find: Find, factors: tuple[float, float, float], least: int

@@ -46,7 +46,7 @@ def calibrate(dtype: torch.dtype) -> None:
     """Have the dispatch know this machine, for a dtype and the present number of threads.
 
     What was measured before is read from the user's cache folder (``XDG_CACHE_HOME``, else
-    ``~/.cache``); else it is measured, which takes some seconds, and written there.
+    ``~/.cache``); else it is measured, which takes about ten seconds, and written there.
 
     Args:
         dtype: of the blocks; for one that the native kernels do not take nothing is done.
@@ -96,7 +96,9 @@ def measure_thresholds(
             blocks = _blocks(tokens, width, hidden, density, dtype)
             sparse = partial(_Block.sparse, trains=trains, max_candidates=0.0)
             ratios.append(_ratio(blocks, _Block.dense, sparse, trains, rounds))
-        return crossover(_DENSITIES, ratios)
+            if ratios[-1] < _GAIN:
+                break  # denser ones gain less
+        return crossover(_DENSITIES[: len(ratios)], ratios)
 
     return _for_each(rows, threshold)
 
@@ -132,6 +134,8 @@ def measure_candidates(
             )
             ratios.append(_ratio(blocks, plain, screened, trains, rounds))
             shares.append(blocks[0].candidates(few=tokens <= DECODE_ROWS and not trains))
+            if ratios[-1] < _GAIN:
+                break
         return crossover(shares, ratios)
 
     return _for_each(rows, threshold)
