@@ -60,7 +60,7 @@ from steppe.files import write_json
 from steppe.training.data import BYTES, load_pydoc_split
 
 THREADS = (1, 2)
-SECONDS = {TRAINING: 5.0, PREFILL: 3.0, DECODE: 2.5}  # of a row, by case
+SECONDS = {TRAINING: 3.0, PREFILL: 2.0, DECODE: 1.5}  # of a row, by case
 EXTRA_SECONDS = 1.0
 EXTRA_DENSITIES = (0.5, 0.1, 0.03)
 EXTRAS = (  # besides the rows proper, for one thread
@@ -74,7 +74,7 @@ EXTRAS = (  # besides the rows proper, for one thread
     Setting(DECODE, 0.1, 768, 3072, 1, outliers=6),
 )
 MODEL_DENSITY = 0.05
-MODEL_SECONDS = 6.0
+MODEL_SECONDS = 4.0
 NEW_TOKENS = 32
 TRAINED_WIDTH = 256
 TRAINED_STEPS = 600

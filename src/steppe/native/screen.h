@@ -318,7 +318,9 @@ inline uint64_t candidate_mask(const Token &token, const double *bias, const Bou
 #if defined(__AVX512F__)
     mask |= uint64_t(_mm512_cmp_pd_mask((__m512d)bound, _mm512_setzero_pd(), _CMP_NLE_UQ)) << j;
 #else
-    for (int i = 0; i < kDoubles; ++i) mask |= uint64_t(!(bound[i] <= 0)) << (j + i);
+    double bounds_of[kDoubles];  // g++ 12 with -fsanitize=undefined reads vector elements wrongly here
+    std::memcpy(bounds_of, &bound, sizeof(bounds_of));
+    for (int i = 0; i < kDoubles; ++i) mask |= uint64_t(!(bounds_of[i] <= 0)) << (j + i);
 #endif
   }
   return mask;
