@@ -69,7 +69,8 @@ def speed_markdown(result: dict[str, Any]) -> str:
             found = [
                 f"{row['ratio']:.2f}×"
                 for row in result["rows"]
-                if (row["case"], row["dtype"], row["d"]) == (case, dtype, 768)
+                if (row["case"], row["dtype"], row["d"], row["active_sets"])
+                == (case, dtype, 768, "random")
                 and row["tokens"] in (1, 1024)
                 and abs(row["density"] / density - 1) < 0.1
             ]
