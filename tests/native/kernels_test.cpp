@@ -93,8 +93,7 @@ void test_spmm(int64_t T, int64_t N, int64_t D, int64_t tile, double density, La
                            std::to_string(int(layout)) + (with_bias ? " bias" : "") +
                            (accumulate ? " accumulate" : "");
   const List<E> a = random_list<E>(T, N, tile, density);
-  const Matrix<E> m(N, D);
-  const Input<E> panels = panels_of(m);
+  const Matrix<E> m = random_matrix<E>(N, D);
   Input<E> bias(with_bias ? D : 0);
   for (int64_t d = 0; d < bias.size(); ++d) bias[d] = near<E>(uniform());
 
@@ -111,13 +110,20 @@ void test_spmm(int64_t T, int64_t N, int64_t D, int64_t tile, double density, La
     before[i] = near<E>(uniform());
     sums[i].add(to_double(before[i]));
   }
-  const auto got = same_for_all_teams<E>(size, what, [&](E *out, int threads) {
-    for (int64_t i = 0; accumulate && i < T * D; ++i) out[at(i)] = before[i];
-    const int status = steppe_spmm(
-        a.values.data(), a.index.data(), a.offsets.data(), kDtype<E>, T, N, tile, panels.data(), D,
-        with_bias ? bias.data() : nullptr, out, row_stride, col_stride, accumulate, threads);
-    check(status == 0, what + ": status");
-  });
+  const auto run = [&](bool packed) {
+    return same_for_all_teams<E>(size, what, [&](E *out, int threads) {
+      for (int64_t i = 0; accumulate && i < T * D; ++i) out[at(i)] = before[i];
+      const Gathered<E> from(m, packed);
+      const int status =
+          steppe_spmm(a.values.data(), a.index.data(), a.offsets.data(), kDtype<E>, T, tile,
+                      &from.given, with_bias ? bias.data() : nullptr, out, row_stride, col_stride,
+                      accumulate, threads);
+      check(status == 0, what + ": status");
+      check(from.panels.guards_hold(), what + ": writes outside the panels");
+    });
+  };
+  const auto got = run(true);
+  check(got == run(false), what + ": other bits of a matrix without panels");
   check_sums(sums, got, at, what);
   int64_t touched = 0;
   for (int64_t i = 0; i < size; ++i) touched += !got.is_untouched(i);
@@ -129,8 +135,8 @@ void test_sampled(int64_t T, int64_t N, int64_t D, int64_t tile, double density,
   const std::string what = std::string("sampled ") + kName<E> + shape({T, N, D, tile}) +
                            (with_bias ? " bias" : "");
   const List<E> list = random_list<E>(T, N, tile, density);
-  const Matrix<E> g(T, D), m(N, D);
-  const Input<E> panels_g = panels_of(g), panels_m = panels_of(m);
+  const Matrix<E> g(T, D), m = random_matrix<E>(N, D);
+  const Input<E> panels_g = panels_of(g);
   Input<E> bias(with_bias ? N : 0);
   for (int64_t n = 0; n < bias.size(); ++n) bias[n] = near<E>(uniform());
   std::vector<Sum> sums(list.entries());
@@ -138,13 +144,18 @@ void test_sampled(int64_t T, int64_t N, int64_t D, int64_t tile, double density,
     if (with_bias) sums[i].add(to_double(bias[n]));
     for (int64_t d = 0; d < D; ++d) sums[i].add(to_double(g(t, d)) * to_double(m(n, d)));
   });
-  const auto got = same_for_all_teams<E>(list.entries(), what, [&](E *out, int threads) {
-    const int status =
-        steppe_sampled(list.index.data(), list.offsets.data(), kDtype<E>, T, N, tile,
-                       panels_g.data(), panels_m.data(), D, with_bias ? bias.data() : nullptr, out,
-                       threads);
-    check(status == 0, what + ": status");
-  });
+  const auto run = [&](bool packed) {
+    return same_for_all_teams<E>(list.entries(), what, [&](E *out, int threads) {
+      const Gathered<E> from(m, packed);
+      const int status = steppe_sampled(list.index.data(), list.offsets.data(), kDtype<E>, T, tile,
+                                        panels_g.data(), &from.given,
+                                        with_bias ? bias.data() : nullptr, out, threads);
+      check(status == 0, what + ": status");
+      check(from.panels.guards_hold(), what + ": writes outside the panels");
+    });
+  };
+  const auto got = run(true);
+  check(got == run(false), what + ": other bits of a matrix without panels");
   check_sums(sums, got, what);
 }
 
@@ -255,10 +266,10 @@ void test_not_finite(float bad) {
     Matrix<E> m(kColumns, kWidth);
     for (int64_t i = 0; i < m.memory.size(); ++i) m.memory[i] = positive();
     if (in_weight) m(11, 69) = near<E>(bad);
-    const Input<E> panels = panels_of(m);
+    const Gathered<E> from(m, true);
     Output<E> z(kRows * kWidth), few(8 * kWidth);
-    steppe_spmm(a.values.data(), a.index.data(), a.offsets.data(), kDtype<E>, kRows, kColumns, 64,
-                panels.data(), kWidth, nullptr, z.data(), kWidth, 1, 0, 2);
+    steppe_spmm(a.values.data(), a.index.data(), a.offsets.data(), kDtype<E>, kRows, 64,
+                &from.given, nullptr, z.data(), kWidth, 1, 0, 2);
     check_sums(product(a, m, Input<E>()), z, what + " spmm");
     const List<E> first(8, kColumns, 64, [&](int64_t r, int64_t c, E *value) {
       *value = !in_weight && r == 5 && c == 2 ? near<E>(bad) : positive();
@@ -278,11 +289,12 @@ void test_rounding() {
   const int16_t index = 0;
   const int64_t offsets[] = {0, 1};
   for (int i = 0; i < 4; ++i) {
-    Input<Half> panel(64);
-    panel[0] = near<Half>(sums[i] - (sums[i] > 0 ? 1.0f : -1.0f));
+    const Half m = near<Half>(sums[i] - (sums[i] > 0 ? 1.0f : -1.0f));
+    Output<Half> panel(64);
+    const steppe_matrix from{&m, 1, 1, 1, 1, panel.data()};
     const Half bias = near<Half>(sums[i] > 0 ? 1.0f : -1.0f);
     Output<Half> out(1);
-    steppe_spmm(&one, &index, offsets, 1, 1, 1, 64, panel.data(), 1, &bias, out.data(), 1, 1, 0, 1);
+    steppe_spmm(&one, &index, offsets, 1, 1, 64, &from, &bias, out.data(), 1, 1, 0, 1);
     check(to_double(out[0]) == rounded[i], "rounding of " + std::to_string(sums[i]));
   }
 }
@@ -325,6 +337,7 @@ void test_all() {
   test_spmm<E>(40, 700, 768, 192, 0.1, Layout::kRows, true, false);
   test_spmm<E>(700, 40, 768, 64, 0.1, Layout::kColumns, false, true);
   test_sampled<E>(40, 700, 768, 192, 0.1, true);
+  test_sampled<E>(40, 900, 200, 64, 0.1, true);  // more tiles than tasks are wanted: each packs its own
   for (int64_t T : {0, 3}) {
     for (int64_t N : {0, 80}) {
       for (int64_t D : {0, 5}) {

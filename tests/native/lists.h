@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "steppe_native.h"
 
 namespace checks {
 
@@ -40,6 +41,32 @@ Input<E> panels_of(const Matrix<E> &m) {
     }
   }
   return panels;
+}
+
+// A matrix as it is given to the kernels that gather from it: with memory for panels, or as panels.
+template <typename E>
+struct Gathered {
+  Output<E> panels;
+  steppe_matrix given;
+
+  Gathered(const Matrix<E> &m, bool packed)
+      : panels(ceil_div(m.columns, 64) * m.rows * 64),
+        given{packed ? nullptr : m.data(), m.rows, m.columns, m.row_stride, m.column_stride,
+              panels.data()} {
+    const Input<E> filled = panels_of(m);
+    if (packed) std::copy_n(filled.data(), filled.size(), panels.data());
+  }
+};
+
+// In one of the ways that a matrix can lie in memory.
+template <typename E>
+Matrix<E> random_matrix(int64_t rows, int64_t columns) {
+  switch (generator()() % 4) {
+    case 0: return {rows, columns};
+    case 1: return {rows, columns, columns + 3, 1};
+    case 2: return {rows, columns, 1, rows + 2};
+    default: return {rows, columns, 3, 3 * rows + 1};
+  }
 }
 
 // The list of a matrix [rows, columns]. One with no columns has one tile, which is empty.

@@ -190,5 +190,5 @@ def test_a_library_of_another_version_is_an_error(
     monkeypatch.undo()
     native.load.cache_clear()
     monkeypatch.setattr(native, "ABI_VERSION", 0)
-    with pytest.raises(KernelError, match="expected version 0, got 2"):
+    with pytest.raises(KernelError, match="expected version 0, got 3"):
         native.load()

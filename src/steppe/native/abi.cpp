@@ -67,7 +67,7 @@ using steppe::kernels;
 
 extern "C" {
 
-int steppe_abi_version(void) { return 2; }
+int steppe_abi_version(void) { return 3; }
 
 const char *steppe_isa(void) { return steppe::target().name; }
 
@@ -112,18 +112,16 @@ void steppe_pack(const void *m, int dtype, int64_t N, int64_t D, int64_t row_str
 }
 
 int steppe_spmm(const void *values, const int16_t *index, const int64_t *offsets, int dtype,
-                int64_t T, int64_t N, int64_t tile, const void *panels, int64_t D,
-                const void *bias, void *out, int64_t row_stride, int64_t col_stride,
-                int accumulate, int threads) {
-  return kernels(dtype).spmm(values, index, offsets, T, N, tile, panels, D, bias, out, row_stride,
-                             col_stride, accumulate != 0, threads);
+                int64_t T, int64_t tile, const steppe_matrix *m, const void *bias, void *out,
+                int64_t row_stride, int64_t col_stride, int accumulate, int threads) {
+  return kernels(dtype).spmm(values, index, offsets, T, tile, *m, bias, out, row_stride, col_stride,
+                             accumulate != 0, threads);
 }
 
-int steppe_sampled(const int16_t *index, const int64_t *offsets, int dtype, int64_t T, int64_t N,
-                   int64_t tile, const void *panels_g, const void *panels_m, int64_t D,
-                   const void *bias, void *values, int threads) {
-  return kernels(dtype).sampled(index, offsets, T, N, tile, panels_g, panels_m, D, bias, values,
-                                threads);
+int steppe_sampled(const int16_t *index, const int64_t *offsets, int dtype, int64_t T,
+                   int64_t tile, const void *panels_g, const steppe_matrix *m, const void *bias,
+                   void *values, int threads) {
+  return kernels(dtype).sampled(index, offsets, T, tile, panels_g, *m, bias, values, threads);
 }
 
 void steppe_transpose(const void *values_a, const void *values_b, const int16_t *index,

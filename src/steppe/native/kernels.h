@@ -14,10 +14,10 @@ struct Kernels {
   void (*fill)(const void *, int64_t, int64_t, int64_t, int64_t, const int64_t *, int16_t *, void *,
                int);
   void (*pack)(const void *, int64_t, int64_t, int64_t, int64_t, void *, int);
-  int (*spmm)(const void *, const int16_t *, const int64_t *, int64_t, int64_t, int64_t,
-              const void *, int64_t, const void *, void *, int64_t, int64_t, bool, int);
-  int (*sampled)(const int16_t *, const int64_t *, int64_t, int64_t, int64_t, const void *,
-                 const void *, int64_t, const void *, void *, int);
+  int (*spmm)(const void *, const int16_t *, const int64_t *, int64_t, int64_t,
+              const steppe_matrix &, const void *, void *, int64_t, int64_t, bool, int);
+  int (*sampled)(const int16_t *, const int64_t *, int64_t, int64_t, const void *,
+                 const steppe_matrix &, const void *, void *, int);
   void (*transpose)(const void *, const void *, const int16_t *, const int64_t *, int64_t, int64_t,
                     int64_t, int64_t, void *, void *, int16_t *, int64_t *, int);
   void (*row_sums)(const void *, const int64_t *, int64_t, int64_t, void *, int);

@@ -58,37 +58,76 @@ inline void turn_block(const float *from, int64_t stride, float *to) {
 #endif
 
 template <typename E>
-void pack(const E *m, int64_t N, int64_t D, int64_t row_stride, int64_t col_stride, E *panels,
-          int threads) {
-  const int64_t count = (D + kPanel - 1) / kPanel, blocks = (N + kRowBlock - 1) / kRowBlock;
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-  for (int64_t panel = 0; panel < count; ++panel) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t width = std::min(kPanel, D - panel * kPanel);
-      const int64_t first = block * kRowBlock, rows = std::min(kRowBlock, N - first);
-      const E *from = m + first * row_stride + panel * kPanel * col_stride;
-      E *to = panels + (panel * N + first) * kPanel;
-      if (width < kPanel) std::fill(to, to + rows * kPanel, E{});
-      if (col_stride == 1) {
-        for (int64_t n = 0; n < rows; ++n) {
-          std::copy(from + n * row_stride, from + n * row_stride + width, to + n * kPanel);
-        }
-      } else {
-        for (int64_t d = 0; d < width; ++d) {
-          __builtin_prefetch(from + d * col_stride + kAheadRows * row_stride);
-        }
-        int64_t d = 0;
-        if (rows == kRowBlock && row_stride == 1) {
-          for (; d + kRowBlock <= width; d += kRowBlock) {
-            turn_block(from + d * col_stride, col_stride, to + d);
-          }
-        }
-        for (; d < width; ++d) {
-          for (int64_t n = 0; n < rows; ++n) {
-            to[n * kPanel + d] = from[n * row_stride + d * col_stride];
-          }
-        }
+struct Matrix {
+  const E *data;  // NULL: its panels are there already
+  int64_t rows, columns, row_stride, column_stride;
+  int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
+  const E *at(int64_t row, int64_t column) const {
+    return data + row * row_stride + column * column_stride;
+  }
+};
+
+// At most kRowBlock rows of a panel, from `first` on.
+template <typename E>
+inline void pack_block(const Matrix<E> &m, int64_t panel, int64_t first, int64_t rows, E *to) {
+  const int64_t width = std::min(kPanel, m.columns - panel * kPanel);
+  const E *from = m.at(first, panel * kPanel);
+  if (width < kPanel) std::fill(to, to + rows * kPanel, E{});
+  if (m.column_stride == 1) {
+    for (int64_t n = 0; n < rows; ++n) {
+      const E *row = from + n * m.row_stride;
+      for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(E))) {
+        __builtin_prefetch(row + d + kRowBlock * m.row_stride);
       }
+      std::copy(row, row + width, to + n * kPanel);
+    }
+    return;
+  }
+  for (int64_t d = 0; d < width; ++d) {
+    __builtin_prefetch(from + d * m.column_stride + kAheadRows * m.row_stride);
+  }
+  int64_t d = 0;
+  if (rows == kRowBlock && m.row_stride == 1) {
+    for (; d + kRowBlock <= width; d += kRowBlock) {
+      turn_block(from + d * m.column_stride, m.column_stride, to + d);
+    }
+  }
+  for (; d < width; ++d) {
+    for (int64_t n = 0; n < rows; ++n) {
+      to[n * kPanel + d] = from[n * m.row_stride + d * m.column_stride];
+    }
+  }
+}
+
+// Rows [first, first + rows) of some panels, which come to lie `rows` rows apart. They are read row
+// by row where these are contiguous.
+template <typename E>
+inline void pack_part(const Matrix<E> &m, int64_t first_panel, int64_t last_panel, int64_t first,
+                      int64_t rows, E *to) {
+  const auto block = [&](int64_t panel, int64_t row) {
+    pack_block(m, panel, first + row, std::min(kRowBlock, rows - row),
+               to + ((panel - first_panel) * rows + row) * kPanel);
+  };
+  if (m.column_stride == 1) {
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) block(panel, row);
+    }
+  } else {
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      for (int64_t row = 0; row < rows; row += kRowBlock) block(panel, row);
+    }
+  }
+}
+
+template <typename E>
+void pack(const Matrix<E> &m, E *panels, int threads) {
+  const int64_t blocks = (m.rows + kRowBlock - 1) / kRowBlock;
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+  for (int64_t panel = 0; panel < m.panels(); ++panel) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * kRowBlock;
+      pack_block(m, panel, first, std::min(kRowBlock, m.rows - first),
+                 panels + (panel * m.rows + first) * kPanel);
     }
   }
 }

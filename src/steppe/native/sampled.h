@@ -2,14 +2,16 @@
 //
 // Loops, outside in: tile, chunk of rows, panel, row, eight entries. The sums of a tile stay in the
 // second-level cache for all panels, and G is read from end to end. A row's 64 columns of G stay in
-// registers; each entry's sum grows by one panel at a time, in the order of the panels.
+// registers; each entry's sum grows by one panel at a time, in the order of the panels. Of a matrix M
+// that is used once, the thread that works on a tile packs the tile's rows.
 #pragma once
 
-#include <algorithm>
+#include <omp.h>
+
 #include <memory>
 #include <new>
 
-#include "vector.h"
+#include "pack.h"
 
 namespace steppe {
 namespace STEPPE_TARGET {
@@ -57,8 +59,9 @@ inline void dot_row(const int16_t *index, int64_t count, const E *g, const E *pa
   vec products[8];
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
+    const FourPlaces places[2] = {FourPlaces(index + i), FourPlaces(index + i + 4)};
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) products[k] = row.times(panel + index[i + k] * kPanel);
+    for (int k = 0; k < 8; ++k) products[k] = row.times(panel + places[k / 4][k % 4] * kPanel);
     add_sums8(products, 8, sums + i);
   }
   // The last ones summed as those are, so that the bits do not depend on the place in the list. The
@@ -80,11 +83,11 @@ inline void dot_row(const int16_t *index, int64_t count, const E *g, const E *pa
 }
 
 template <typename E>
-int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t N, int64_t tile,
-            const E *panels_g, const E *panels_m, int64_t D, const E *bias, E *values,
+int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t tile,
+            const E *panels_g, const Matrix<E> &m, E *panels, const E *bias, E *values,
             int threads) {
-  const int64_t panel_count = (D + kPanel - 1) / kPanel, tiles = std::max<int64_t>((N + tile - 1) / tile, 1);
-  const int64_t nnz = offsets[tiles * T];
+  const int64_t N = m.rows, panel_count = m.panels();
+  const int64_t tiles = std::max<int64_t>((N + tile - 1) / tile, 1), nnz = offsets[tiles * T];
   // float32 sums of all entries: the output itself, or a copy to be rounded once.
   std::unique_ptr<float[]> copy;
   float *sums = reinterpret_cast<float *>(values);
@@ -94,19 +97,30 @@ int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t N, 
     sums = copy.get();
   }
   const bool sparse = double(nnz) < kStreamDensity * double(T) * double(N);
-  const int64_t chunks = std::min(T, std::max<int64_t>(1, (kTasksPerThread * threads + tiles - 1) / tiles));
-  const int64_t chunk = chunks > 0 ? (T + chunks - 1) / chunks : 0;
+  const int64_t chunks = chunks_of(T, tiles, threads), chunk = (T + chunks - 1) / chunks;
+  const bool packs_each = m.data != nullptr && chunks == 1;
+  if (m.data != nullptr && !packs_each) pack(m, panels, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
   for (int64_t j = 0; j < tiles; ++j) {
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t first = std::min(c * chunk, T), last = std::min(first + chunk, T);
       const int64_t *list = offsets + j * T;
+      if (list[first] == list[last]) continue;
+      const int64_t units = std::min(tile, N - j * tile);
+      // Where the tile's part of the first panel is, and how far it is to the next panel's.
+      E *part = panels + j * tile * kPanel;
+      int64_t step = N * kPanel;
+      if (packs_each) {
+        step = units * kPanel;
+        part = panels + omp_get_thread_num() * panel_count * tile * kPanel;
+        pack_part(m, 0, panel_count, j * tile, units, part);
+      }
       for (int64_t i = list[first]; i < list[last]; ++i) {
         sums[i] = bias == nullptr ? 0.0f : to_float(bias[j * tile + index[i]]);
       }
       for (int64_t k = 0; k < panel_count; ++k) {
-        const E *panel = panels_m + (k * N + j * tile) * kPanel;
-        if (sparse) stream(panel, std::min(tile, N - j * tile));
+        const E *panel = part + k * step;
+        if (sparse) stream(panel, units);
         for (int64_t t = first; t < last; ++t) {
           if (list[t] == list[t + 1]) continue;
           dot_row(index + list[t], list[t + 1] - list[t], panels_g + (k * T + t) * kPanel, panel,

@@ -3,14 +3,17 @@
 // Loops, outside in: panel, tile, row, entry. A panel's part of a tile (64 columns of `tile` rows of
 // M) stays in the first-level cache while all rows of A gather from it, and 64 columns of one row of
 // the output stay in registers. Two sets of sums, for even and odd entries, hide the latency of the
-// multiply-add.
+// multiply-add. A matrix that is used once is packed panel by panel, by the thread that then gathers
+// from it: what it writes stays in its second-level cache.
 #pragma once
+
+#include <omp.h>
 
 #include <algorithm>
 #include <memory>
 #include <new>
 
-#include "vector.h"
+#include "pack.h"
 
 namespace steppe {
 namespace STEPPE_TARGET {
@@ -22,32 +25,51 @@ struct Entries {
   int64_t first, last;
 };
 
+// Some values of a list, one of them at a time in all lanes.
+template <typename E>
+struct Values {
+  const E *from;
+  explicit Values(const E *from) : from(from) {}
+  vec all(int k) const { return broadcast(to_float(from[k])); }
+};
+#if defined(__AVX512F__)
+template <>
+struct Values<float> {  // of four: a load less each
+  __m512 lanes;
+  explicit Values(const float *from) : lanes(_mm512_castps128_ps512(_mm_loadu_ps(from))) {}
+  vec all(int k) const { return (vec)_mm512_permutexvar_ps(_mm512_set1_epi32(k), lanes); }
+};
+#endif
+
 // sums [64] += Σ value · row of the panel, the tile's own sum first: adding few numbers to a small
 // sum, and few sums to each other, loses less than adding all numbers to one.
 template <typename E>
 inline void gather_row(const Entries &entries, const E *values, const E *panel, float *sums) {
-  vec even[kVectors], odd[kVectors];
-  for (int k = 0; k < kVectors; ++k) even[k] = odd[k] = vec{};
+  vec both[2][kVectors] = {};
+  const auto add = [&](int k, int16_t place, vec value) {
+    const E *row = panel + place * kPanel;
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) both[k % 2][v] += value * load(row + v * kWidth);
+  };
   int64_t entry = entries.first;
-  for (; entry + 1 < entries.last; entry += 2) {
-    const E *a = panel + entries.index[entry] * kPanel;
-    const E *b = panel + entries.index[entry + 1] * kPanel;
-    const vec va = broadcast(to_float(values[entry]));
-    const vec vb = broadcast(to_float(values[entry + 1]));
-#pragma GCC unroll 16
-    for (int k = 0; k < kVectors; ++k) {
-      even[k] += va * load(a + k * kWidth);
-      odd[k] += vb * load(b + k * kWidth);
-    }
+  for (; entry + 4 <= entries.last; entry += 4) {
+    const FourPlaces places(entries.index + entry);
+    const Values<E> four(values + entry);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) add(k, places[k], four.all(k));
   }
-  if (entry < entries.last) {
-    const E *a = panel + entries.index[entry] * kPanel;
-    const vec va = broadcast(to_float(values[entry]));
-#pragma GCC unroll 16
-    for (int k = 0; k < kVectors; ++k) even[k] += va * load(a + k * kWidth);
+  const auto one = [&](int k) {
+    add(k, entries.index[entry + k], broadcast(to_float(values[entry + k])));
+  };
+  if (entry + 2 <= entries.last) {
+    one(0), one(1);
+    entry += 2;
   }
+  if (entry < entries.last) one(0);
 #pragma GCC unroll 16
-  for (int k = 0; k < kVectors; ++k) store(load(sums + k * kWidth) + (even[k] + odd[k]), sums + k * kWidth);
+  for (int v = 0; v < kVectors; ++v) {
+    store(load(sums + v * kWidth) + (both[0][v] + both[1][v]), sums + v * kWidth);
+  }
 }
 
 #if defined(__AVX512BF16__)
@@ -132,17 +154,18 @@ void write_sums(const float *sums, int64_t first, int64_t rows, int64_t column, 
 }
 
 template <typename E>
-int spmm(const E *values, const int16_t *index, const int64_t *offsets, int64_t T, int64_t N,
-         int64_t tile, const E *panels, int64_t D, const E *bias, E *out, int64_t row_stride,
+int spmm(const E *values, const int16_t *index, const int64_t *offsets, int64_t T, int64_t tile,
+         const Matrix<E> &m, E *panels, const E *bias, E *out, int64_t row_stride,
          int64_t col_stride, bool accumulate, int threads) {
-  const int64_t panel_count = (D + kPanel - 1) / kPanel, tiles = std::max<int64_t>((N + tile - 1) / tile, 1);
+  const int64_t N = m.rows, panel_count = m.panels();
+  const int64_t tiles = std::max<int64_t>((N + tile - 1) / tile, 1);
   if (T == 0 || panel_count == 0) return 0;
   const bool sparse = double(offsets[tiles * T] - offsets[0]) < kStreamDensity * double(T) * double(N);
-  const int64_t chunks =
-      std::min(T, std::max<int64_t>(1, (kTasksPerThread * threads + panel_count - 1) / panel_count));
-  const int64_t chunk = (T + chunks - 1) / chunks;
+  const int64_t chunks = chunks_of(T, panel_count, threads), chunk = (T + chunks - 1) / chunks;
   // Of one tile nothing is to stay in the first-level cache but the sums themselves.
   const int64_t block = tiles == 1 ? std::min(kSumRows, chunk) : chunk;
+  const bool packs_each = m.data != nullptr && chunks == 1;
+  if (m.data != nullptr && !packs_each) pack(m, panels, threads);
   int failed = 0;
 #pragma omp parallel num_threads(threads)
   {
@@ -156,9 +179,13 @@ int spmm(const E *values, const int16_t *index, const int64_t *offsets, int64_t 
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t first = c * chunk, last = std::min(first + chunk, T);
         if (!sums || first >= last) continue;
-        const E *panel = panels + k * N * kPanel;
-        const int64_t width = std::min(kPanel, D - k * kPanel);
-        if (sparse) stream(panel, N);
+        E *panel = panels + (packs_each ? omp_get_thread_num() : k) * N * kPanel;
+        const int64_t width = std::min(kPanel, m.columns - k * kPanel);
+        if (packs_each) {
+          pack_part(m, k, k + 1, 0, N, panel);
+        } else if (sparse) {
+          stream(panel, N);
+        }
         float start[kPanel];
         for (int64_t d = 0; d < kPanel; ++d) {
           start[d] = bias != nullptr && d < width ? to_float(bias[k * kPanel + d]) : 0;

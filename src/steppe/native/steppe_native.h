@@ -57,18 +57,27 @@ STEPPE_API void steppe_fill(const void *p, int dtype, int64_t T, int64_t F, int6
 STEPPE_API void steppe_pack(const void *m, int dtype, int64_t N, int64_t D, int64_t row_stride,
                             int64_t col_stride, void *panels, int threads);
 
-/* out [T, D] = A M + bias, or += A M if `accumulate`; A [T, N] as a list, M [N, D] as panels, bias
- * [D] or NULL, out(t, d) at out[t * row_stride + d * col_stride]. Returns 0, or 1 without memory. */
-STEPPE_API int steppe_spmm(const void *values, const int16_t *index, const int64_t *offsets,
-                           int dtype, int64_t T, int64_t N, int64_t tile, const void *panels,
-                           int64_t D, const void *bias, void *out, int64_t row_stride,
-                           int64_t col_stride, int accumulate, int threads);
+/* A matrix M [N, D] that is gathered from. Its panels are in `panels` if `m` is NULL; else its element
+ * (n, d) is m[n * row_stride + d * col_stride], and `panels` is memory for the panels, of which
+ * nothing can be told afterwards. */
+typedef struct steppe_matrix {
+  const void *m;
+  int64_t N, D, row_stride, col_stride;
+  void *panels;
+} steppe_matrix;
 
-/* values of G Mᵀ + bias on a support; G [T, D] and M [N, D] as panels, bias [N] or NULL. Returns 0,
- * or 1 without memory. */
+/* out [T, D] = A M + bias, or += A M if `accumulate`; A [T, N] as a list, bias [D] or NULL, out(t, d)
+ * at out[t * row_stride + d * col_stride]. Returns 0, or 1 without memory. */
+STEPPE_API int steppe_spmm(const void *values, const int16_t *index, const int64_t *offsets,
+                           int dtype, int64_t T, int64_t tile, const steppe_matrix *m,
+                           const void *bias, void *out, int64_t row_stride, int64_t col_stride,
+                           int accumulate, int threads);
+
+/* values of G Mᵀ + bias on a support; G [T, D] as panels, bias [N] or NULL. Returns 0, or 1 without
+ * memory. */
 STEPPE_API int steppe_sampled(const int16_t *index, const int64_t *offsets, int dtype, int64_t T,
-                              int64_t N, int64_t tile, const void *panels_g, const void *panels_m,
-                              int64_t D, const void *bias, void *values, int threads);
+                              int64_t tile, const void *panels_g, const steppe_matrix *m,
+                              const void *bias, void *values, int threads);
 
 /* The list of the transposed matrix [N, T], `tile_t` rows of the old one a tile; values_b may be
  * NULL. offsets_t is int64 [ceil(T / tile_t) * N + 1]. */

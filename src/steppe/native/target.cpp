@@ -30,18 +30,21 @@ struct Typed {
   }
   static void pack(const void *m, int64_t N, int64_t D, int64_t row_stride, int64_t col_stride,
                    void *panels, int threads) {
-    STEPPE_TARGET::pack(in(m), N, D, row_stride, col_stride, out(panels), threads);
+    STEPPE_TARGET::pack(Matrix<E>{in(m), N, D, row_stride, col_stride}, out(panels), threads);
+  }
+  static Matrix<E> matrix(const steppe_matrix &of) {
+    return {in(of.m), of.N, of.D, of.row_stride, of.col_stride};
   }
   static int spmm(const void *values, const int16_t *index, const int64_t *offsets, int64_t T,
-                  int64_t N, int64_t tile, const void *panels, int64_t D, const void *bias,
-                  void *to, int64_t row_stride, int64_t col_stride, bool accumulate, int threads) {
-    return STEPPE_TARGET::spmm(in(values), index, offsets, T, N, tile, in(panels), D, in(bias),
-                               out(to), row_stride, col_stride, accumulate, threads);
+                  int64_t tile, const steppe_matrix &m, const void *bias, void *to,
+                  int64_t row_stride, int64_t col_stride, bool accumulate, int threads) {
+    return STEPPE_TARGET::spmm(in(values), index, offsets, T, tile, matrix(m), out(m.panels),
+                               in(bias), out(to), row_stride, col_stride, accumulate, threads);
   }
-  static int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t N,
-                     int64_t tile, const void *panels_g, const void *panels_m, int64_t D,
-                     const void *bias, void *values, int threads) {
-    return STEPPE_TARGET::sampled(index, offsets, T, N, tile, in(panels_g), in(panels_m), D,
+  static int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t tile,
+                     const void *panels_g, const steppe_matrix &m, const void *bias, void *values,
+                     int threads) {
+    return STEPPE_TARGET::sampled(index, offsets, T, tile, in(panels_g), matrix(m), out(m.panels),
                                   in(bias), out(values), threads);
   }
   static void transpose(const void *values_a, const void *values_b, const int16_t *index,

@@ -4,6 +4,7 @@
 // to 15 times slower), so the width is set per target.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -75,6 +76,21 @@ inline float sum(vec v) {
 }
 
 constexpr int64_t kTasksPerThread = 4;  // so that threads end at about the same time
+
+// Into how many parts to cut the rows, where there are tasks besides.
+inline int64_t chunks_of(int64_t rows, int64_t tasks, int threads) {
+  const int64_t wanted = threads == 1 ? 1 : kTasksPerThread * threads;
+  return std::max<int64_t>(std::min(rows, (wanted + tasks - 1) / std::max<int64_t>(tasks, 1)), 1);
+}
+
+// Four places of a list, read at once.
+struct FourPlaces {
+  uint64_t four;
+  explicit FourPlaces(const int16_t *index) { std::memcpy(&four, index, sizeof(four)); }
+  int16_t operator[](int k) const {
+    return int16_t(four >> 16 * (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? k : 3 - k));
+  }
+};
 
 // Below this density the gathered rows of a panel are too few for the hardware to fetch ahead:
 // reading the panel once from end to end brings it into the second-level cache.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ _CLEARLY = 0.1
 # Columns per tile by density: the denser, the fewer, so that what many rows gather from stays in
 # the first-level cache. Measured at d 768, T 1024.
 _TILES = {
-    torch.float32: ((0.15, 192), (0.015, 384), (0.0, 1024)),
+    torch.float32: ((0.08, 192), (0.03, 256), (0.015, 384), (0.0, 1024)),
     torch.bfloat16: ((0.15, 256), (0.015, 512), (0.0, 1024)),
 }
 
@@ -68,6 +69,16 @@ class Panels(NamedTuple):
 
     data: Tensor
     width: int
+
+
+class _Matrix(ctypes.Structure):
+    """``steppe_matrix`` of steppe_native.h."""
+
+    _fields_ = (
+        ("m", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
+        ("panels", ctypes.c_void_p),
+    )
 
 
 class _Scratch(threading.local):
@@ -209,37 +220,38 @@ def pack(matrix: Tensor, buffer: str | None = None) -> Panels:
     return Panels(data, width)
 
 
-def spmm(values: Tensor, support: Support, panels: Panels, bias: Tensor | None = None) -> Tensor:
-    """``A M + bias``, ``[T, D]``."""
-    out = values.new_empty(support.rows, panels.width)
-    return spmm_into(out, values, support, panels, bias)
+def spmm(
+    values: Tensor, support: Support, matrix: Panels | Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """``A M + bias``, ``[T, D]``; M ``[F, D]`` as panels, or of any strides."""
+    width = matrix.width if isinstance(matrix, Panels) else matrix.shape[1]
+    out = values.new_empty(support.rows, width)
+    return spmm_into(out, values, support, matrix, bias)
 
 
 def spmm_into(
     out: Tensor,
     values: Tensor,
     support: Support,
-    panels: Panels,
+    matrix: Panels | Tensor,
     bias: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor:
     """``A M + bias`` written to a tensor ``[T, D]`` of any strides, or added to it."""
     _check_list(support, values)
-    _check_panels(panels, support.columns, values)
-    require(out.shape == (support.rows, panels.width), f"out {tuple(out.shape)}")
+    gathered = _matrix(matrix, support.columns, values)
+    require(out.shape == (support.rows, gathered.columns), f"out {tuple(out.shape)}")
     if bias is not None:
-        check_vector(bias, panels.width, values)
+        check_vector(bias, gathered.columns, values)
     failed = library().steppe_spmm(
         values.data_ptr(),
         support.index.data_ptr(),
         support.offsets.data_ptr(),
         dtype_code(values),
         support.rows,
-        support.columns,
         support.tile,
-        panels.data.data_ptr(),
-        panels.width,
-        None if bias is None else bias.data_ptr(),
+        ctypes.byref(gathered),
+        pointer(bias),
         out.data_ptr(),
         *out.stride(),
         accumulate,
@@ -250,25 +262,25 @@ def spmm_into(
     return out
 
 
-def sampled(support: Support, left: Panels, right: Panels, bias: Tensor | None = None) -> Tensor:
-    """Values of ``G Mᵀ + bias`` on a support; bias ``[F]``."""
-    _check_panels(left, support.rows, right.data)
-    _check_panels(right, support.columns, left.data)
+def sampled(
+    support: Support, left: Panels, right: Panels | Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Values of ``G Mᵀ + bias`` on a support; M as panels, or of any strides; bias ``[F]``."""
+    _check_panels(left, support.rows, left.data)
+    gathered = _matrix(right, support.columns, left.data)
     _check_list(support, None)
-    require(left.width == right.width, f"one width, got {left.width} and {right.width}")
+    require(left.width == gathered.columns, f"one width, got {left.width} and {gathered.columns}")
     if bias is not None:
-        check_vector(bias, support.columns, right.data)
+        check_vector(bias, support.columns, left.data)
     values = left.data.new_empty(support.index.shape[0])
     failed = library().steppe_sampled(
         support.index.data_ptr(),
         support.offsets.data_ptr(),
         dtype_code(values),
         support.rows,
-        support.columns,
         support.tile,
         left.data.data_ptr(),
-        right.data.data_ptr(),
-        left.width,
+        ctypes.byref(gathered),
         pointer(bias),
         values.data_ptr(),
         threads(),
@@ -481,6 +493,20 @@ def _check_panels(panels: Panels, rows: int, like: Tensor) -> None:
         data.shape == shape and data.is_contiguous() and data.dtype == like.dtype,
         f"panels {shape} of {like.dtype}, got {tuple(data.shape)} of {data.dtype}",
     )
+
+
+def _matrix(matrix: Panels | Tensor, rows: int, like: Tensor) -> _Matrix:
+    """What a product gathers from, with memory for its panels where there are none yet."""
+    if isinstance(matrix, Panels):
+        _check_panels(matrix, rows, like)
+        return _Matrix(rows=rows, columns=matrix.width, panels=matrix.data.data_ptr())
+    require(
+        matrix.ndim == 2 and matrix.shape[0] == rows and matrix.dtype == like.dtype,
+        f"{rows} rows of {like.dtype}, got {tuple(matrix.shape)} of {matrix.dtype}",
+    )
+    width = matrix.shape[1]
+    panels = scratch("panels", (ceil_div(width, TILE_UNIT), rows, TILE_UNIT), matrix)
+    return _Matrix(matrix.data_ptr(), rows, width, *matrix.stride(), panels.data_ptr())
 
 
 def check_rows(weight: Tensor, rows: int, like: Tensor) -> None:

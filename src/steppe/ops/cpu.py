@@ -77,7 +77,7 @@ def _(values: Tensor, index: Tensor, offsets: Tensor, rows: int, matrix: Tensor)
     if not runs(values, matrix):
         return reference.spmm(values, index, offsets, rows, matrix)
     support = Support(index, offsets, rows, matrix.shape[0])
-    return calls.spmm(values.contiguous(), support, calls.pack(matrix))
+    return calls.spmm(values.contiguous(), support, matrix)
 
 
 @registry.spmm_t.register_kernel("cpu")
@@ -86,7 +86,7 @@ def _(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, columns: i
         return reference.spmm_t(values, index, offsets, matrix, columns)
     support = Support(index, offsets, matrix.shape[0], columns)
     turned, (turned_values,) = calls.transpose(support, values.contiguous())
-    return calls.spmm(turned_values, turned, calls.pack(matrix))
+    return calls.spmm(turned_values, turned, matrix)
 
 
 @registry.sampled.register_kernel("cpu")
@@ -94,7 +94,7 @@ def _(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if not runs(left, right):
         return reference.sampled(index, offsets, left, right)
     support = Support(index, offsets, left.shape[0], right.shape[0])
-    return calls.sampled(support, calls.pack(left), calls.pack(right))
+    return calls.sampled(support, calls.pack(left), right)
 
 
 @registry.mlp.register_kernel("cpu")
@@ -137,13 +137,12 @@ def mlp(
     elif len(listed[0]) > most * rows * columns:
         return *reference.mlp(x, weights, rule), *no_list(x.device)
     r, support = listed
-    panels = _passing_panels if trains else kept_panels
     up_values = r.new_empty(0)
     if up is not None:
-        up_values = calls.sampled(support, calls.pack(x, "x"), panels(up), up_bias)
+        up_values = calls.sampled(support, calls.pack(x, "x"), _gathered(up, trains), up_bias)
     kept = rule.draw_kept(r)
     hidden = rule.hidden(r, up_values, kept)
-    z = calls.spmm(hidden, support, panels(down), down_bias)
+    z = calls.spmm(hidden, support, _gathered(down, trains), down_bias)
     return z, r, up_values, kept, support.index, support.offsets
 
 
@@ -156,8 +155,12 @@ def _screened(
     found = (_find_anew if trains else _find_by_habit)(x, weight, bias, share)
     if found is None:
         return None
-    panels = _passing_panels(weight) if trains else kept_panels(weight)
-    return compact_product(calls.pack(x, "x"), panels, bias, found)
+    return compact_product(calls.pack(x, "x"), _gathered(weight, trains), bias, found)
+
+
+def _gathered(weight: Tensor, trains: bool) -> calls.Panels | Tensor:
+    """What the kernels gather a weight's rows from: panels of one that stays, else the weight."""
+    return weight if trains else kept_panels(weight)
 
 
 def _find_anew(x: Tensor, weight: Tensor, bias: Tensor | None, share: float) -> Candidates | None:
@@ -251,7 +254,7 @@ def _sparse_gradients(
     """The gradients of x and of the weights, where they are needed."""
     needs_x, needs_activated, needs_activated_bias, needs_up, needs_up_bias, needs_down, _ = needs
     panels_g = calls.pack(grad_z, "gradient")
-    grad_hidden = calls.sampled(support, panels_g, _passing_panels(weights.down))
+    grad_hidden = calls.sampled(support, panels_g, weights.down)
     hidden = rule.hidden(r, up_values, kept)
     grad_p, grad_up = rule.split(grad_hidden, r, up_values, kept)
     del grad_hidden
@@ -260,30 +263,22 @@ def _sparse_gradients(
     grads: list[Tensor | None] = [None] * 7
     if needs_down:
         grads[5] = calls.spmm_into(torch.empty_like(weights.down), hidden_t, turned, panels_g)
-    panels_x = calls.pack(x, "x") if needs_activated or needs_up else None
     if needs_activated:
-        assert panels_x is not None
-        grads[1] = calls.spmm_into(torch.empty_like(weights.activated), grad_p_t, turned, panels_x)
+        grads[1] = calls.spmm_into(torch.empty_like(weights.activated), grad_p_t, turned, x)
     if needs_activated_bias:
         grads[2] = calls.row_sums(grad_p_t, turned)
     if needs[6]:
         grads[6] = grad_z.sum(0)
     if needs_x:
-        grads[0] = calls.spmm(grad_p, support, _passing_panels(weights.activated))
+        grads[0] = calls.spmm(grad_p, support, weights.activated)
     if weights.up is None or grad_up is None:
         return grads
 
     turned, (grad_up_t,) = calls.transpose(support, grad_up)
     if needs_up:
-        assert panels_x is not None
-        grads[3] = calls.spmm_into(torch.empty_like(weights.up), grad_up_t, turned, panels_x)
+        grads[3] = calls.spmm_into(torch.empty_like(weights.up), grad_up_t, turned, x)
     if needs_up_bias:
         grads[4] = calls.row_sums(grad_up_t, turned)
     if grads[0] is not None:
-        calls.spmm_into(grads[0], grad_up, support, _passing_panels(weights.up), accumulate=True)
+        calls.spmm_into(grads[0], grad_up, support, weights.up, accumulate=True)
     return grads
-
-
-def _passing_panels(weight: Tensor) -> calls.Panels:
-    """The panels of a weight until the next one's, for a weight that is about to change."""
-    return calls.pack(weight, "weight")

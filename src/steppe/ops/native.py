@@ -14,7 +14,7 @@ from pathlib import Path
 
 from steppe.errors import KernelError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 _VNNI = ("avx512+bf16", "avx512+vnni")
 _FILE = "libsteppe_native.so"
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -27,8 +27,8 @@ _SIGNATURES = {
     "offsets": ("pnnnp", _SIZE),
     "fill": ("pinnnnpppi", None),
     "pack": ("pinnnnpi", None),
-    "spmm": ("pppinnnpnppnnii", _INT),
-    "sampled": ("ppinnnppnppi", _INT),
+    "spmm": ("pppinnpppnnii", _INT),
+    "sampled": ("ppinnppppi", _INT),
     "transpose": ("ppppinnnnppppi", None),
     "row_sums": ("ppinnpi", None),
     "matvec": ("pinnpnpnpi", None),

@@ -169,20 +169,21 @@ def sample(x: Tensor) -> Tensor:
 
 
 def compact_product(
-    x: Panels, weight: Panels, bias: Tensor | None, found: Candidates
+    x: Panels, weight: Panels | Tensor, bias: Tensor | None, found: Candidates
 ) -> tuple[Tensor, Support]:
     """The list of the entries of ``x Wᵀ + bias`` that are not ≤ 0.
 
     Args:
         x: ``[T, D]``.
-        weight: ``[F, D]``.
+        weight: ``[F, D]``, as panels or of any strides.
         bias: ``[F]``, or None.
         found: the candidates.
 
     Returns:
         Values and support.
     """
-    rows, columns = x.data.shape[1], weight.data.shape[1]
+    rows = x.data.shape[1]
+    columns = weight.data.shape[1] if isinstance(weight, Panels) else weight.shape[0]
     blocks = ceil_div(columns, TILE_UNIT)
     require(found.masks.shape == (rows, blocks), f"masks {tuple(found.masks.shape)}")
     tile = balanced(blocks, tile_for(found.share, rows, x.data.dtype))
