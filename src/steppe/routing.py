@@ -69,7 +69,7 @@ class Route:
         """Whether a call with this input is routed."""
         return (
             self.dense_holds == 0
-            and not any(observer.needs_dense for observer in self.observers)
+            and not (self.observers and any(observer.needs_dense for observer in self.observers))
             and self._pays(x)
         )
 

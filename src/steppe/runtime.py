@@ -226,8 +226,7 @@ class _Computation:
     def __init__(self, max_density: float | None, max_candidates: float | None) -> None:
         self._limits = max_density, max_candidates
         self._few: FewBlock | None = None
-        self._slots: list[tuple[dict[str, Any], str]] = []
-        self._last: list[Tensor | None] = []
+        self._parameters: list[tuple[dict[str, Any], str, Tensor | None]] = []
 
     def __call__(self, route: Route, x: Tensor) -> Tensor:
         """The block's output, and its support for whoever watches."""
@@ -245,8 +244,8 @@ class _Computation:
         """Whether a call has few rows, and nothing else to it."""
         block = route.block
         return (
-            x.numel() <= DECODE_ROWS * block.d_model
-            and not torch.is_grad_enabled()
+            not torch.is_grad_enabled()
+            and x.numel() <= DECODE_ROWS * block.d_model
             and not route.observers
             and _is_plain(x)
             and x.is_contiguous()
@@ -257,10 +256,9 @@ class _Computation:
 
     def _compute_few(self, block: MLPBlock, x: Tensor) -> Tensor | None:
         """The output; None where the parameters are not those of the last call, or do not fit."""
-        parameters = [held.get(name) for held, name in self._slots]
         few = self._few
-        if few is None or not _same(parameters, self._last) or not few.holds():
-            few = self._few = self._lay_out(block, parameters, x)
+        if few is None or not self._are_the_same() or not few.holds():
+            few = self._few = self._lay_out(block, x)
         if few is None or x.dtype != few.weights.down.dtype:
             return None
         rows = x.numel() // block.d_model
@@ -285,22 +283,28 @@ class _Computation:
             return mlp_from(r, flat, few.weights, Rule(alpha, beta, 0.0))[0].view_as(x)
         return z
 
-    def _lay_out(
-        self, block: MLPBlock, parameters: list[Tensor | None], x: Tensor
-    ) -> FewBlock | None:
+    def _are_the_same(self) -> bool:
+        """Whether the block's parameters are those of the last call."""
+        for held, name, parameter in self._parameters:
+            if held.get(name) is not parameter:
+                return False
+        return bool(self._parameters)
+
+    def _lay_out(self, block: MLPBlock, x: Tensor) -> FewBlock | None:
         """The block for few rows, if its parameters are those of the last call."""
-        last, self._last = self._last, parameters
-        if not self._slots:
-            self._slots = [
-                (layer._parameters, name) for layer in _layers(block) for name in ("weight", "bias")
+        if not self._are_the_same():
+            self._parameters = [
+                (layer._parameters, name, layer._parameters.get(name))
+                for layer in _layers(block)
+                for name in ("weight", "bias")
             ]
             return None
         layers: list[Any] = _layers(block)
         actual = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        known = [parameter for _, _, parameter in self._parameters]
         weights = _weights(block)
         if (
-            not _same(parameters, last)
-            or not _same(parameters, actual)  # a parametrization computes them anew each time
+            not all(map(operator.is_, known, actual))  # a parametrization makes them anew each time
             or not cpu.runs(x, *weights)
             or any(weight is not None and weight.is_inference() for weight in weights)  # no version
         ):
@@ -309,10 +313,6 @@ class _Computation:
         threshold = threshold_of(block)
         of_bias = () if threshold is None else (threshold.multiple, threshold.deviation)
         return FewBlock(weights, screens=limit > 0.0, stays=True, follows=of_bias)
-
-
-def _same(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
-    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _compute(route: Route, x: Tensor, limits: tuple[float | None, float | None]) -> Tensor:
@@ -345,7 +345,7 @@ def _is_plain(x: Tensor) -> bool:
     """Whether a call without gradients may go past the dispatcher, a tenth of a decoding step."""
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
     )

@@ -71,14 +71,16 @@ int steppe_abi_version(void) { return 3; }
 
 const char *steppe_isa(void) { return steppe::target().name; }
 
-void steppe_prefer_large_pages(void *start, int64_t bytes) {
+void steppe_prefer_large_pages(void *start, int64_t bytes, int in_use) {
 #if defined(__linux__)
   const uintptr_t page = 4096, first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / page * page;
   // An advice that is not taken changes nothing but the speed.
-  if (first < last) (void)madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1, which older headers lack
+  const int advice = in_use ? kCollapse : MADV_HUGEPAGE;
+  if (first < last) (void)madvise(reinterpret_cast<void *>(first), last - first, advice);
 #else
-  (void)start, (void)bytes;
+  (void)start, (void)bytes, (void)in_use;
 #endif
 }
 

@@ -35,9 +35,9 @@ STEPPE_API int steppe_abi_version(void);
 /* "avx512+bf16", "avx512+vnni", "avx512", "avx2" or "portable"; the environment variable STEPPE_ISA caps it. */
 STEPPE_API const char *steppe_isa(void);
 
-/* Ask the system for large pages in new memory, where it has them: what is gathered from then needs
- * fewer of its page table's entries. */
-STEPPE_API void steppe_prefer_large_pages(void *start, int64_t bytes);
+/* Ask the system for large pages, where it has them: what is gathered from then needs fewer of its page
+ * table's entries. Memory that is `in_use` keeps what is in it. */
+STEPPE_API void steppe_prefer_large_pages(void *start, int64_t bytes, int in_use);
 
 /* Entries of p [T, F] (rows `stride` apart) that are not <= 0, so that NaN counts, by blocks of 64
  * columns: int32 [T, ceil(F / 64)]. */

@@ -76,8 +76,11 @@ def max_candidates_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
 
 
 def _reached(thresholds: Thresholds, rows: int) -> float:
-    least = max((least for least in thresholds if rows >= least), default=None)
-    return 0.0 if least is None else thresholds[least]
+    reached, most = 0, 0.0
+    for least, share in thresholds.items():
+        if reached < least <= rows:
+            reached, most = least, share
+    return most
 
 
 @dataclass

@@ -15,6 +15,7 @@ from steppe.ops.calls import (
     dtype_code,
     library,
     pointer,
+    prefer_large_pages,
     refuse,
     require,
     threads,
@@ -69,6 +70,9 @@ class FewBlock:
             down=kept_rows(weights.down),
         )
         _check(laid_out)
+        for weight, rows in zip(weights, laid_out, strict=True):
+            if stays and rows is weight and weight is not None and weight.ndim == 2:
+                prefer_large_pages(weight)
         kept = None
         if screens:
             make = kept_screen if stays else kept_screen_of_known
@@ -106,17 +110,20 @@ class FewBlock:
         self._reference = ctypes.byref(self._structure)
         self._candidates = _SIZE(0)
         # Of a transposed parameter it is the parameter that counts: other ``.data`` moves it alone.
-        self._given = [
+        given = [
             weight if weight._base is None else weight._base
             for weight in weights
             if stays and weight is not None
         ]
-        self._given += follows
-        self._state = [(weight.data_ptr(), weight._version) for weight in self._given]
+        given += follows
+        self._state = [(weight, weight.data_ptr(), weight._version) for weight in given]
 
     def holds(self) -> bool:
         """Whether the weights are where they were, and no version of theirs has changed."""
-        return self._state == [(weight.data_ptr(), weight._version) for weight in self._given]
+        for weight, address, version in self._state:
+            if weight._version != version or weight.data_ptr() != address:
+                return False
+        return True
 
     def run(
         self,

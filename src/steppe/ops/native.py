@@ -22,7 +22,7 @@ _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "abi_version": ("", _INT),
     "isa": ("", ctypes.c_char_p),
-    "prefer_large_pages": ("pn", None),
+    "prefer_large_pages": ("pni", None),
     "count": ("pinnnpi", None),
     "offsets": ("pnnnp", _SIZE),
     "fill": ("pinnnnpppi", None),

@@ -243,7 +243,7 @@ class Rising(Constraint):
 
 def threshold_of(block: MLPBlock) -> Threshold | None:
     """The threshold of a block, or None."""
-    threshold = getattr(block.activated, MODULE_NAME, None)
+    threshold = block.activated._modules.get(MODULE_NAME)
     return threshold if isinstance(threshold, Threshold) else None
 
 
