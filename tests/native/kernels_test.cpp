@@ -130,6 +130,41 @@ void test_spmm(int64_t T, int64_t N, int64_t D, int64_t tile, double density, La
   check(touched <= T * D, what + ": writes between its rows");
 }
 
+// An output of more than 4 MB on whole cache lines may be written past the caches: the same bits as
+// where it lies askew, and nothing outside.
+template <typename E>
+void test_large_output(int64_t T, int64_t D, bool by_columns) {
+  const std::string what = std::string("large output ") + kName<E> + shape({T, D, by_columns});
+  constexpr int64_t kRows = 40, kGuard = 64;
+  const List<E> a = random_list<E>(T, kRows, 64, 0.1);
+  const Matrix<E> m(kRows, D);
+  const int64_t row_stride = by_columns ? 1 : D, column_stride = by_columns ? T : 1;
+  const auto run = [&](E *out, int threads) {
+    const Gathered<E> from(m, true);
+    const int status = steppe_spmm(a.values.data(), a.index.data(), a.offsets.data(), kDtype<E>, T,
+                                   64, &from.given, nullptr, out, row_stride, column_stride, 0,
+                                   threads);
+    check(status == 0, what + ": status");
+  };
+  Output<E> askew(T * D + 1);
+  const bool is_whole = reinterpret_cast<uintptr_t>(askew.data()) % 64 == 0;
+  E *const expected = askew.data() + is_whole;
+  run(expected, 1);
+  for (int threads : kTeams) {
+    std::vector<E> memory(T * D + 2 * kGuard);
+    std::memset(static_cast<void *>(memory.data()), 0x5a, memory.size() * sizeof(E));
+    E *const start = memory.data() + kGuard;
+    const int64_t gap = (64 - reinterpret_cast<uintptr_t>(start) % 64) % 64 / sizeof(E);
+    E *const out = start + gap;
+    const std::vector<E> before = memory;
+    run(out, threads);
+    check(same_bits(expected, out, T * D), what + ": other bits on whole lines");
+    check(same_bits(before.data(), memory.data(), kGuard + gap) &&
+              same_bits(before.data() + kGuard + gap + T * D, out + T * D, kGuard - gap),
+          what + ": writes outside");
+  }
+}
+
 template <typename E>
 void test_sampled(int64_t T, int64_t N, int64_t D, int64_t tile, double density, bool with_bias) {
   const std::string what = std::string("sampled ") + kName<E> + shape({T, N, D, tile}) +
@@ -336,6 +371,11 @@ void test_all() {
   }
   test_spmm<E>(40, 700, 768, 192, 0.1, Layout::kRows, true, false);
   test_spmm<E>(700, 40, 768, 64, 0.1, Layout::kColumns, false, true);
+  for (bool by_columns : {false, true}) {
+    test_large_output<E>(4112, 512, by_columns);
+    test_large_output<E>(4112, 528, by_columns);  // the last panel is no whole one
+    test_large_output<E>(4105, 512, by_columns);  // nor the last rows, nor a column's first line
+  }
   test_sampled<E>(40, 700, 768, 192, 0.1, true);
   test_sampled<E>(40, 900, 200, 64, 0.1, true);  // more tiles than tasks are wanted: each packs its own
   for (int64_t T : {0, 3}) {

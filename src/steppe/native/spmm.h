@@ -127,11 +127,52 @@ inline void gather_row(const Entries &entries, const bf16 *values, const bf16 *p
 
 #endif
 
+// An output of so many bytes, a weight's gradient, leaves the second-level cache before it is read.
+constexpr int64_t kLargeOutput = 4 * 1024 * 1024;
+
+// Writes sums [rows][64] past the caches, whose lines need not be read then. False, with nothing
+// written, where the output does not consist of whole lines.
+template <typename E>
+inline bool write_past_caches(const float *, int64_t, E *, int64_t, int64_t) {
+  return false;
+}
+#if defined(__AVX512F__)
+template <>
+inline bool write_past_caches(const float *sums, int64_t rows, float *to, int64_t row_stride,
+                              int64_t col_stride) {
+  constexpr int64_t kLine = 16;
+  const bool by_rows = col_stride == 1;
+  const int64_t stride = by_rows ? row_stride : col_stride;
+  if (reinterpret_cast<uintptr_t>(to) % 64 != 0 || stride % kLine != 0) return false;
+  if (!by_rows && (row_stride != 1 || rows % kLine != 0)) return false;
+  for (int64_t t = 0; t < rows; t += by_rows ? 1 : kLine) {
+    for (int64_t d = 0; d < kPanel; d += kLine) {
+      const float *from = sums + t * kPanel + d;
+      if (by_rows) {
+        _mm512_stream_ps(to + t * stride + d, _mm512_loadu_ps(from));
+        continue;
+      }
+      float turned[kLine * kPanel];
+      turn_block(from, kPanel, turned);
+      for (int64_t i = 0; i < kLine; ++i) {
+        _mm512_stream_ps(to + t + (d + i) * stride, _mm512_loadu_ps(turned + i * kPanel));
+      }
+    }
+  }
+  _mm_sfence();
+  return true;
+}
+#endif
+
 // Writes sums [rows][64] to the output, rows from `first` on and columns from `column` on.
 template <typename E>
 void write_sums(const float *sums, int64_t first, int64_t rows, int64_t column, int64_t width,
-                E *out, int64_t row_stride, int64_t col_stride, bool accumulate) {
+                E *out, int64_t row_stride, int64_t col_stride, bool accumulate, bool large) {
   E *to = out + first * row_stride + column * col_stride;
+  if (large && !accumulate && width == kPanel &&
+      write_past_caches(sums, rows, to, row_stride, col_stride)) {
+    return;
+  }
   if (col_stride == 1) {
     for (int64_t t = 0; t < rows; ++t) {
       for (int64_t d = 0; d < width; ++d) {
@@ -164,6 +205,7 @@ int spmm(const E *values, const int16_t *index, const int64_t *offsets, int64_t 
   const int64_t chunks = chunks_of(T, panel_count, threads), chunk = (T + chunks - 1) / chunks;
   // Of one tile nothing is to stay in the first-level cache but the sums themselves.
   const int64_t block = tiles == 1 ? std::min(kSumRows, chunk) : chunk;
+  const bool large = T * m.columns * int64_t(sizeof(E)) >= kLargeOutput;
   const bool packs_each = m.data != nullptr && chunks == 1;
   if (m.data != nullptr && !packs_each) pack(m, panels, threads);
   int failed = 0;
@@ -202,7 +244,7 @@ int spmm(const E *values, const int16_t *index, const int64_t *offsets, int64_t 
             }
           }
           write_sums(sums.get(), from, to - from, k * kPanel, width, out, row_stride, col_stride,
-                     accumulate);
+                     accumulate, large);
         }
       }
     }
