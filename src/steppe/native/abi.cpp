@@ -77,8 +77,10 @@ void steppe_prefer_large_pages(void *start, int64_t bytes, int in_use) {
   const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / page * page;
   // An advice that is not taken changes nothing but the speed.
   constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1, which older headers lack
-  const int advice = in_use ? kCollapse : MADV_HUGEPAGE;
-  if (first < last) (void)madvise(reinterpret_cast<void *>(first), last - first, advice);
+  if (first >= last) return;
+  if (!in_use) (void)madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+  // Also of new memory: what malloc gives again has its small pages already.
+  (void)madvise(reinterpret_cast<void *>(first), last - first, kCollapse);
 #else
   (void)start, (void)bytes, (void)in_use;
 #endif
