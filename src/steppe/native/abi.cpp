@@ -9,6 +9,7 @@
 #endif
 
 #include "kernels.h"
+#include "probes.h"
 #include "steppe_native.h"
 
 namespace steppe {
@@ -84,6 +85,10 @@ void steppe_prefer_large_pages(void *start, int64_t bytes, int in_use) {
 #else
   (void)start, (void)bytes, (void)in_use;
 #endif
+}
+
+int steppe_probes_hold(const void *const *places, const void *values, int64_t count, int64_t size) {
+  return steppe::probes_hold(places, values, count, size);
 }
 
 void steppe_count(const void *p, int dtype, int64_t T, int64_t F, int64_t stride, int32_t *counts,

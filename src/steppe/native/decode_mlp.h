@@ -4,10 +4,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "decode.h"
+#include "probes.h"
 #include "screen_few.h"
 #include "steppe_native.h"
 
@@ -47,15 +47,6 @@ struct FewBlock {
   float alpha, beta;
   int threads;
 };
-
-template <typename E>
-bool probes_hold(const steppe_block &block) {
-  for (int64_t i = 0; i < block.probes; ++i) {
-    const char *probed = static_cast<const char *>(block.probed) + i * sizeof(E);
-    if (std::memcmp(block.places[i], probed, sizeof(E)) != 0) return false;
-  }
-  return true;
-}
 
 // r [T, F] in full, and its list.
 template <typename E>
@@ -159,7 +150,7 @@ void finish_few(const FewBlock<E> &block, FewList<E> &list, E *up_values, E *out
 template <typename E>
 int64_t decode_mlp(const FewBlock<E> &block, int64_t most_candidates, int64_t most,
                    int64_t *candidates, E *r, E *up_values, E *out) {
-  if (!probes_hold<E>(block.of)) return -3;
+  if (!probes_hold(block.of.places, block.of.probed, block.of.probes, sizeof(E))) return -3;
   FewList<E> list(block.T, block.F);
   const bool screens = block.of.bytes != nullptr && most_candidates > 0;
   *candidates = screens ? list_candidates(block, most_candidates, list) : -1;

@@ -39,6 +39,10 @@ STEPPE_API const char *steppe_isa(void);
  * table's entries. Memory that is `in_use` keeps what is in it. */
 STEPPE_API void steppe_prefer_large_pages(void *start, int64_t bytes, int in_use);
 
+/* Whether `count` values of `size` bytes, each at its place in memory, are the same as those given. */
+STEPPE_API int steppe_probes_hold(const void *const *places, const void *values, int64_t count,
+                                  int64_t size);
+
 /* Entries of p [T, F] (rows `stride` apart) that are not <= 0, so that NaN counts, by blocks of 64
  * columns: int32 [T, ceil(F / 64)]. */
 STEPPE_API void steppe_count(const void *p, int dtype, int64_t T, int64_t F, int64_t stride,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from steppe.ops.calls import (
@@ -21,11 +20,10 @@ from steppe.ops.calls import (
     threads,
 )
 from steppe.ops.packing import (
+    Probes,
     kept_rows,
     kept_screen,
     kept_screen_of_known,
-    probe_places,
-    probes_of,
 )
 from steppe.ops.reference import Weights
 
@@ -84,10 +82,8 @@ class FewBlock:
             for weight, rows in zip(weights, laid_out, strict=True)
             if stays and weight is not None and (weight is not rows or weight is weights.activated)
         ]
-        places = [place for weight in copied for place in probe_places(weight)]
-        self._places = (ctypes.c_void_p * len(places))(*places)
-        self._probed = torch.cat([probes_of(weight) for weight in copied]) if copied else None
-        self._keeps_alive = laid_out, kept
+        probes = Probes(copied)
+        self._keeps_alive = laid_out, kept, probes
         self._structure = _Structure(
             w=laid_out.activated.data_ptr(),
             w_bias=pointer(laid_out.activated_bias),
@@ -102,9 +98,9 @@ class FewBlock:
             hidden=hidden,
             bytes=None if kept is None else kept.screen.integers.data_ptr(),
             bounds=None if kept is None else kept.screen.bounds.data_ptr(),
-            places=ctypes.addressof(self._places),
-            probed=pointer(self._probed),
-            probes=len(places),
+            places=ctypes.addressof(probes.places),
+            probed=pointer(probes.values),
+            probes=len(probes.places),
             dtype=dtype_code(weights.down),
         )
         self._reference = ctypes.byref(self._structure)

@@ -23,6 +23,7 @@ _SIGNATURES = {
     "abi_version": ("", _INT),
     "isa": ("", ctypes.c_char_p),
     "prefer_large_pages": ("pni", None),
+    "probes_hold": ("ppnn", _INT),
     "count": ("pinnnpi", None),
     "offsets": ("pnnnp", _SIZE),
     "fill": ("pinnnnpppi", None),

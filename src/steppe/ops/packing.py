@@ -1,14 +1,15 @@
 """Copies of weights in the layout that a kernel reads, kept for inference.
 
 A copy is served only while the weight is the one it was made from: the same storage, at the same
-version, which every in-place change raises, and with the same values at a few places, since changes
-through ``.data`` raise no version.
+address and version, which every in-place change raises, and with the same values at a few places,
+since changes through ``.data`` raise no version.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from steppe.ops.calls import Panels, lasting, pack, rows_are_contiguous
+from steppe.ops.calls import Panels, lasting, library, pack, pointer, rows_are_contiguous
 from steppe.ops.dispatch import Habit
 from steppe.ops.screened import Screen, screen_of
 
@@ -39,13 +40,49 @@ class KeptScreen(NamedTuple):
     many: Habit
 
 
+class Probes:
+    """Values spread over weights' memory, by which changes are noticed that raise no version.
+
+    They are good as long as the weights are where they are.
+
+    Args:
+        weights: without gaps in memory, of one dtype.
+
+    Attributes:
+        places: an array of the addresses.
+        values: what is there, as bits, so that NaN equals itself.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        places: list[int] = []
+        values = []
+        for weight in weights:
+            count = min(weight.numel(), _PROBES)
+            step = weight.numel() // max(count, 1)
+            size = weight.element_size()
+            places += [weight.data_ptr() + i * step * size for i in range(count)]
+            bits = torch.int32 if weight.dtype == torch.float32 else torch.int16
+            values.append(weight.detach().as_strided((count,), (step,)).view(bits))
+        self.places = (ctypes.c_void_p * len(places))(*places)
+        self.values = torch.cat(values) if values else None
+        self._pointer = pointer(self.values)
+        self._size = 0 if self.values is None else self.values.element_size()
+
+    def hold(self) -> bool:
+        """Whether the values are the same."""
+        return bool(
+            library().steppe_probes_hold(self.places, self._pointer, len(self.places), self._size)
+        )
+
+
 @dataclass
 class _Entry:
     """A copy, and what tells whether it is still true."""
 
     storage: StorageWeakRef
+    address: int
     version: int
-    probes: Tensor
+    probes: Probes
     copy: Panels | Tensor | KeptScreen | _Sight
 
 
@@ -100,30 +137,31 @@ def forget(weight: Tensor) -> None:
 def _kept(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy:
     if weight.is_inference() or not _is_dense(weight):  # the first has no version
         return make(weight)
-    storage = StorageWeakRef(weight.untyped_storage())
+    storage = weight.untyped_storage()
     key = (
-        storage.cdata,
+        storage._cdata,
         layout,
         weight.storage_offset(),
         weight.shape,
         weight.stride(),
         weight.dtype,
     )
-    probes = probes_of(weight)
     with _lock:
         entry = _entries.get(key)
     if (
         entry is not None
         and not entry.storage.expired()
+        and entry.address == weight.data_ptr()  # the probes' places are there
         and entry.version == weight._version
-        and torch.equal(entry.probes, probes)
+        and entry.probes.hold()
     ):
         return entry.copy  # type: ignore[return-value]  # the layout is in the key
+    state = weight.data_ptr(), weight._version, Probes([weight])
     copy = make(weight)
     with _lock:
         for old in [old for old, entry in _entries.items() if entry.storage.expired()]:
             del _entries[old]
-        _entries[key] = _Entry(storage, weight._version, probes, copy)
+        _entries[key] = _Entry(StorageWeakRef(storage), *state, copy)
     return copy
 
 
@@ -131,23 +169,3 @@ def _is_dense(weight: Tensor) -> bool:
     """Whether a matrix fills its part of the memory without gaps, in either order."""
     rows, columns = weight.shape
     return weight.stride() in ((columns, 1), (1, rows))
-
-
-def probe_places(weight: Tensor) -> list[int]:
-    """Where in memory the values of `probes_of` are."""
-    count, step = _spread(weight)
-    start, size = weight.data_ptr(), weight.element_size()
-    return [start + i * step * size for i in range(count)]
-
-
-def probes_of(weight: Tensor) -> Tensor:
-    """Values spread over a dense weight's memory, as bits, so that NaN equals itself."""
-    count, step = _spread(weight)
-    bits = torch.int32 if weight.dtype == torch.float32 else torch.int16
-    return weight.detach().as_strided((count,), (step,)).view(bits).clone()
-
-
-def _spread(weight: Tensor) -> tuple[int, int]:
-    """How many values are looked at, and how far apart they are."""
-    count = min(weight.numel(), _PROBES)
-    return count, weight.numel() // max(count, 1)
