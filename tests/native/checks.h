@@ -81,7 +81,7 @@ template <typename E>
 class Output {
  public:
   explicit Output(int64_t size) : size_(size), memory_(2 * kGuard + size * sizeof(E), kGuarded) {
-    std::fill(memory_.begin() + kGuard, memory_.end() - kGuard, 0xff);
+    std::fill_n(memory_.begin() + kGuard, size * sizeof(E), 0xff);
   }
   E *data() { return reinterpret_cast<E *>(memory_.data() + kGuard); }
   const E *data() const { return reinterpret_cast<const E *>(memory_.data() + kGuard); }

@@ -185,18 +185,17 @@ void steppe_list_masks(const uint64_t *masks, int64_t T, int64_t F, int64_t tile
   kernels(0).list_masks(masks, T, F, tile, offsets, index, threads);
 }
 
-int64_t steppe_sift(void *values, int16_t *index, const int64_t *offsets, int dtype, int64_t T,
-                    int64_t tiles, int32_t *counts, int threads) {
-  kernels(dtype).sift(values, index, offsets, T, tiles, counts, threads);
-  int64_t kept = 0;
-  for (int64_t list = 0; list < tiles * T; ++list) kept += counts[list];
-  return kept;
+int64_t steppe_count_listed(const void *values, const int64_t *offsets, int dtype, int64_t lists,
+                            int32_t *counts, int threads) {
+  kernels(dtype).count_listed(values, offsets, lists, counts, threads);
+  int64_t active = 0;
+  for (int64_t list = 0; list < lists; ++list) active += counts[list];
+  return active;
 }
 
-void steppe_close_up(const void *values, const int16_t *index, const int64_t *offsets,
-                     const int32_t *counts, int dtype, int64_t T, int64_t tile, int64_t tiles,
-                     int64_t merged, int64_t *kept, void *values_to, int16_t *index_to,
-                     int threads) {
+void steppe_sift(const void *values, const int16_t *index, const int64_t *offsets,
+                 const int32_t *counts, int dtype, int64_t T, int64_t tile, int64_t tiles,
+                 int64_t merged, int64_t *kept, void *values_to, int16_t *index_to, int threads) {
   int64_t entry = 0, *next = kept;
   for (int64_t first = 0; first < tiles; first += merged) {
     for (int64_t t = 0; t < T; ++t) {
@@ -205,8 +204,8 @@ void steppe_close_up(const void *values, const int16_t *index, const int64_t *of
     }
   }
   *next = entry;
-  kernels(dtype).close_up(values, index, offsets, counts, T, tile, tiles, merged, kept, values_to,
-                          index_to, threads);
+  kernels(dtype).sift(values, index, offsets, T, tile, tiles, merged, kept, values_to, index_to,
+                      threads);
 }
 
 int64_t steppe_decode_mlp(const steppe_block *block, const void *x, int64_t T, float alpha,

@@ -100,7 +100,7 @@ int64_t list_candidates(const FewBlock<E> &block, int64_t most, FewList<E> &list
 
 // The values of the candidates, of which those that are not <= 0 stay listed; r [T, F].
 template <typename E>
-void keep_active(const FewBlock<E> &block, FewList<E> &list, E *r) {
+void keep_active_few(const FewBlock<E> &block, FewList<E> &list, E *r) {
   const int64_t T = block.T, F = block.F, lists = list.tiles * T;
   decode_sampled(list.index.data(), list.offsets.data(), T, F, list.tile, block.x, block.w,
                  block.of.w_stride, block.D, block.w_bias, list.values.data(), block.threads);
@@ -155,7 +155,7 @@ int64_t decode_mlp(const FewBlock<E> &block, int64_t most_candidates, int64_t mo
   const bool screens = block.of.bytes != nullptr && most_candidates > 0;
   *candidates = screens ? list_candidates(block, most_candidates, list) : -1;
   if (screens && *candidates <= most_candidates) {
-    keep_active(block, list, r);
+    keep_active_few(block, list, r);
   } else {
     list_all(block, list, r);
   }

@@ -34,9 +34,9 @@ struct Kernels {
   int64_t (*screen)(const int8_t *, const void *, int64_t, int64_t, const uint8_t *,
                     const double *, const void *, int64_t, int64_t, uint64_t *, int32_t *, int);
   void (*list_masks)(const uint64_t *, int64_t, int64_t, int64_t, const int64_t *, int16_t *, int);
-  void (*sift)(void *, int16_t *, const int64_t *, int64_t, int64_t, int32_t *, int);
-  void (*close_up)(const void *, const int16_t *, const int64_t *, const int32_t *, int64_t,
-                   int64_t, int64_t, int64_t, const int64_t *, void *, int16_t *, int);
+  void (*count_listed)(const void *, const int64_t *, int64_t, int32_t *, int);
+  void (*sift)(const void *, const int16_t *, const int64_t *, int64_t, int64_t, int64_t, int64_t,
+               const int64_t *, void *, int16_t *, int);
 };
 
 #if defined(STEPPE_X86)

@@ -431,41 +431,58 @@ inline void list_masks(const uint64_t *masks, int64_t T, int64_t F, int64_t tile
   }
 }
 
-// The entries that are not <= 0 to the front of their part of the list; how many there are of each.
+// The entries of a list that are not <= 0, their places moved by `shift`; the number of them.
 template <typename E>
-void sift(E *values, int16_t *index, const int64_t *offsets, int64_t T, int64_t tiles,
-          int32_t *counts, int threads) {
+inline int64_t keep_active(const E *values, const int16_t *index, int64_t count, int64_t shift,
+                           E *values_to, int16_t *index_to) {
+  int64_t kept = 0;
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 lanes = first_lanes(count - i);
+    const vec part = load_part(values + i, lanes);
+    const __mmask16 active = active_mask(part);
+    const int here = __builtin_popcount(active);
+    const __m512i places = _mm512_add_epi32(
+        _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(lanes, index + i)), _mm512_set1_epi32(int(shift)));
+    store_compressed(part, active, here, values_to + kept);
+    _mm256_mask_storeu_epi16(index_to + kept, first_lanes(here),
+                             _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(active, places)));
+    kept += here;
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    if (!is_active(to_float(values[i]))) continue;
+    values_to[kept] = values[i];
+    index_to[kept++] = int16_t(index[i] + shift);
+  }
+#endif
+  return kept;
+}
+
+// counts [lists] of those entries.
+template <typename E>
+void count_listed(const E *values, const int64_t *offsets, int64_t lists, int32_t *counts,
+                  int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t list = 0; list < tiles * T; ++list) {
-    const int64_t first = offsets[list];
-    int64_t to = first;
-    for (int64_t i = first; i < offsets[list + 1]; ++i) {
-      const E value = values[i];
-      values[to] = value;
-      index[to] = index[i];
-      to += is_active(to_float(value));
-    }
-    counts[list] = int32_t(to - first);
+  for (int64_t list = 0; list < lists; ++list) {
+    counts[list] = count_active(values + offsets[list], offsets[list + 1] - offsets[list]);
   }
 }
 
-// Those entries without the gaps between them, `merged` tiles made one.
+// The list of them, `merged` tiles made one; `kept` are its offsets.
 template <typename E>
-void close_up(const E *values, const int16_t *index, const int64_t *offsets, const int32_t *counts,
-              int64_t T, int64_t tile, int64_t tiles, int64_t merged, const int64_t *kept,
-              E *values_to, int16_t *index_to, int threads) {
+void sift(const E *values, const int16_t *index, const int64_t *offsets, int64_t T, int64_t tile,
+          int64_t tiles, int64_t merged, const int64_t *kept, E *values_to, int16_t *index_to,
+          int threads) {
   const int64_t groups = (tiles + merged - 1) / merged;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t list = 0; list < groups * T; ++list) {
     const int64_t t = list % T, first = list / T * merged;
     int64_t to = kept[list];
     for (int64_t j = first; j < std::min(first + merged, tiles); ++j) {
-      const int64_t from = offsets[j * T + t], count = counts[j * T + t];
-      std::copy_n(values + from, count, values_to + to);
-      for (int64_t i = 0; i < count; ++i) {
-        index_to[to + i] = int16_t(index[from + i] + (j - first) * tile);
-      }
-      to += count;
+      const int64_t from = offsets[j * T + t], count = offsets[j * T + t + 1] - from;
+      to += keep_active(values + from, index + from, count, (j - first) * tile, values_to + to,
+                        index_to + to);
     }
   }
 }

@@ -141,17 +141,16 @@ STEPPE_API int64_t steppe_screen(const int8_t *integers, const void *tokens, int
 STEPPE_API void steppe_list_masks(const uint64_t *masks, int64_t T, int64_t F, int64_t tile,
                                   const int64_t *offsets, int16_t *index, int threads);
 
-/* Moves those entries of a list that are not <= 0 to the front of their part of it, in place.
- * counts int32 [tiles * T] of them. Returns how many there are in all. */
-STEPPE_API int64_t steppe_sift(void *values, int16_t *index, const int64_t *offsets, int dtype,
-                               int64_t T, int64_t tiles, int32_t *counts, int threads);
+/* counts int32 [lists] of the entries of each list that are not <= 0. Returns how many there are. */
+STEPPE_API int64_t steppe_count_listed(const void *values, const int64_t *offsets, int dtype,
+                                       int64_t lists, int32_t *counts, int threads);
 
-/* The list of the entries that steppe_sift has moved to the front, with tiles that are `merged` of
- * the old ones wide: kept int64 [ceil(tiles / merged) * T + 1], its offsets, values and index. */
-STEPPE_API void steppe_close_up(const void *values, const int16_t *index, const int64_t *offsets,
-                                const int32_t *counts, int dtype, int64_t T, int64_t tile,
-                                int64_t tiles, int64_t merged, int64_t *kept, void *values_to,
-                                int16_t *index_to, int threads);
+/* The list of those entries, with tiles that are `merged` of the old ones wide: kept int64
+ * [ceil(tiles / merged) * T + 1], its offsets, values and index. */
+STEPPE_API void steppe_sift(const void *values, const int16_t *index, const int64_t *offsets,
+                            const int32_t *counts, int dtype, int64_t T, int64_t tile,
+                            int64_t tiles, int64_t merged, int64_t *kept, void *values_to,
+                            int16_t *index_to, int threads);
 
 /* A block as steppe_decode_mlp reads it. W, U and V are [F, D], their rows so far apart; `up` is NULL
  * in a block that is not gated, biases may be NULL. `bytes` and `bounds` are of W, or NULL. The copies

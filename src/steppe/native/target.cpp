@@ -99,22 +99,21 @@ struct Typed {
     return STEPPE_TARGET::screen(integers, static_cast<const Token *>(tokens), T, D, bytes, bounds,
                                  in(bias), F, most, masks, counts, threads);
   }
-  static void sift(void *values, int16_t *index, const int64_t *offsets, int64_t T, int64_t tiles,
-                   int32_t *counts, int threads) {
-    STEPPE_TARGET::sift(out(values), index, offsets, T, tiles, counts, threads);
+  static void count_listed(const void *values, const int64_t *offsets, int64_t lists,
+                           int32_t *counts, int threads) {
+    STEPPE_TARGET::count_listed(in(values), offsets, lists, counts, threads);
   }
-  static void close_up(const void *values, const int16_t *index, const int64_t *offsets,
-                       const int32_t *counts, int64_t T, int64_t tile, int64_t tiles,
-                       int64_t merged, const int64_t *kept, void *values_to, int16_t *index_to,
-                       int threads) {
-    STEPPE_TARGET::close_up(in(values), index, offsets, counts, T, tile, tiles, merged, kept,
-                            out(values_to), index_to, threads);
+  static void sift(const void *values, const int16_t *index, const int64_t *offsets, int64_t T,
+                   int64_t tile, int64_t tiles, int64_t merged, const int64_t *kept,
+                   void *values_to, int16_t *index_to, int threads) {
+    STEPPE_TARGET::sift(in(values), index, offsets, T, tile, tiles, merged, kept, out(values_to),
+                        index_to, threads);
   }
 
   static constexpr Kernels table() {
     return {STEPPE_ISA, count,  fill,           pack,       spmm,           sampled,
             transpose,  row_sums, matvec,       decode,     decode_sampled, decode_mlp,
-            screen_weight, screen_tokens, screen, list_masks, sift, close_up};
+            screen_weight, screen_tokens, screen, list_masks, count_listed, sift};
   }
 };
 

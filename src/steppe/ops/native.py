@@ -40,8 +40,8 @@ _SIGNATURES = {
     "screen_tokens": ("pinnnppi", _INT),
     "screen": ("ppinnpppnnppi", _SIZE),
     "list_masks": ("pnnnppi", None),
-    "sift": ("pppinnpi", _SIZE),
-    "close_up": ("ppppinnnnpppi", None),
+    "count_listed": ("ppinpi", _SIZE),
+    "sift": ("ppppinnnnpppi", None),
 }
 _TYPES = {"p": _POINTER, "n": _SIZE, "i": _INT, "f": ctypes.c_float}
 

@@ -205,13 +205,11 @@ def compact_product(
     values = sampled(Support(index, offsets, rows, columns), x, weight, bias)
     kept_counts = scratch("kept counts", (tiles * rows,), _like(torch.int32))
     code = dtype_code(values)
-    kept = library().steppe_sift(
+    kept = library().steppe_count_listed(
         values.data_ptr(),
-        index.data_ptr(),
         offsets.data_ptr(),
         code,
-        rows,
-        tiles,
+        tiles * rows,
         kept_counts.data_ptr(),
         threads(),
     )
@@ -225,7 +223,7 @@ def compact_product(
         columns,
     )
     kept_values = values.new_empty(kept)
-    library().steppe_close_up(
+    library().steppe_sift(
         values.data_ptr(),
         index.data_ptr(),
         offsets.data_ptr(),
