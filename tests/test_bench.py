@@ -37,7 +37,7 @@ def _uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     always = {False: {1: 1.0}, True: {1: 1.0}}
     for dtype in (torch.float32, torch.bfloat16):
         for threads in (1, 2):
-            dispatch.use(dtype, threads, always, always)
+            dispatch.use(dtype, threads, {0: always}, always)
     monkeypatch.setattr(dispatch, "_LEAST_WORK", 0)
 
 

@@ -264,7 +264,7 @@ class _Computation:
         rows = x.numel() // block.d_model
         density, candidates = self._limits
         if density is None:
-            density = max_density_for(rows, x.dtype, trains=False)
+            density = max_density_for(rows, block.d_model, x.dtype, trains=False)
         if density <= 0.0:
             return None
         candidates = cpu.screen_limit(rows, block.d_model, x.dtype, False, candidates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from steppe.ops.native import kernels
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 TABLES = {False: {1: 0.5, 16: 0.25}, True: {1: 0.0, 16: 0.75}}
 DENSITIES = calibration._SCREENED_DENSITIES
+NOTHING = {False: {1: 0.0}, True: {1: 0.0}}
 SHARES = {False: {1: 0.375, 16: 0.0}, True: {1: 0.0, 16: 0.125}}
 
 
@@ -44,10 +45,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
     """What was measured, and of which dtype."""
     seen: list[tuple[str, torch.dtype]] = []
 
-    def give(kind: str, tables: calibration.Tables) -> Callable[..., calibration.Tables]:
-        def measure(dtype: torch.dtype) -> calibration.Tables:
-            seen.append((kind, dtype))
-            return tables
+    def give(kind: str, tables: dispatch.Tables) -> Callable[..., dispatch.Tables]:
+        def measure(
+            dtype: torch.dtype, rows: Sequence[int] = (), width: int = 512, hidden: int = 2048
+        ) -> dispatch.Tables:
+            assert hidden == 4 * width
+            seen.append((kind if width == 512 else f"{kind} {width}", dtype))
+            return tables if width > 64 else NOTHING
 
         return measure
 
@@ -65,15 +69,18 @@ def test_measured_once_a_machine_and_dtype(
     assert measured == [
         (kind, dtype)
         for dtype in (torch.float32, torch.bfloat16)
-        for kind in ("density", "candidates")
+        for kind in ("density 64", "density 128", "density", "candidates")
     ]
     assert len(list(cache.glob("*.json"))) == 2
     as_another_process(monkeypatch)
     calibration.calibrate(torch.float32)
-    assert len(measured) == 4
-    assert dispatch.max_density_for(20, torch.float32, trains=True) == 0.75
-    assert dispatch.max_density_for(15, torch.float32, trains=True) == 0.0
-    assert dispatch.max_density_for(8, torch.float32, trains=False) == 0.5
+    assert len(measured) == 8
+    for width in (128, 255, 256, 4096):
+        assert dispatch.max_density_for(20, width, torch.float32, trains=True) == 0.75
+        assert dispatch.max_density_for(15, width, torch.float32, trains=True) == 0.0
+        assert dispatch.max_density_for(8, width, torch.float32, trains=False) == 0.5
+    for width in (1, 63, 64, 127):
+        assert dispatch.max_density_for(20, width, torch.float32, trains=True) == 0.0
     monkeypatch.setattr(dispatch, "kernels", lambda: replace(kernels(), unscreened=""))
     assert dispatch.max_candidates_for(20, torch.float32, trains=True) == 0.125
     assert dispatch.max_candidates_for(15, torch.float32, trains=True) == 0.0
@@ -89,8 +96,14 @@ def test_the_file_has_both_kinds_of_thresholds_by_name(
     (path,) = cache.glob("thresholds-*-float32-1.json")
     assert json.loads(path.read_text()) == {
         "density": {
-            "inference": {"1": 0.5, "16": 0.25},
-            "training": {"1": 0.0, "16": 0.75},
+            "64": {"inference": {"1": 0.0}, "training": {"1": 0.0}},
+            **{
+                width: {
+                    "inference": {"1": 0.5, "16": 0.25},
+                    "training": {"1": 0.0, "16": 0.75},
+                }
+                for width in ("128", "256")
+            },
         },
         "candidates": {
             "inference": {"1": 0.375, "16": 0.0},
@@ -107,9 +120,11 @@ def test_the_file_has_both_kinds_of_thresholds_by_name(
         "{}",
         "[]",
         '{"inference": {"1": 0.5}, "training": {"1": 0.5}}',  # as of the first version
-        '{"density": {"inference": {}, "training": {}}}',
+        '{"density": {"64": {"inference": {}, "training": {}}}}',
         '{"density": [], "candidates": 3}',
-        '{"density": {"inference": {"a": 1}, "training": {}},'
+        '{"density": {"inference": {"1": 0.5}, "training": {}},'  # as of the second
+        ' "candidates": {"inference": {}, "training": {}}}',
+        '{"density": {"64": {"inference": {"a": 1}, "training": {}}},'
         ' "candidates": {"inference": {}, "training": {}}}',
     ],
 )
@@ -125,8 +140,31 @@ def test_a_damaged_file_is_measured_anew(
     path.write_text(content)
     as_another_process(monkeypatch)
     calibration.calibrate(torch.float32)
-    assert len(measured) == 4
+    assert len(measured) == 8
     assert json.loads(path.read_text()) == json.loads(kept)
+
+
+@native
+@pytest.mark.parametrize(("switches", "is_kept"), [(40, True), (60, False)])
+def test_what_other_programs_disturbed_is_used_but_not_kept(
+    cache: Path,
+    measured: list[tuple[str, torch.dtype]],
+    switches: int,
+    is_kept: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(calibration, "_forced_switches", iter([1000, 1000 + 2 * switches]).__next__)
+    monkeypatch.setattr(calibration.time, "perf_counter", iter([7.0, 9.0]).__next__)
+    calibration.calibrate(torch.float32)
+    assert dispatch.is_measured(torch.float32, 1)
+    assert bool(list(cache.glob("*.json"))) == is_kept
+
+
+def test_forced_switches_are_counted() -> None:
+    before = calibration._forced_switches()
+    assert isinstance(before, int)
+    assert calibration._forced_switches() >= before
 
 
 @native
@@ -198,5 +236,8 @@ def test_the_crossover_is_where_the_gain_ends(ratios: list[float], density: floa
 
 
 def test_without_a_measurement_the_defaults_hold() -> None:
-    assert dispatch.max_density_for(1024, torch.float64, trains=True) == 0.7
-    assert dispatch.max_density_for(1, torch.float64, trains=True) == 0.0
+    density = dispatch.max_density_for
+    assert density(1024, 256, torch.float64, trains=True) == 0.7
+    assert density(1, 256, torch.float64, trains=True) == 0.0
+    assert density(1024, 255, torch.float64, trains=True) == 0.2
+    assert density(1024, 127, torch.float64, trains=True) == 0.0

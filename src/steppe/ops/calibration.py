@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,30 +23,35 @@ from steppe.files import prepare_folder, write_json
 from steppe.ops import cpu as cpu  # registers the kernels that are measured
 from steppe.ops import dispatch
 from steppe.ops.calls import DECODE_ROWS, DTYPES
-from steppe.ops.dispatch import Thresholds
+from steppe.ops.dispatch import Tables
 from steppe.ops.native import ABI_VERSION, kernels
 from steppe.ops.packing import kept_screen
 from steppe.ops.registry import mlp
 from steppe.ops.screened import find_candidates, screen_of
 
-Tables: TypeAlias = dict[bool, Thresholds]
-VERSION = 2
-_WIDTH, _HIDDEN = 512, 2048
+VERSION = 3
+_WIDTH, _FACTOR = 512, 4
 _ROWS = (1, 16, 64, 256)
+# Narrower blocks, from such a width up to the next, are measured at it. Where they have fewer rows,
+# there is too little to do.
+_NARROW, _NARROW_ROWS, _NARROW_END = (64, 128), (256, 1024), 256
 _DENSITIES = (0.05, 0.3, 0.6, 0.9)
 _SCREENED_DENSITIES = (0.02, 0.1, 0.2, 0.35)
 _SCREENED_ROWS = (*_ROWS, 1024)
 _ROUNDS = 5
 _COLD_BYTES = 2**27
-_KINDS = ("density", "candidates")  # what there are thresholds of
 _GAIN = 1.05  # what a sparse call must gain to be preferred: the measurement is no better
+# How often a second a thread is made to wait for others. Measured: 3 to 25 times where nothing else
+# runs, 85 times and more where programs share its core.
+_MOST_SWITCHES = 50
 
 
 def calibrate(dtype: torch.dtype) -> None:
     """Have the dispatch know this machine, for a dtype and the present number of threads.
 
     What was measured before is read from the user's cache folder (``XDG_CACHE_HOME``, else
-    ``~/.cache``); else it is measured, which takes about ten seconds, and written there.
+    ``~/.cache``); else it is measured, which takes about fifteen seconds, and written there,
+    unless other programs have taken the processor meanwhile.
 
     Args:
         dtype: of the blocks; for one that the native kernels do not take nothing is done.
@@ -55,26 +60,38 @@ def calibrate(dtype: torch.dtype) -> None:
     if kernels().name != "native" or dtype not in DTYPES or dispatch.is_measured(dtype, threads):
         return
     path = _path(dtype, threads)
-    tables = _read(path)
-    if tables is None:
-        tables = measure_thresholds(dtype), measure_candidates(dtype)
-        named = {
-            kind: {_name(trains): table for trains, table in thresholds.items()}
-            for kind, thresholds in zip(_KINDS, tables, strict=True)
+    known = _read(path)
+    if known is None:
+        start, switches = time.perf_counter(), _forced_switches()
+        densities = {
+            width: measure_thresholds(dtype, _NARROW_ROWS, width, _FACTOR * width)
+            for width in _NARROW
         }
-        try:
-            prepare_folder(path.parent)
-            write_json(path, named)
-        except OutputError as error:
-            warnings.warn(f"calibration is not remembered: {error}", stacklevel=3)
-    dispatch.use(dtype, threads, *tables)
+        known = {**densities, _NARROW_END: measure_thresholds(dtype)}, measure_candidates(dtype)
+        seconds = max(time.perf_counter() - start, 1.0)
+        if _forced_switches() - switches <= _MOST_SWITCHES * threads * seconds:
+            try:
+                prepare_folder(path.parent)
+                write_json(path, _as_json(*known))
+            except OutputError as error:
+                warnings.warn(f"calibration is not remembered: {error}", stacklevel=3)
+    dispatch.use(dtype, threads, *known)
+
+
+def _forced_switches() -> int:
+    """How often this process had to wait for others so far; 0 where the system does not say."""
+    try:
+        import resource  # there is none on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def measure_thresholds(
     dtype: torch.dtype,
     rows: Sequence[int] = _ROWS,
     width: int = _WIDTH,
-    hidden: int = _HIDDEN,
+    hidden: int = _FACTOR * _WIDTH,
     rounds: int = _ROUNDS,
 ) -> Tables:
     """Measure up to which density the kernels are faster than dense torch.
@@ -107,7 +124,7 @@ def measure_candidates(
     dtype: torch.dtype,
     rows: Sequence[int] = _SCREENED_ROWS,
     width: int = _WIDTH,
-    hidden: int = _HIDDEN,
+    hidden: int = _FACTOR * _WIDTH,
     rounds: int = _ROUNDS,
 ) -> Tables:
     """Measure up to which share of candidates a screened block is faster than an unscreened one.
@@ -265,23 +282,31 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _name(trains: bool) -> str:
-    return "training" if trains else "inference"
+def _as_json(densities: dict[int, Tables], candidates: Tables) -> dict[str, Any]:
+    """As they stand in a file."""
+
+    def named(tables: Tables) -> dict[str, Any]:
+        return {"inference": tables[False], "training": tables[True]}
+
+    return {
+        "density": {width: named(tables) for width, tables in densities.items()},
+        "candidates": named(candidates),
+    }
 
 
-def _read(path: Path) -> tuple[Tables, Tables] | None:
+def _read(path: Path) -> tuple[dict[int, Tables], Tables] | None:
     """Thresholds of a file; None if it is not there or no such file."""
+
+    def tables(named: Any) -> Tables:
+        return {
+            trains: {int(rows): float(most) for rows, most in named[name].items()}
+            for trains, name in ((False, "inference"), (True, "training"))
+        }
+
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        densities, candidates = (
-            {
-                trains: {
-                    int(rows): float(most) for rows, most in values[kind][_name(trains)].items()
-                }
-                for trains in (False, True)
-            }
-            for kind in _KINDS
-        )
+        densities = {int(width): tables(named) for width, named in values["density"].items()}
+        candidates = tables(values["candidates"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     return densities, candidates

@@ -122,7 +122,7 @@ def mlp(
     rows, columns = x.shape[0], down.shape[0]
     most = max_density
     if most is None:
-        most = max_density_for(rows, x.dtype, trains)
+        most = max_density_for(rows, x.shape[1], x.dtype, trains)
     if most <= 0.0 or not down.numel():
         return *reference.mlp(x, weights, rule), *no_list(x.device)
     share = screen_limit(rows, x.shape[1], x.dtype, trains, max_candidates)

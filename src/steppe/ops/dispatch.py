@@ -1,9 +1,13 @@
-"""When the sparse kernels are faster, and the screen: thresholds by machine, dtype and threads."""
+"""When the sparse kernels are faster, and the screen: thresholds by machine, dtype and threads.
+
+Densities go by the width of the block too: the narrower, the more of the time goes into lists.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -12,14 +16,19 @@ from steppe.ops.native import kernels
 # From so many rows (tokens of a call) on, the kernels are faster up to such a density, or the
 # screen up to such a share of candidates.
 Thresholds: TypeAlias = dict[int, float]
+Tables: TypeAlias = dict[bool, Thresholds]  # for inference, under False, and for training
+_Value = TypeVar("_Value")
 
 # Measured at d 768, F 3072 on one machine, and less than was measured there: what is used until
 # `steppe.ops.calibration` has measured on this one.
-DEFAULTS: dict[bool, Thresholds] = {
-    False: {1: 0.5, 9: 0.0, 32: 0.3, 128: 0.6},
-    True: {1: 0.0, 64: 0.2, 128: 0.5, 256: 0.7},
+DEFAULTS: dict[int, Tables] = {  # from such a width on; of narrower blocks never
+    128: {False: {1: 0.0, 256: 0.1}, True: {1: 0.0, 256: 0.2}},
+    256: {
+        False: {1: 0.5, 9: 0.0, 32: 0.3, 128: 0.6},
+        True: {1: 0.0, 64: 0.2, 128: 0.5, 256: 0.7},
+    },
 }
-SCREENED_DEFAULTS: dict[bool, Thresholds] = {
+SCREENED_DEFAULTS: Tables = {
     False: {1: 0.3, 9: 0.0, 64: 0.3},
     True: {1: 0.0, 256: 0.3},
 }
@@ -27,8 +36,8 @@ MARGIN = 0.05  # by which a share may be above a threshold, once it was below it
 _LEAST_WAIT, _MOST_WAIT = 16, 256  # calls
 _LEAST_WORK = 2**23  # multiply-adds of the first product, below which calling an op costs more
 _LARGE_WEIGHT = 2**20  # elements: reading it takes longer than calling an op
-_measured: dict[tuple[torch.dtype, int], dict[bool, Thresholds]] = {}
-_screened: dict[tuple[torch.dtype, int], dict[bool, Thresholds]] = {}
+_measured: dict[tuple[torch.dtype, int], dict[int, Tables]] = {}
+_screened: dict[tuple[torch.dtype, int], Tables] = {}
 
 
 def pays(rows: int, d_model: int, d_hidden: int) -> bool:
@@ -43,19 +52,21 @@ def pays(rows: int, d_model: int, d_hidden: int) -> bool:
     return rows * weight >= _LEAST_WORK or weight >= _LARGE_WEIGHT
 
 
-def max_density_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
+def max_density_for(rows: int, width: int, dtype: torch.dtype, trains: bool) -> float:
     """The most of the entries that may be active for the sparse kernels to pay.
 
     Args:
         rows: tokens of the call.
+        width: d_model of the block.
         dtype: of the block.
         trains: whether a backward pass follows.
 
     Returns:
         A density; 0 for never.
     """
-    table = _measured.get((dtype, torch.get_num_threads()), DEFAULTS)
-    return _reached(table[trains], rows)
+    widths = _measured.get((dtype, torch.get_num_threads()), DEFAULTS)
+    tables = _reached(widths, width, None)
+    return 0.0 if tables is None else _reached(tables[trains], rows, 0.0)
 
 
 def max_candidates_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
@@ -72,15 +83,16 @@ def max_candidates_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
     if kernels().unscreened:
         return 0.0
     table = _screened.get((dtype, torch.get_num_threads()), SCREENED_DEFAULTS)
-    return _reached(table[trains], rows)
+    return _reached(table[trains], rows, 0.0)
 
 
-def _reached(thresholds: Thresholds, rows: int) -> float:
-    reached, most = 0, 0.0
-    for least, share in thresholds.items():
-        if reached < least <= rows:
-            reached, most = least, share
-    return most
+def _reached(steps: Mapping[int, _Value], at: int, below: _Value) -> _Value:
+    """The value of the last step that is not above `at`."""
+    reached, value = 0, below
+    for least, its_value in steps.items():
+        if reached <= least <= at:
+            reached, value = least, its_value
+    return value
 
 
 @dataclass
@@ -133,16 +145,16 @@ class Habit:
 def use(
     dtype: torch.dtype,
     threads: int,
-    densities: dict[bool, Thresholds],
-    candidates: dict[bool, Thresholds],
+    densities: dict[int, Tables],
+    candidates: Tables,
 ) -> None:
     """Dispatch by thresholds from now on.
 
     Args:
         dtype: of the blocks they hold for.
         threads: the number of threads they hold for.
-        densities: for inference, under False, and for training, under True.
-        candidates: likewise, of shares of candidates.
+        densities: the tables from each width on.
+        candidates: of shares of candidates.
     """
     _measured[dtype, threads] = densities
     _screened[dtype, threads] = candidates
