@@ -20,7 +20,7 @@ PENDING := $(VENV)/.installing
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results twins cost bench test test-slow test-screening test-native valgrind lint format clean
+.PHONY: help install demo results twins cost bench losses test test-slow test-screening test-native valgrind lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,10 @@ cost: $(STAMP) ## measure anew what measuring costs (ten minutes, nothing else r
 
 bench: $(STAMP) ## measure anew what the kernels gain (ten minutes, nothing else running)
 	$(BIN)/python benchmarks/mlp_cpu.py --json benchmarks/results/mlp_cpu.json
+	$(BIN)/python docs/render.py
+
+losses: $(STAMP) ## train the same model dense, sparse and in float64 anew, and compare (two minutes)
+	$(BIN)/python benchmarks/same_losses.py --json benchmarks/results/same_losses.json
 	$(BIN)/python docs/render.py
 
 test: $(STAMP) ## run the tests, without the slow ones

@@ -17,6 +17,7 @@ DEMO = "docs/results/demo.json"
 SPEED = "benchmarks/results/mlp_cpu.json"
 MONITOR_COST = "benchmarks/results/monitor_cost.json"
 TWINS = "docs/results/twins.json"
+LOSSES = "benchmarks/results/same_losses.json"
 PAGES = ("README.md", "docs/recipes.md", "docs/screening.md")
 
 
@@ -35,6 +36,7 @@ def render(page: str) -> str:
             f"{100 * _cost('run measured every 50 steps') - 100:+.1f} %"
         ),
         f"twins: {TWINS}": lambda: "\n" + twins_markdown(_read(TWINS)),
+        f"losses: {LOSSES}": lambda: "\n" + losses_markdown(_read(LOSSES)),
     }
 
     def passage(match: re.Match[str]) -> str:
@@ -151,6 +153,26 @@ def twins_markdown(result: dict[str, Any]) -> str:
         cells = " | ".join(f"{100 * share:.1f} %" for share in shares)
         lines.append(f"| `{row['recipe']}` | {row['arm']} | {quality['loss']:.3f} | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def losses_markdown(result: dict[str, Any]) -> str:
+    """How far the losses of runs that should be the same part."""
+    lines = [
+        "| GPT-2, d, F | computed | last loss | largest distance to dense | to float64"
+        " | steps to dense ± 10⁻⁵ |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        to_dense, to_float64 = row["to_dense"], row["to_float64"]
+        cells = [f"{row['last_loss']:.4f}"]
+        cells += [f"{distance['largest']:.1e}" for distance in (to_dense, to_float64)]
+        cells.append(str(to_dense["steps_to_1e-5"]))
+        lines.append(f"| {row['d']}, {row['f']} | {row['how']} | {' | '.join(cells)} |")
+    return (
+        "\n".join(lines)
+        + f"\n\nRelative distances over {result['steps']} steps with AdamW on the pydoc texts, two"
+        " layers, one seed; `make losses`.\n"
+    )
 
 
 def main() -> None:
