@@ -1,4 +1,4 @@
-"""How far losses part that should be the same: of a model screened, unscreened, dense and in float64.
+"""How far losses part that should be the same: screened, unscreened, dense and in float64.
 
 Two hundred steps on the pydoc texts from one seed, with the same batches. Besides, a dense model
 whose hidden units stand in another order: the same function and the same gradients, and sums that

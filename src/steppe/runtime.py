@@ -209,7 +209,22 @@ def _pays(block: MLPBlock, always: bool, x: Tensor) -> bool:
     """Whether a call is worth the detour; not where the loss needs the activations themselves."""
     if is_penalized(block):
         return False
-    return always or pays(x.numel() // block.d_model, block.d_model, block.d_hidden)
+    rows = x.numel() // block.d_model
+    return always or (pays(rows, block.d_model, block.d_hidden) and _gains(block, rows, x))
+
+
+def _gains(block: MLPBlock, rows: int, x: Tensor) -> bool:
+    """Whether the kernels are faster at some density; else the block's own modules are."""
+    if torch.compiler.is_compiling():
+        return True  # the op decides when it is called, not when it is traced
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    trains = torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(part.requires_grad for layer in _layers(block) for part in layer.parameters())
+    )
+    return max_density_for(rows, block.d_model, dtype, trains) > 0.0
 
 
 class _Computation:

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from steppe.ops.calls import DECODE_ROWS
+from steppe.ops.few import FewBlock
+from steppe.ops.reference import Weights
 from steppe.ops.screening import rotate
 
 Case = tuple[Tensor, Tensor, Tensor]
@@ -214,3 +217,14 @@ def back(rotated: Tensor) -> Tensor:
     rows = rotate(rotated.double())  # its own inverse
     assert rows.float().double().equal(rows)
     return rows.float()
+
+
+def of_few_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """r ``[T, F]`` as a block computes it for few rows at a time, unscreened."""
+    block = FewBlock(Weights(weight, bias, None, None, weight, None), screens=False, stays=False)
+    parts = []
+    for rows in x.contiguous().split(DECODE_ROWS):
+        r, z = rows.new_empty(len(rows), len(weight)), torch.empty_like(rows)
+        assert block.run(rows, (1.0, 0.0), 1.0, 0.0, (z, r, r))
+        parts.append(r)
+    return torch.cat(parts)

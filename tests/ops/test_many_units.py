@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steppe.ops import calls
+from ops.screening_cases import of_few_rows
 from steppe.ops.calls import DECODE_ROWS
 from steppe.ops.few import FewBlock
 from steppe.ops.native import kernels
@@ -149,9 +149,7 @@ def test_no_unit_of_few_rows_is_missed(
             assert block.run(rows, (1.0, 0.0), 1.0, 1.0, (z, r, r))
             listed[start : start + DECODE_ROWS] = r.isnan()
         active = active_of(x.float(), weight.float(), bias.float())
-        active |= torch.cat(
-            [~(calls.matvec(rows, weight, bias) <= 0) for rows in x.split(DECODE_ROWS)]
-        )
+        active |= ~(of_few_rows(x, weight, bias) <= 0)
         assert note(checked, active, listed) == 0
         units += listed.numel()
         candidates += int(listed.sum())

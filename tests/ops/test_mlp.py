@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steppe.ops import calls, registry
 from steppe.ops import cpu as cpu  # registers the kernels
+from steppe.ops.few import FewBlock
 from steppe.ops.native import kernels
 from steppe.ops.reference import Rule, Weights, densify
 from steppe.ops.reference import mlp as dense_mlp
@@ -175,8 +176,11 @@ def test_results_are_the_same_bits_for_any_number_of_threads(rows: int, dtype: t
             (values, support.index, support.offsets, product, turned.index, gradient, entries)
         )
         if rows <= calls.DECODE_ROWS:
-            rows_of = weights.down.contiguous()
-            results[-1] += (calls.decode(values, support, rows_of, weights.down_bias),)
+            x = torch.linspace(-1, 1, rows * 130).view(rows, 130).to(dtype)
+            z, r, up = (x.new_empty(rows, width) for width in (130, 777, 777))
+            few = FewBlock(weights, screens=False, stays=False)
+            assert few.run(x, (1.0, 0.5), 1.0, 0.0, (z, r, up))
+            results[-1] += (z, r, up)
     for other in results[1:]:
         for first, second in zip(results[0], other, strict=True):
             assert torch.equal(first, second)
@@ -314,6 +318,12 @@ def test_the_block_compiles_into_one_graph() -> None:
         assert torch.allclose(one, other, atol=1e-12)
 
 
+def few_block(up: Tensor | None = None, up_bias: Tensor | None = None) -> FewBlock:
+    matrix = torch.zeros(70, 5)
+    weights = Weights(matrix, None, matrix if up is None else up, up_bias, matrix, None)
+    return FewBlock(weights, screens=False, stays=False)
+
+
 @native
 @pytest.mark.parametrize(
     "call",
@@ -324,8 +334,12 @@ def test_the_block_compiles_into_one_graph() -> None:
         lambda v, s, m: calls.spmm(v, s, m, torch.zeros(3)),
         lambda v, s, m: calls.sampled(s, m, m),
         lambda v, s, m: calls.transpose(replace(s, rows=s.rows + 1), v),
-        lambda v, s, m: calls.decode(v, s, torch.zeros(70, 5), None),
-        lambda v, s, m: calls.matvec(torch.zeros(9, 5), torch.zeros(70, 5), None),
+        lambda v, s, m: calls.sampled(s, calls.pack(torch.zeros(20, 5)), torch.zeros(70, 6)),
+        lambda v, s, m: calls.spmm(v, s, torch.zeros(71, 5)),
+        lambda v, s, m: few_block(up=torch.zeros(71, 5)),
+        lambda v, s, m: few_block(up=torch.zeros(70, 6)),
+        lambda v, s, m: few_block(up_bias=torch.zeros(5)),
+        lambda v, s, m: few_block().run(torch.zeros(9, 5), (1.0, 0.0), 1.0, 0.0, (v, v, v)),
         lambda v, s, m: calls.pack(torch.zeros(3, 3, dtype=torch.float64)),
     ],
 )

@@ -21,6 +21,7 @@ from ops.screening_cases import (
     cancelling_sums,
     flushed_to_zero,
     gaussian,
+    of_few_rows,
     overflowing,
 )
 from steppe.errors import KernelError
@@ -104,8 +105,7 @@ def computed_active(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     everything, support = listed_everywhere(rows, hidden, x.dtype)
     values = calls.sampled(support, calls.pack(x), calls.pack(weight), bias)
     p = densify(values, support.index, support.offsets, rows, hidden)
-    few = torch.cat([calls.matvec(part, weight, bias) for part in x.split(DECODE_ROWS)])
-    return ~(p <= 0) | ~(few <= 0) | (everything == 0)
+    return ~(p <= 0) | ~(of_few_rows(x, weight, bias) <= 0) | (everything == 0)
 
 
 def listed_everywhere(rows: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, calls.Support]:

@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,7 +18,7 @@ from steppe.ops.native import load
 from steppe.ops.reference import TILE_UNIT, ceil_div, tile_of
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-DECODE_ROWS = 8  # the most rows that `matvec`, `decode` and `decode_sampled` take
+DECODE_ROWS = 8  # the most rows that a call of `steppe.ops.few` takes
 _DECODE_TILE = 256
 _LARGE_PAGE = 2**21  # bytes
 # Where one row in so many has clearly too many active entries, the others are not counted: in
@@ -48,7 +49,12 @@ class Support:
     rows: int
     columns: int
 
-    @property
+    @cached_property
+    def entries(self) -> int:
+        """Number of entries, as the offsets tell it."""
+        return int(self.offsets[-1])
+
+    @cached_property
     def tile(self) -> int:
         """Columns per tile; at least one unit, also of no columns."""
         return max(tile_of(self.offsets, self.rows, self.columns), TILE_UNIT)
@@ -56,7 +62,7 @@ class Support:
     @property
     def tiles(self) -> int:
         """Number of tiles."""
-        return (len(self.offsets) - 1) // self.rows if self.rows else 0
+        return (self.offsets.numel() - 1) // self.rows if self.rows else 0
 
 
 class Panels(NamedTuple):
@@ -161,7 +167,8 @@ def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | Non
         Values and support; None where there are more.
     """
     rows, columns = p.shape
-    require(rows_are_contiguous(p), f"rows of p contiguous, got strides {p.stride()}")
+    if not rows_are_contiguous(p):
+        refuse(f"rows of p contiguous, got strides {p.stride()}")
     sample = rows // _SAMPLE
     if (
         max_density < 1.0
@@ -251,7 +258,8 @@ def spmm_into(
     """``A M + bias`` written to a tensor ``[T, D]`` of any strides, or added to it."""
     _check_list(support, values)
     gathered = _matrix(matrix, support.columns, values)
-    require(out.shape == (support.rows, gathered.columns), f"out {tuple(out.shape)}")
+    if out.shape != (support.rows, gathered.columns):
+        refuse(f"an output {(support.rows, gathered.columns)}, got {tuple(out.shape)}")
     if bias is not None:
         check_vector(bias, gathered.columns, values)
     failed = library().steppe_spmm(
@@ -280,7 +288,8 @@ def sampled(
     _check_panels(left, support.rows, left.data)
     gathered = _matrix(right, support.columns, left.data)
     _check_list(support, None)
-    require(left.width == gathered.columns, f"one width, got {left.width} and {gathered.columns}")
+    if left.width != gathered.columns:
+        refuse(f"one width, got {left.width} and {gathered.columns}")
     if bias is not None:
         check_vector(bias, support.columns, left.data)
     values = left.data.new_empty(support.index.shape[0])
@@ -303,11 +312,12 @@ def sampled(
 
 def transpose(support: Support, *values: Tensor) -> tuple[Support, list[Tensor]]:
     """The lists of one or two transposed matrices on the same support."""
-    require(len(values) in (1, 2), f"one or two lists of values, got {len(values)}")
+    if len(values) not in (1, 2):
+        refuse(f"one or two lists of values, got {len(values)}")
     for one in values:
         _check_list(support, one)
     rows, columns = support.rows, support.columns
-    density = len(support.index) / max(rows * columns, 1)
+    density = support.entries / max(rows * columns, 1)
     blocks = ceil_div(rows, TILE_UNIT)
     tile = balanced(blocks, tile_for(density, columns, values[0].dtype))
     tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
@@ -354,79 +364,6 @@ def row_sums(values: Tensor, support: Support) -> Tensor:
     return out
 
 
-def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x Wᵀ + bias`` for at most `DECODE_ROWS` rows of x; rows of W ``[F, D]`` contiguous."""
-    check_few(x, weight)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    if bias is not None:
-        check_vector(bias, weight.shape[0], x)
-    library().steppe_matvec(
-        x.data_ptr(),
-        dtype_code(x),
-        *x.shape,
-        weight.data_ptr(),
-        weight.stride(0),
-        None if bias is None else bias.data_ptr(),
-        weight.shape[0],
-        out.data_ptr(),
-        threads(),
-    )
-    return out
-
-
-def decode(values: Tensor, support: Support, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``A V + bias`` for at most `DECODE_ROWS` rows of A; rows of V ``[F, D]`` contiguous."""
-    _check_list(support, values)
-    require(support.rows <= DECODE_ROWS, f"at most {DECODE_ROWS} rows, got {support.rows}")
-    check_rows(weight, support.columns, values)
-    if bias is not None:
-        check_vector(bias, weight.shape[1], values)
-    out = values.new_empty(support.rows, weight.shape[1])
-    library().steppe_decode(
-        values.data_ptr(),
-        support.index.data_ptr(),
-        support.offsets.data_ptr(),
-        dtype_code(values),
-        support.rows,
-        support.columns,
-        support.tile,
-        weight.data_ptr(),
-        weight.stride(0),
-        weight.shape[1],
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        threads(),
-    )
-    return out
-
-
-def decode_sampled(support: Support, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Values of ``x Wᵀ + bias`` on a support of at most `DECODE_ROWS` rows."""
-    check_few(x, weight)
-    _check_list(support, None)
-    require(x.shape[0] == support.rows, f"{support.rows} rows of x, got {x.shape[0]}")
-    check_rows(weight, support.columns, x)
-    if bias is not None:
-        check_vector(bias, weight.shape[0], x)
-    values = x.new_empty(support.index.shape[0])
-    library().steppe_decode_sampled(
-        support.index.data_ptr(),
-        support.offsets.data_ptr(),
-        dtype_code(x),
-        support.rows,
-        support.columns,
-        support.tile,
-        x.data_ptr(),
-        weight.data_ptr(),
-        weight.stride(0),
-        weight.shape[1],
-        None if bias is None else bias.data_ptr(),
-        values.data_ptr(),
-        threads(),
-    )
-    return values
-
-
 def pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's elements are; None, which is NULL, for none."""
     return None if tensor is None else tensor.data_ptr()
@@ -470,8 +407,8 @@ def threads() -> int:
 def dtype_code(tensor: Tensor) -> int:
     """What the library calls a tensor's dtype."""
     code = DTYPES.get(tensor.dtype)
-    require(code is not None and tensor.device.type == "cpu", f"{tensor.dtype}, {tensor.device}")
-    assert code is not None
+    if code is None or not tensor.is_cpu:
+        refuse(f"float32 or bfloat16 on the CPU, got {tensor.dtype} on {tensor.device}")
     return code
 
 
@@ -479,13 +416,17 @@ def _check_list(support: Support, values: Tensor | None) -> None:
     """Refuse a list whose parts do not go together; its numbers are our own and are trusted."""
     index, offsets = support.index, support.offsets
     rows, columns = support.rows, support.columns
-    require(index.dtype == torch.int16 and index.is_contiguous(), f"index {index.dtype}")
-    require(offsets.dtype == torch.int64 and offsets.is_contiguous(), f"offsets {offsets.dtype}")
+    if index.dtype != torch.int16 or not index.is_contiguous():
+        refuse(f"a contiguous index of int16, got {index.dtype}")
+    if offsets.dtype != torch.int64 or not offsets.is_contiguous():
+        refuse(f"contiguous offsets of int64, got {offsets.dtype}")
     tiles = max(ceil_div(columns, support.tile), 1) if rows else 0
-    require(len(offsets) == tiles * rows + 1 or rows == 0, f"{tiles} tiles, got {len(offsets)}")
-    require(int(offsets[-1]) == len(index), f"{int(offsets[-1])} entries, got {len(index)}")
+    if rows and offsets.numel() != tiles * rows + 1:
+        refuse(f"{tiles * rows + 1} offsets, got {offsets.numel()}")
+    if support.entries != index.numel():
+        refuse(f"{support.entries} entries, got {index.numel()}")
     if values is not None:
-        check_vector(values, len(index), values)
+        check_vector(values, index.numel(), values)
 
 
 def check_vector(vector: Tensor, length: int, like: Tensor) -> None:
@@ -500,10 +441,8 @@ def check_vector(vector: Tensor, length: int, like: Tensor) -> None:
 def _check_panels(panels: Panels, rows: int, like: Tensor) -> None:
     shape = (ceil_div(panels.width, TILE_UNIT), rows, TILE_UNIT)
     data = panels.data
-    require(
-        data.shape == shape and data.is_contiguous() and data.dtype == like.dtype,
-        f"panels {shape} of {like.dtype}, got {tuple(data.shape)} of {data.dtype}",
-    )
+    if data.shape != shape or not data.is_contiguous() or data.dtype != like.dtype:
+        refuse(f"panels {shape} of {like.dtype}, got {tuple(data.shape)} of {data.dtype}")
 
 
 def _matrix(matrix: Panels | Tensor, rows: int, like: Tensor) -> _Matrix:
@@ -511,10 +450,8 @@ def _matrix(matrix: Panels | Tensor, rows: int, like: Tensor) -> _Matrix:
     if isinstance(matrix, Panels):
         _check_panels(matrix, rows, like)
         return _Matrix(rows=rows, columns=matrix.width, panels=matrix.data.data_ptr())
-    require(
-        matrix.ndim == 2 and matrix.shape[0] == rows and matrix.dtype == like.dtype,
-        f"{rows} rows of {like.dtype}, got {tuple(matrix.shape)} of {matrix.dtype}",
-    )
+    if matrix.ndim != 2 or matrix.shape[0] != rows or matrix.dtype != like.dtype:
+        refuse(f"{rows} rows of {like.dtype}, got {tuple(matrix.shape)} of {matrix.dtype}")
     width = matrix.shape[1]
     panels = scratch("panels", (ceil_div(width, TILE_UNIT), rows, TILE_UNIT), matrix)
     return _Matrix(matrix.data_ptr(), rows, width, *matrix.stride(), panels.data_ptr())
@@ -532,21 +469,6 @@ def check_rows(weight: Tensor, rows: int, like: Tensor) -> None:
             f"{rows} contiguous rows of {like.dtype}, got {tuple(weight.shape)} {weight.dtype} with"
             f" strides {weight.stride()}"
         )
-
-
-def check_few(x: Tensor, weight: Tensor) -> None:
-    """Refuse more than `DECODE_ROWS` rows, or a weight of another width."""
-    if x.ndim != 2 or not x.is_contiguous() or x.shape[0] > DECODE_ROWS:
-        refuse(f"at most {DECODE_ROWS} contiguous rows, got {tuple(x.shape)}")
-    check_rows(weight, weight.shape[0], x)
-    if weight.shape[1] != x.shape[1]:
-        refuse(f"width {x.shape[1]}, got {weight.shape[1]}")
-
-
-def require(holds: bool, expected: str) -> None:
-    """Refuse a call unless something holds."""
-    if not holds:
-        refuse(expected)
 
 
 def refuse(expected: str) -> NoReturn:

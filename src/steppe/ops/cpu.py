@@ -26,7 +26,7 @@ from steppe.ops.screened import (
 )
 
 _LEAST_WIDTH = 256  # of narrower blocks all is done so soon that screening gains little or nothing
-_UNITS_SAMPLED = 16  # one unit in so many is looked at first
+_UNITS_SAMPLED = 32  # one unit in so many is looked at first
 
 
 def runs(*tensors: Tensor | None) -> bool:
@@ -128,34 +128,30 @@ def mlp(
     share = screen_limit(rows, x.shape[1], x.dtype, trains, max_candidates)
     if rows <= DECODE_ROWS and not trains and not dropout:
         return *_decode(x.contiguous(), weights, rule, most, share), *no_list(x.device)
-    listed = _screened(x, weights, share, trains) if share > 0.0 else None
-    if listed is None:
+    found = panels_x = None
+    if share > 0.0:
+        find = _find_anew if trains else _find_by_habit
+        tokens = x if calls.rows_are_contiguous(x) else x.contiguous()
+        found = find(tokens, activated, activated_bias, share)
+    if found is None:
         p = reference.linear(x, activated, activated_bias, calls.scratch("p", (rows, columns), x))
         listed = calls.compact(p, most)
         if listed is None:
             return *reference.mlp_from(p, x, weights, rule), *no_list(x.device)
-    elif len(listed[0]) > most * rows * columns:
-        return *reference.mlp(x, weights, rule), *no_list(x.device)
+    else:
+        panels_x = calls.pack(x, "x")
+        listed = compact_product(panels_x, _gathered(activated, trains), activated_bias, found)
+        if listed[1].entries > most * rows * columns:
+            return *reference.mlp(x, weights, rule), *no_list(x.device)
     r, support = listed
     up_values = r.new_empty(0)
     if up is not None:
-        up_values = calls.sampled(support, calls.pack(x, "x"), _gathered(up, trains), up_bias)
+        panels_x = panels_x or calls.pack(x, "x")
+        up_values = calls.sampled(support, panels_x, _gathered(up, trains), up_bias)
     kept = rule.draw_kept(r)
     hidden = rule.hidden(r, up_values, kept)
     z = calls.spmm(hidden, support, _gathered(down, trains), down_bias)
     return z, r, up_values, kept, support.index, support.offsets
-
-
-def _screened(
-    x: Tensor, weights: Weights, share: float, trains: bool
-) -> tuple[Tensor, Support] | None:
-    """The list of r by the screen; None where more than a share of the entries are candidates."""
-    weight, bias = weights.activated, weights.activated_bias
-    x = x if calls.rows_are_contiguous(x) else x.contiguous()
-    found = (_find_anew if trains else _find_by_habit)(x, weight, bias, share)
-    if found is None:
-        return None
-    return compact_product(calls.pack(x, "x"), _gathered(weight, trains), bias, found)
 
 
 def _gathered(weight: Tensor, trains: bool) -> calls.Panels | Tensor:

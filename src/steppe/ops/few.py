@@ -16,7 +16,6 @@ from steppe.ops.calls import (
     pointer,
     prefer_large_pages,
     refuse,
-    require,
     threads,
 )
 from steppe.ops.packing import (
@@ -185,7 +184,8 @@ def _check(weights: Weights) -> None:
     for matrix in (weights.activated, weights.up, weights.down):
         if matrix is not None:
             check_rows(matrix, hidden, like)
-            require(matrix.shape[1] == width, f"{width} columns, got {matrix.shape[1]}")
+            if matrix.shape[1] != width:
+                refuse(f"{width} columns, got {matrix.shape[1]}")
     for bias, length in (
         (weights.activated_bias, hidden),
         (weights.up_bias, hidden),

@@ -22,7 +22,7 @@ from steppe.ops.calls import (
     library,
     pack,
     pointer,
-    require,
+    refuse,
     rows_are_contiguous,
     sampled,
     scratch,
@@ -62,7 +62,8 @@ def screen_of(weight: Tensor, buffer: str | None = None) -> Screen:
         buffer: name of the `scratch` to write to; None for `lasting` memory.
     """
     hidden, width = weight.shape
-    require(width < MAX_WIDTH, f"a width below {MAX_WIDTH}, got {width}")
+    if width >= MAX_WIDTH:
+        refuse(f"a width below {MAX_WIDTH}, got {width}")
     units = ceil_div(hidden, TILE_UNIT) * TILE_UNIT
     shape = (units // 16, _padded(width) // 4, 16, 4)
     if buffer is None:
@@ -120,8 +121,10 @@ def find_candidates(
         The candidates, in buffers that the next call writes to; None if they are more.
     """
     rows, width = x.shape
-    require(width == screen.width, f"width {screen.width}, got {width}")
-    require(rows_are_contiguous(x), f"rows of x contiguous, got strides {x.stride()}")
+    if width != screen.width:
+        refuse(f"width {screen.width}, got {width}")
+    if not rows_are_contiguous(x):
+        refuse(f"rows of x contiguous, got strides {x.stride()}")
     if bias is not None:
         check_vector(bias, screen.hidden, x)
     integers = scratch("x integers", (rows, _padded(width)), _like(torch.int8))
@@ -185,7 +188,8 @@ def compact_product(
     rows = x.data.shape[1]
     columns = weight.data.shape[1] if isinstance(weight, Panels) else weight.shape[0]
     blocks = ceil_div(columns, TILE_UNIT)
-    require(found.masks.shape == (rows, blocks), f"masks {tuple(found.masks.shape)}")
+    if found.masks.shape != (rows, blocks):
+        refuse(f"masks {(rows, blocks)}, got {tuple(found.masks.shape)}")
     tile = balanced(blocks, tile_for(found.share, rows, x.data.dtype))
     tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
     offsets = torch.empty(tiles * rows + 1, dtype=torch.int64)
