@@ -51,6 +51,13 @@ inline double sum(dvec v) {
   for (int i = 0; i < kDoubles; ++i) total += v[i];
   return total;
 }
+inline dvec larger(dvec a, dvec b) {
+#if defined(__AVX512F__)
+  return (dvec)_mm512_max_pd((__m512d)a, (__m512d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 inline double largest(dvec v) {
   double most = 0;
   for (int i = 0; i < kDoubles; ++i) most = std::max(most, v[i]);
@@ -104,9 +111,9 @@ inline void mix(dvec *part) {
   }
 }
 
-// A Hadamard transform over features that lie a sixteenth of the width apart, orthonormal: no single
-// feature stays large. Then the nearest integers up to ±most: `put(i, integers)` gets kDoubles of
-// them, from feature i on.
+// A Hadamard transform over features that lie a sixteenth of the width apart: no single feature stays
+// large. Then the nearest integers up to ±most: `put(i, integers)` gets kDoubles of them, from feature
+// i on. The transform's factor of 1/4, a power of two, is left to the end.
 template <typename Put>
 inline Grid to_grid(const float *row, const RowBuffer &buffer, double most, Put put) {
   double *rotated = buffer.rotated.get();
@@ -122,16 +129,15 @@ inline Grid to_grid(const float *row, const RowBuffer &buffer, double most, Put 
     mix<1>(part), mix<2>(part), mix<4>(part), mix<8>(part);
 #pragma GCC unroll 16
     for (int k = 0; k < kFold; ++k) {
-      part[k] *= 0.25;
       squares += part[k] * part[k];
-      const dvec absolute = (dvec)((lvec)part[k] & 0x7fffffffffffffff);
-      magnitude = absolute > magnitude ? absolute : magnitude;
+      magnitude = larger((dvec)((lvec)part[k] & 0x7fffffffffffffff), magnitude);
       *reinterpret_cast<dvec *>(rotated + k * step + i) = part[k];
     }
   }
-  const double most_of_row = largest(magnitude), norm = std::sqrt(sum(squares)) * (1 + kOurs);
+  const double most_of_row = largest(magnitude);
+  const double norm = std::sqrt(sum(squares)) * 0.25 * (1 + kOurs);
   const bool usable = std::isfinite(norm) && most_of_row > 0;
-  const double scale = usable ? most_of_row / most : 1, inverse = usable ? 1 / scale : 0;
+  const double scale = usable ? most_of_row / most : 4, inverse = usable ? 1 / scale : 0;
   // Adding and taking away 1.5 · 2⁵² rounds to an integer.
   constexpr double kRounder = 6755399441055744.0;
   dvec off{};
@@ -143,7 +149,7 @@ inline Grid to_grid(const float *row, const RowBuffer &buffer, double most, Put 
     off += difference * difference;
     put(i, __builtin_convertvector(integers, narrow_ivec));
   }
-  return {scale, norm, std::sqrt(sum(off)) * (1 + kOurs)};
+  return {scale * 0.25, norm, std::sqrt(sum(off)) * 0.25 * (1 + kOurs)};
 }
 
 // What the bound needs of the units, `padded` of them a row: 1 / scale, of_norm, of_residual, and
