@@ -15,8 +15,9 @@ from transformers import GenerationConfig
 import models
 import steppe
 from steppe import runtime
+from steppe.bench import PATTERNS, Block
 from steppe.errors import AccelerationError, SparsificationError
-from steppe.ops import cpu, packing, registry
+from steppe.ops import cpu, dispatch, packing, registry
 from steppe.ops.few import FewBlock
 from steppe.ops.native import kernels
 
@@ -435,3 +436,80 @@ def test_adapters_are_asked_to_be_merged() -> None:
     expected = model(**inputs).logits
     got = steppe.accelerate_(model, max_density=1.0)(**inputs).logits
     assert torch.allclose(got, expected, atol=1e-5)
+
+
+def half_dense_block(gated: bool = False) -> Block:
+    """A block of which each unit is active on half of the tokens."""
+    block = Block(16, 64, gated=gated)
+    with torch.no_grad():
+        for bias in (block.up.bias, block.down.bias):
+            bias.zero_()
+        if block.gate is not None:
+            block.gate.bias.zero_()
+    return block
+
+
+@pytest.fixture
+def low_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to density .25 the kernels pay below 64 rows, from there on at any."""
+    monkeypatch.setattr(dispatch, "_LEAST_WORK", 0)
+    monkeypatch.setattr(dispatch, "_measured", {})
+    monkeypatch.setattr(dispatch, "_screened", {})
+    table = {1: 0.0, 12: 0.25, 64: 1.0}
+    tables = {False: table, True: table}
+    dispatch.use(torch.float32, torch.get_num_threads(), {0: tables}, {False: {}, True: {}})
+
+
+def routed_calls(model: nn.Module, rows: int, calls: int, seen: list[int]) -> list[int]:
+    """Of each call: how many of its calls were routed."""
+    counts = []
+    for _ in range(calls):
+        before = len(seen)
+        model(torch.randn(rows, 16))
+        counts.append(len(seen) - before)
+    return counts
+
+
+@native
+def test_a_block_that_is_too_dense_in_inference_runs_its_own_modules_for_a_while(
+    sparse_calls: list[int], low_threshold: None
+) -> None:
+    expected = half_dense_block()
+    block = steppe.accelerate_(copy.deepcopy(expected), patterns=PATTERNS)
+    with torch.no_grad():
+        assert routed_calls(block, 12, 18, sparse_calls) == [1] + 16 * [0] + [1]
+        assert sparse_calls == [-1, -1]
+        # Calls of another threshold have a habit of their own.
+        assert routed_calls(block, 64, 3, sparse_calls) == 3 * [1]
+        assert all(entries > 0 for entries in sparse_calls[2:])
+        assert routed_calls(block, 12, 33, sparse_calls) == 32 * [0] + [1]
+        block.up.bias -= 3.0  # nothing is active now
+        expected.up.bias -= 3.0
+        assert routed_calls(block, 12, 67, sparse_calls) == 64 * [0] + 3 * [1]
+        assert sparse_calls[-3:] == [0, 0, 0]
+        x = torch.randn(12, 16)
+        assert torch.allclose(block(x), expected(x), atol=1e-6)
+
+
+@native
+def test_training_steps_and_gated_blocks_are_always_tried(
+    sparse_calls: list[int], low_threshold: None
+) -> None:
+    block = steppe.accelerate_(half_dense_block(), patterns=PATTERNS)
+    assert routed_calls(block, 12, 3, sparse_calls) == 3 * [1]
+    gated = steppe.accelerate_(half_dense_block(gated=True), patterns=PATTERNS)
+    with torch.no_grad():
+        assert routed_calls(gated, 12, 3, sparse_calls) == 3 * [1]
+    assert sparse_calls == 6 * [-1]
+
+
+@native
+def test_where_no_density_pays_a_call_is_not_routed(
+    sparse_calls: list[int], low_threshold: None
+) -> None:
+    block = steppe.accelerate_(half_dense_block(), patterns=PATTERNS)
+    assert routed_calls(block, 11, 2, sparse_calls) == [0, 0]
+    block.requires_grad_(False)
+    assert routed_calls(block, 11, 2, sparse_calls) == [0, 0]
+    with torch.no_grad():
+        assert routed_calls(block, 11, 2, sparse_calls) == [0, 0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +20,7 @@ from steppe.errors import AccelerationError
 from steppe.ops import cpu
 from steppe.ops.calibration import calibrate
 from steppe.ops.calls import DECODE_ROWS, scratch
-from steppe.ops.dispatch import max_density_for, pays
+from steppe.ops.dispatch import Habit, max_density_for, pays
 from steppe.ops.few import FewBlock
 from steppe.ops.packing import forget
 from steppe.ops.reference import Rule, Weights, mlp_from
@@ -109,8 +111,7 @@ def accelerate_(
         journal.hold_nested_tensors_off(root)
         for block in blocks:
             compute = _Computation(max_density, max_candidates)
-            pays_here = partial(_pays, block, max_density is not None)
-            Route(block, compute, pays_here).lay(journal)
+            Route(block, compute, partial(compute.pays, block)).lay(journal)
         journal.add_attribute(Slot(root, _ATTRIBUTE), Acceleration(blocks, journal))
     except BaseException:  # also Ctrl-C: never half a model
         journal.undo()
@@ -205,28 +206,6 @@ def _is_conv1d(layer: nn.Module) -> bool:
     return hasattr(layer, "nf") and hasattr(layer, "nx") and not hasattr(layer, "base_layer")
 
 
-def _pays(block: MLPBlock, always: bool, x: Tensor) -> bool:
-    """Whether a call is worth the detour; not where the loss needs the activations themselves."""
-    if is_penalized(block):
-        return False
-    rows = x.numel() // block.d_model
-    return always or (pays(rows, block.d_model, block.d_hidden) and _gains(block, rows, x))
-
-
-def _gains(block: MLPBlock, rows: int, x: Tensor) -> bool:
-    """Whether the kernels are faster at some density; else the block's own modules are."""
-    if torch.compiler.is_compiling():
-        return True  # the op decides when it is called, not when it is traced
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    trains = torch.is_grad_enabled() and (
-        x.requires_grad
-        or any(part.requires_grad for layer in _layers(block) for part in layer.parameters())
-    )
-    return max_density_for(rows, block.d_model, dtype, trains) > 0.0
-
-
 class _Computation:
     """Computes a block from its input.
 
@@ -242,6 +221,34 @@ class _Computation:
         self._limits = max_density, max_candidates
         self._few: FewBlock | None = None
         self._parameters: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        self._habits: defaultdict[float, Habit] = defaultdict(Habit)  # by threshold
+
+    def pays(self, block: MLPBlock, x: Tensor) -> bool:
+        """Whether a call is worth the detour; not where the loss needs the activations themselves.
+
+        In inference a block that was too dense runs its own modules for a while, a gated one
+        excepted, of which more than one module asks.
+        """
+        if is_penalized(block):
+            return False
+        rows = x.numel() // block.d_model
+        if self._limits[0] is not None:
+            return True
+        if not pays(rows, block.d_model, block.d_hidden):
+            return False
+        if torch.compiler.is_compiling():
+            return True  # the op decides when it is called, not when it is traced
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        trains = torch.is_grad_enabled() and (
+            x.requires_grad
+            or any(part.requires_grad for layer in _layers(block) for part in layer.parameters())
+        )
+        most = max_density_for(rows, block.d_model, dtype, trains)
+        if trains or block.gate is not None or most <= 0.0:
+            return most > 0.0
+        return self._habits[most].limit(most) > 0.0
 
     def __call__(self, route: Route, x: Tensor) -> Tensor:
         """The block's output, and its support for whoever watches."""
@@ -249,7 +256,7 @@ class _Computation:
             z = self._compute_few(route.block, x)
             if z is not None:
                 return z
-        return _compute(route, x, self._limits)
+        return self._compute(route, x)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Computation:
         """Of a copied model's block; what is laid out is of the other's parameters."""
@@ -329,31 +336,34 @@ class _Computation:
         of_bias = () if threshold is None else (threshold.multiple, threshold.deviation)
         return FewBlock(weights, screens=limit > 0.0, stays=True, follows=of_bias)
 
-
-def _compute(route: Route, x: Tensor, limits: tuple[float | None, float | None]) -> Tensor:
-    """A block from its input, and its support for whoever watches."""
-    block = route.block
-    weights = _weights(block)
-    alpha, beta, mix = _coefficients(block)
-    dropout = _dropout(block)
-    flat = x.reshape(-1, block.d_model)
-    tensors = [flat, *weights]
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-    threshold = threshold_of(block)
-    if threshold is not None and block.activated.training:
-        threshold.see_x(flat, weights.activated, _bias(block.activated))
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    op = mlp if trains or not _is_plain(x) else cpu.mlp
-    z, r, up, _, index, offsets = op(*tensors, alpha, beta, mix, dropout, trains, *limits)
-    if route.observers:
-        listed = r, up, index, offsets
-        active, slopes = _support(listed, block, rule_of(alpha, beta, mix, 0.0), len(flat))
-        shape = (*x.shape[:-1], block.d_hidden)
-        for observer in route.observers:
-            observer.see_support(x, active.view(shape), slopes.view(shape))
-    return z.view(*x.shape[:-1], block.d_model)
+    def _compute(self, route: Route, x: Tensor) -> Tensor:
+        """A block from its input, and its support for whoever watches."""
+        block = route.block
+        weights = _weights(block)
+        alpha, beta, mix = _coefficients(block)
+        dropout = _dropout(block)
+        flat = x.reshape(-1, block.d_model)
+        tensors = [flat, *weights]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        threshold = threshold_of(block)
+        if threshold is not None and block.activated.training:
+            threshold.see_x(flat, weights.activated, _bias(block.activated))
+        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        goes_past = not trains and _is_plain(x)
+        op = cpu.mlp if goes_past else mlp
+        z, r, up, _, index, offsets = op(*tensors, alpha, beta, mix, dropout, trains, *self._limits)
+        if goes_past and self._limits[0] is None and len(flat) > DECODE_ROWS:
+            most = max_density_for(len(flat), block.d_model, z.dtype, trains=False)
+            self._habits[most].note(math.nan, bool(offsets.numel()))
+        if route.observers:
+            listed = r, up, index, offsets
+            active, slopes = _support(listed, block, rule_of(alpha, beta, mix, 0.0), len(flat))
+            shape = (*x.shape[:-1], block.d_hidden)
+            for observer in route.observers:
+                observer.see_support(x, active.view(shape), slopes.view(shape))
+        return z.view(*x.shape[:-1], block.d_model)
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -122,14 +122,14 @@ def test_few_rows_go_by_their_habit(monkeypatch: pytest.MonkeyPatch) -> None:
     call(busy)  # too many are candidates, which only counting them tells
     assert screened[2:] == [True]
     assert habit.share == 1.0
-    assert not habit.screens
+    assert not habit.held
     del screened[:]
     for _ in range(dispatch._LEAST_WAIT):
         call(quiet)
     assert not any(screened)
     call(quiet)
     assert screened[-1:] == [True]
-    assert habit.screens
+    assert habit.held
     call(quiet, most=0.0)
     assert screened[-1:] == [False]
     assert cpu.kept_screen(weight).few is habit

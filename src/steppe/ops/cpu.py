@@ -181,7 +181,7 @@ def _find_by_habit(
     if limit <= 0.0:
         return None
     found = None
-    if habit.screens or find_candidates(sample(x), screen, bias, limit) is not None:
+    if habit.held or find_candidates(sample(x), screen, bias, limit) is not None:
         found = find_candidates(x, screen, bias, limit)
     habit.note(math.nan if found is None else found.share, found is not None)
     return found

@@ -97,31 +97,31 @@ def _reached(steps: Mapping[int, _Value], at: int, below: _Value) -> _Value:
 
 @dataclass
 class Habit:
-    """Whether to screen a block in inference, by what came of it before.
+    """Whether to try what pays below a threshold, in inference, by what came of it before.
 
-    Once the share of candidates is above the threshold by more than `MARGIN`, some calls go
-    unscreened before the next try, twice as many each time; the try has to get below the threshold
-    itself.
+    Once the share of candidates, or the density, is above the threshold by more than `MARGIN`, some
+    calls go without before the next try, twice as many each time; the try has to get below the
+    threshold itself.
 
     Attributes:
-        share: of candidates, at the last screened call; NaN if it was not counted.
-        screens: whether it was low enough, or nothing is known yet.
+        share: at the last try; NaN if it was not counted.
+        held: whether it was low enough, or nothing is known yet.
         wait: calls until the next try.
         next_wait: calls to wait after the next try that fails.
     """
 
     share: float = float("nan")
-    screens: bool = True
+    held: bool = True
     wait: int = 0
     next_wait: int = _LEAST_WAIT
 
     def limit(self, threshold: float) -> float:
-        """Up to which share this call is screened; 0 for not at all.
+        """Up to which share this call tries; 0 for not at all.
 
         Args:
             threshold: up to which it pays.
         """
-        if self.screens:
+        if self.held:
             return threshold + MARGIN
         if self.wait:
             self.wait -= 1
@@ -129,13 +129,13 @@ class Habit:
         return threshold
 
     def note(self, share: float, threshold_held: bool) -> None:
-        """Take down what came of a screened call.
+        """Take down what came of a try.
 
         Args:
-            share: of candidates.
+            share: of candidates, or the density; NaN if it was not counted.
             threshold_held: whether it was low enough.
         """
-        self.share, self.screens = share, threshold_held
+        self.share, self.held = share, threshold_held
         if threshold_held:
             self.next_wait = _LEAST_WAIT
         else:
