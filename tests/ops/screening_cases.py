@@ -186,6 +186,15 @@ def overflowing(to_input: float, to_row: float) -> Make:
     return make
 
 
+def large_biases(generator: torch.Generator) -> Case:
+    """Sums that overflow by the bias alone, in either direction, and such as just do not."""
+    x, weight = torch.zeros(8, 256), torch.zeros(16, 256)
+    x[:, :8] = 2.0**60 * torch.randint(0, 2, (8, 8), generator=generator).mul(2).sub(1)
+    weight[:, :8] = 2.0**60 * torch.randint(0, 2, (16, 8), generator=generator).mul(2).sub(1)
+    biases = torch.tensor([3.4e38, 2.0**127, 2.0**125, 2.0**123])
+    return x, weight, torch.cat([biases, -biases]).repeat(2)
+
+
 def one_hot(generator: torch.Generator) -> Case:
     weight = torch.randn(64, 256, generator=generator)
     return torch.eye(256)[:64], weight, -weight.diagonal().clone()
@@ -206,7 +215,7 @@ def same_sign(generator: torch.Generator) -> Case:
 CASES: list[Make] = [
     *(gaussian, ties, one_above, one_below, integer_zeros, midpoints, along_residual),
     *(along_inputs_residual, rounding_up, cancelling_sums, flushed_to_zero, outliers, decades),
-    *(denormal, denormal_inputs, one_hot, zeros, same_sign),
+    *(denormal, denormal_inputs, large_biases, one_hot, zeros, same_sign),
     *(overflowing(*by) for by in ((1e19, 3e19), (1e25, 3e13), (1e13, 3e25))),
     *(scaled(to) for to in (1e10, 1e18, 1e-10, 1e-19, 1e-22)),
 ]

@@ -31,8 +31,8 @@ constexpr double kMostWide = 32639;   // of a 16-bit one: 127 · 256 + 127, so t
 constexpr double kUnit = 0x1p-24;     // half the distance from 1 to the next float32
 constexpr double kTiny = 0x1p-126;    // the least normal float32: what flushing to zero loses at most
 constexpr double kOurs = 0x1p-36;     // of the float64 arithmetic here, many times over
-// Norms and biases from which on a sum of products could overflow on its way.
-constexpr double kLargeInput = 0x1p62, kLargeRow = 0x1p63, kLargeBias = 0x1p125;
+// Norms from which on a sum of products could overflow on its way.
+constexpr double kLargeInput = 0x1p62, kLargeRow = 0x1p63;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 constexpr int kDoubles = kWidth / 2;
@@ -340,8 +340,7 @@ inline void bias_bound(const E *bias, int64_t D, int64_t F, const Bounds &bounds
   for (int64_t j = 0; j < kPanel; ++j) {
     const int64_t f = first + j;
     const double b = bias == nullptr || f >= F ? 0 : to_float(bias[f]);
-    const double above = b + rounding * std::fabs(b);
-    to[j] = (std::fabs(b) < kLargeBias ? above : kNaN) * bounds.inverse[f] + bounds.constant[f];
+    to[j] = (b + rounding * std::fabs(b)) * bounds.inverse[f] + bounds.constant[f];
   }
 }
 

@@ -24,7 +24,7 @@ _UNIT = 2.0**-24  # half the distance from 1 to the next float32
 _TINY = 2.0**-126  # the least normal float32: what flushing to zero loses at most
 _OURS = 2.0**-36  # of the float64 arithmetic here and in the kernel, many times over
 # From such norms and biases on a sum of products could overflow on its way.
-_LARGE_INPUT, _LARGE_ROW, _LARGE_BIAS = 2.0**62, 2.0**63, 2.0**125
+_LARGE_INPUT, _LARGE_ROW = 2.0**62, 2.0**63
 
 
 class Grid(NamedTuple):
@@ -113,14 +113,13 @@ def slack(x: Grid, weight: Grid, bias: Tensor | None = None) -> Tensor:
         bias: ``[F]``, or None for zero.
 
     Returns:
-        float64 ``[T, F]``; NaN where x, the weight or the bias is not finite, or so large that
-        partial sums may overflow.
+        float64 ``[T, F]``; NaN where x or the weight is not finite, or so large that sums of their
+        products may overflow on the way.
     """
     of_norm, of_residual, constant = _of_units(weight)
     norm = x.norm[:, None].where(x.norm[:, None] < _LARGE_INPUT, torch.nan)
     b = torch.zeros(()) if bias is None else bias.double().abs()
     of_bias = ((2 * weight.width + 64) * _UNIT + _OURS) * b
-    of_bias = of_bias.where(b < _LARGE_BIAS, torch.nan)
     return norm * of_norm + x.residual[:, None] * of_residual + constant + of_bias
 
 
