@@ -25,8 +25,6 @@ import torch
 import typer
 from torch import Tensor, nn
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
@@ -57,7 +55,8 @@ from steppe.bench import (
 )
 from steppe.blocks import MLPBlock
 from steppe.files import write_json
-from steppe.training.data import BYTES, load_pydoc_split
+from steppe.training.data import load_pydoc_split
+from steppe.training.demo import language_model
 
 THREADS = (1, 2)
 SECONDS = {TRAINING: 3.0, PREFILL: 2.0, DECODE: 1.5}  # of a row, by case
@@ -185,21 +184,7 @@ def _shift_(up: nn.Linear, x: Tensor, density: float) -> None:
 def trained_model(steps: int) -> tuple[nn.Module, Batch]:
     """A GPT-2 of bytes with the three plug-ins, trained, and held-out text of 1024 tokens."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=BYTES,
-            n_positions=64,
-            n_embd=TRAINED_WIDTH,
-            n_layer=2,
-            n_head=4,
-            activation_function="relu",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    model = language_model(TRAINED_WIDTH)
     sparsify_(model, [ZerothBias(), RestrictedNorm(), JumpingSquaredReLU()])
     split = load_pydoc_split()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1.0)

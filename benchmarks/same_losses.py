@@ -18,12 +18,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from steppe import accelerate_, find_blocks
 from steppe.bench import surroundings
 from steppe.files import write_json
-from steppe.training.data import BYTES, load_pydoc_split
+from steppe.training.data import load_pydoc_split
+from steppe.training.demo import language_model
 
 WIDTHS = (64, 256)
 STEPS = 200
@@ -34,21 +34,7 @@ NEAR = 1e-5
 def new_model(width: int) -> nn.Module:
     """A GPT-2 of bytes, two layers."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=BYTES,
-            n_positions=64,
-            n_embd=width,
-            n_layer=2,
-            n_head=4,
-            activation_function="relu",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    return language_model(width)
 
 
 def in_another_order(model: nn.Module) -> nn.Module:

@@ -369,13 +369,17 @@ def _vision_model() -> nn.Module:
     return model
 
 
-def _language_model() -> nn.Module:
+def language_model(width: int = 64) -> nn.Module:
+    """A GPT-2 of bytes, two layers, without dropout.
+
+    Args:
+        width: d_model; the hidden layers are four times as wide.
+    """
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=BYTES,
             n_positions=64,
-            n_embd=64,
-            n_inner=256,
+            n_embd=width,
             n_layer=2,
             n_head=4,
             activation_function="relu",
@@ -403,7 +407,7 @@ TASKS = (
     Task(
         name="pydoc",
         quality="loss",
-        build=_language_model,
+        build=language_model,
         load=load_pydoc_split,
         batch=16,
         steps=1000,
