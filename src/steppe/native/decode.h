@@ -17,6 +17,21 @@ constexpr int kSecondLevel = 2;  // of the caches, as __builtin_prefetch counts 
 template <int kCount>
 using Rows = std::integral_constant<int, kCount>;
 
+// call(Rows<T>()) for a number of rows, 1 to 8, that is known when the call is made.
+template <typename Call>
+inline void with_rows(int64_t T, Call call) {
+  switch (T) {
+    case 1: return call(Rows<1>());
+    case 2: return call(Rows<2>());
+    case 3: return call(Rows<3>());
+    case 4: return call(Rows<4>());
+    case 5: return call(Rows<5>());
+    case 6: return call(Rows<6>());
+    case 7: return call(Rows<7>());
+    case 8: return call(Rows<8>());
+  }
+}
+
 // out [T] = x Wᵀ for one row of W.
 template <int T, typename E>
 inline void dot_rows(const E *x, int64_t D, const E *w, float *out) {
@@ -57,16 +72,7 @@ void matvec_of(const E *x, int64_t D, const E *w, int64_t stride, const E *bias,
 template <typename E>
 void matvec(const E *x, int64_t T, int64_t D, const E *w, int64_t stride, const E *bias, int64_t F,
             E *out, int threads) {
-  switch (T) {
-    case 1: return matvec_of<1>(x, D, w, stride, bias, F, out, threads);
-    case 2: return matvec_of<2>(x, D, w, stride, bias, F, out, threads);
-    case 3: return matvec_of<3>(x, D, w, stride, bias, F, out, threads);
-    case 4: return matvec_of<4>(x, D, w, stride, bias, F, out, threads);
-    case 5: return matvec_of<5>(x, D, w, stride, bias, F, out, threads);
-    case 6: return matvec_of<6>(x, D, w, stride, bias, F, out, threads);
-    case 7: return matvec_of<7>(x, D, w, stride, bias, F, out, threads);
-    case 8: return matvec_of<8>(x, D, w, stride, bias, F, out, threads);
-  }
+  with_rows(T, [&](auto rows) { matvec_of<rows>(x, D, w, stride, bias, F, out, threads); });
 }
 
 // sums [width] += Σ value · row over a list, `kRows` rows read side by side; the `next` ones of the

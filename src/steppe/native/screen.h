@@ -99,6 +99,25 @@ struct RowBuffer {
   std::unique_ptr<double[]> rotated;
 };
 
+// body(i, buffer) for each of some rows, with memory of the thread's own. Returns 0, or 1 without.
+template <typename Body>
+inline int for_each_row(int64_t rows, int64_t D, int threads, Body body) {
+  int failed = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const RowBuffer buffer(D);
+    if (!buffer.is_there()) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows; ++i) {
+      if (buffer.is_there()) body(i, buffer);
+    }
+  }
+  return failed;
+}
+
 // A step of the transform: the sum and the difference of each two that lie so far apart.
 template <int kApart>
 inline void mix(dvec *part) {
@@ -170,45 +189,33 @@ int screen_weight(const E *w, int64_t F, int64_t D, int64_t row_stride, int64_t 
   const int64_t width = padded_width(D), padded = blocks_of(F) * kPanel;
   const BoundsOf<double> to(bounds, padded);
   const double root = std::sqrt(double(D)), rounding = (2.0 * double(D) + 64) * kUnit;
-  int failed = 0;
-#pragma omp parallel num_threads(threads)
-  {
-    const RowBuffer buffer(D);
-    if (!buffer.is_there()) {
-#pragma omp atomic write
-      failed = 1;
+  return for_each_row(padded, D, threads, [&](int64_t f, const RowBuffer &buffer) {
+    uint8_t *column = bytes + f / kStrip * kStrip * width + f % kStrip * 4;
+    if (f >= F) {  // no unit at all: its integers are 0
+      for (int64_t d = 0; d < width; d += 4) std::fill_n(column + d * kStrip, 4, uint8_t(128));
+      to.inverse[f] = to.of_norm[f] = to.of_residual[f] = 0;
+      to.constant[f] = -1;
+      return;
     }
-#pragma omp for schedule(static)
-    for (int64_t f = 0; f < padded; ++f) {
-      if (!buffer.is_there()) continue;
-      uint8_t *column = bytes + f / kStrip * kStrip * width + f % kStrip * 4;
-      if (f >= F) {  // no unit at all: its integers are 0
-        for (int64_t d = 0; d < width; d += 4) std::fill_n(column + d * kStrip, 4, uint8_t(128));
-        to.inverse[f] = to.of_norm[f] = to.of_residual[f] = 0;
-        to.constant[f] = -1;
-        continue;
+    const float *row = read_row(w + f * row_stride, D, panel_stride, buffer.row.get());
+    const Grid grid = to_grid(row, buffer, kMost, [&](int64_t i, narrow_ivec integers) {
+      const byte_vec shifted = __builtin_convertvector(integers + 128, byte_vec);
+      constexpr int kPiece = kDoubles < 4 ? kDoubles : 4;
+      for (int j = 0; j < kDoubles; j += kPiece) {
+        std::memcpy(column + (i + j) / 4 * (4 * kStrip) + (i + j) % 4,
+                    reinterpret_cast<const char *>(&shifted) + j, kPiece);
       }
-      const float *row = read_row(w + f * row_stride, D, panel_stride, buffer.row.get());
-      const Grid grid = to_grid(row, buffer, kMost, [&](int64_t i, narrow_ivec integers) {
-        const byte_vec shifted = __builtin_convertvector(integers + 128, byte_vec);
-        constexpr int kPiece = kDoubles < 4 ? kDoubles : 4;
-        for (int j = 0; j < kDoubles; j += kPiece) {
-          std::memcpy(column + (i + j) / 4 * (4 * kStrip) + (i + j) % 4,
-                      reinterpret_cast<const char *>(&shifted) + j, kPiece);
-        }
-      });
-      // ‖k̃‖ ≤ ‖k‖ + ‖k − k̃‖.
-      const double inverse = 1 / grid.scale, size = (grid.norm + grid.residual) * (1 + kOurs);
-      to.inverse[f] = inverse;
-      to.of_norm[f] = grid.norm < kLargeRow
-                          ? (grid.residual + (rounding + kOurs) * size + kTiny * root) *
-                                (1 + kOurs) * inverse
-                          : kNaN;
-      to.of_residual[f] = size * (1 + kOurs) * inverse;
-      to.constant[f] = kTiny * (root * grid.norm + 2.0 * double(D) + 64) * (1 + kOurs) * inverse;
-    }
-  }
-  return failed;
+    });
+    // ‖k̃‖ ≤ ‖k‖ + ‖k − k̃‖.
+    const double inverse = 1 / grid.scale, size = (grid.norm + grid.residual) * (1 + kOurs);
+    to.inverse[f] = inverse;
+    to.of_norm[f] = grid.norm < kLargeRow
+                        ? (grid.residual + (rounding + kOurs) * size + kTiny * root) *
+                              (1 + kOurs) * inverse
+                        : kNaN;
+    to.of_residual[f] = size * (1 + kOurs) * inverse;
+    to.constant[f] = kTiny * (root * grid.norm + 2.0 * double(D) + 64) * (1 + kOurs) * inverse;
+  });
 }
 
 // A token as the bound needs it; `norm` is NaN where all units are to be candidates. The sums are of
@@ -227,30 +234,18 @@ inline Token token_of(const Grid &grid, int64_t sum, int64_t sum_low) {
 template <typename E>
 int screen_tokens(const E *x, int64_t T, int64_t D, int64_t stride, int8_t *integers,
                   Token *tokens, int threads) {
-  int failed = 0;
-#pragma omp parallel num_threads(threads)
-  {
-    const RowBuffer buffer(D);
-    if (!buffer.is_there()) {
-#pragma omp atomic write
-      failed = 1;
-    }
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < T; ++t) {
-      if (!buffer.is_there()) continue;
-      const float *row = read_row(x + t * stride, D, kPanel, buffer.row.get());
-      int8_t *to = integers + t * buffer.width;
-      narrow_ivec total{};
-      const Grid grid = to_grid(row, buffer, kMost, [&](int64_t i, narrow_ivec part) {
-        total += part;
-        *reinterpret_cast<byte_vec *>(to + i) = __builtin_convertvector(part, byte_vec);
-      });
-      int64_t whole = 0;
-      for (int i = 0; i < kDoubles; ++i) whole += total[i];
-      tokens[t] = token_of(grid, whole, 0);
-    }
-  }
-  return failed;
+  return for_each_row(T, D, threads, [&](int64_t t, const RowBuffer &buffer) {
+    const float *row = read_row(x + t * stride, D, kPanel, buffer.row.get());
+    int8_t *to = integers + t * buffer.width;
+    narrow_ivec total{};
+    const Grid grid = to_grid(row, buffer, kMost, [&](int64_t i, narrow_ivec part) {
+      total += part;
+      *reinterpret_cast<byte_vec *>(to + i) = __builtin_convertvector(part, byte_vec);
+    });
+    int64_t whole = 0;
+    for (int i = 0; i < kDoubles; ++i) whole += total[i];
+    tokens[t] = token_of(grid, whole, 0);
+  });
 }
 
 // sums [M][64] of M rows of integers, `stride` apart, with a block of bytes: Σ x · (k + 128). They
@@ -309,11 +304,12 @@ inline dvec unshifted(const int32_t *sums, int32_t offset) {
   return __builtin_convertvector((narrow_ivec)(raw - uint32_t(offset)), dvec);
 }
 
-// Which of 64 units are candidates for a token: bit j for unit j. `product(j)` is I of kDoubles of
-// them, `bias` [64] has the bias in units of the scale and the constant.
+// Which of 64 units, or of the `units` that there are, are candidates for a token: bit j for unit j.
+// `product(j)` is I of kDoubles of them, `bias` [64] has the bias in units of the scale and the
+// constant.
 template <typename Product>
 inline uint64_t candidate_mask(const Token &token, const double *bias, const Bounds &bounds,
-                               int64_t first, Product product) {
+                               int64_t first, int64_t units, Product product) {
   uint64_t mask = 0;
 #pragma GCC unroll 8
   for (int64_t j = 0; j < kPanel; j += kDoubles) {
@@ -329,7 +325,7 @@ inline uint64_t candidate_mask(const Token &token, const double *bias, const Bou
     for (int i = 0; i < kDoubles; ++i) mask |= uint64_t(!(bounds_of[i] <= 0)) << (j + i);
 #endif
   }
-  return mask;
+  return units >= kPanel ? mask : mask & ((uint64_t(1) << units) - 1);
 }
 
 // to [64]: the bias of the units from `first` on, in units of their scales, and the constant.
@@ -376,10 +372,8 @@ int64_t screen(const int8_t *integers, const Token *tokens, int64_t T, int64_t D
         const auto take = [&](int64_t t, const int32_t *sums) {
           const int32_t offset = int32_t(128 * uint32_t(tokens[t].sum));
           const uint64_t mask =
-              candidate_mask(tokens[t], shifted, units, block * kPanel,
-                             [&](int64_t j) { return unshifted(sums + j, offset); }) &
-              (F - block * kPanel >= kPanel ? ~uint64_t(0)
-                                            : (uint64_t(1) << (F - block * kPanel)) - 1);
+              candidate_mask(tokens[t], shifted, units, block * kPanel, F - block * kPanel,
+                             [&](int64_t j) { return unshifted(sums + j, offset); });
           masks[t * blocks + block] = mask;
           counts[t * blocks + block] = __builtin_popcountll(mask);
           here += __builtin_popcountll(mask);

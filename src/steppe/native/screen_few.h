@@ -101,17 +101,17 @@ void screen_few_of(const FewTokens &few, const uint8_t *bytes, const Bounds &bou
     }
     double shifted[kPanel];
     bias_bound(bias, D, F, bounds, b * kPanel, shifted);
-    const int64_t units = F - b * kPanel;
     for (int t = 0; t < T; ++t) {
       const Token &token = few.tokens[t];
       const int32_t offset = int32_t(128 * uint32_t(token.sum));
       const int32_t offset_low = int32_t(128 * uint32_t(token.sum_low));
-      const uint64_t mask = candidate_mask(token, shifted, bounds, b * kPanel, [&](int64_t j) {
+      const auto product = [&](int64_t j) {
         const int32_t(*of_strip)[kStrip] = sums[j / kStrip][t];
         return unshifted(of_strip[0] + j % kStrip, offset) * 256.0 +
                unshifted(of_strip[1] + j % kStrip, offset_low);
-      });
-      masks[t * blocks + b] = units >= kPanel ? mask : mask & ((uint64_t(1) << units) - 1);
+      };
+      masks[t * blocks + b] =
+          candidate_mask(token, shifted, bounds, b * kPanel, F - b * kPanel, product);
     }
   }
 }
@@ -119,16 +119,9 @@ void screen_few_of(const FewTokens &few, const uint8_t *bytes, const Bounds &bou
 template <typename E>
 void screen_few(const FewTokens &few, const uint8_t *bytes, const Bounds &bounds, const E *bias,
                 int64_t D, int64_t F, uint64_t *masks, int threads) {
-  switch (few.tokens.size()) {
-    case 1: return screen_few_of<1>(few, bytes, bounds, bias, D, F, masks, threads);
-    case 2: return screen_few_of<2>(few, bytes, bounds, bias, D, F, masks, threads);
-    case 3: return screen_few_of<3>(few, bytes, bounds, bias, D, F, masks, threads);
-    case 4: return screen_few_of<4>(few, bytes, bounds, bias, D, F, masks, threads);
-    case 5: return screen_few_of<5>(few, bytes, bounds, bias, D, F, masks, threads);
-    case 6: return screen_few_of<6>(few, bytes, bounds, bias, D, F, masks, threads);
-    case 7: return screen_few_of<7>(few, bytes, bounds, bias, D, F, masks, threads);
-    case 8: return screen_few_of<8>(few, bytes, bounds, bias, D, F, masks, threads);
-  }
+  with_rows(int64_t(few.tokens.size()), [&](auto rows) {
+    screen_few_of<rows>(few, bytes, bounds, bias, D, F, masks, threads);
+  });
 }
 
 }  // namespace STEPPE_TARGET

@@ -107,17 +107,12 @@ def measure_thresholds(
         Thresholds for inference, under False, and for training, under True.
     """
 
-    def threshold(tokens: int, trains: bool) -> float:
-        ratios = []
-        for density in _DENSITIES:
-            blocks = _blocks(tokens, width, hidden, density, dtype)
-            sparse = partial(_Block.sparse, trains=trains, max_candidates=0.0)
-            ratios.append(_ratio(blocks, _Block.dense, sparse, trains, rounds))
-            if ratios[-1] < _GAIN:
-                break  # denser ones gain less
-        return crossover(_DENSITIES[: len(ratios)], ratios)
+    def gain(density: float, tokens: int, trains: bool) -> tuple[float, float]:
+        blocks = _blocks(tokens, width, hidden, density, dtype)
+        sparse = partial(_Block.sparse, trains=trains, max_candidates=0.0)
+        return density, _ratio(blocks, _Block.dense, sparse, trains, rounds)
 
-    return _for_each(rows, threshold)
+    return _for_each(rows, _DENSITIES, gain)
 
 
 def measure_candidates(
@@ -140,25 +135,36 @@ def measure_candidates(
         Thresholds as of `measure_thresholds`.
     """
     if kernels().unscreened:
-        return _for_each(rows, lambda tokens, trains: 0.0)
+        return {trains: dict.fromkeys(rows, 0.0) for trains in (False, True)}
+
+    def gain(density: float, tokens: int, trains: bool) -> tuple[float, float]:
+        blocks = _blocks(tokens, width, hidden, density, dtype)
+        plain, screened = (
+            partial(_Block.sparse, trains=trains, max_candidates=most) for most in (0.0, 1.0)
+        )
+        ratio = _ratio(blocks, plain, screened, trains, rounds)
+        return blocks[0].candidates(few=tokens <= DECODE_ROWS and not trains), ratio
+
+    return _for_each(rows, _SCREENED_DENSITIES, gain)
+
+
+def _for_each(
+    rows: Sequence[int],
+    densities: Sequence[float],
+    gain: Callable[[float, int, bool], tuple[float, float]],
+) -> Tables:
+    """The thresholds, from the share and the ratio that `gain` measures at a density."""
 
     def threshold(tokens: int, trains: bool) -> float:
         shares, ratios = [], []
-        for density in _SCREENED_DENSITIES:
-            blocks = _blocks(tokens, width, hidden, density, dtype)
-            plain, screened = (
-                partial(_Block.sparse, trains=trains, max_candidates=most) for most in (0.0, 1.0)
-            )
-            ratios.append(_ratio(blocks, plain, screened, trains, rounds))
-            shares.append(blocks[0].candidates(few=tokens <= DECODE_ROWS and not trains))
-            if ratios[-1] < _GAIN:
-                break
+        for density in densities:
+            share, ratio = gain(density, tokens, trains)
+            shares.append(share)
+            ratios.append(ratio)
+            if ratio < _GAIN:
+                break  # denser ones gain less
         return crossover(shares, ratios)
 
-    return _for_each(rows, threshold)
-
-
-def _for_each(rows: Sequence[int], threshold: Callable[[int, bool], float]) -> Tables:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return {
