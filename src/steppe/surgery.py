@@ -2,6 +2,12 @@
 
 Every edit goes through a `Journal`, which can take all of them back in reverse order. Nothing here
 copies or replaces a Parameter: an optimizer that holds them goes on.
+
+Some edits are part of the model (a plug-in's), others belong to whoever made them (a monitor's, a
+route's around a block): those go through ``Journal(transient=True)``, and no copy of the model has
+them, whether by ``copy.deepcopy``, ``torch.save`` or a process that is spawned. The class of each
+module that such a journal edits is swapped for a subclass of the same name, which says how to copy
+it: as an object of its own class, with the edits taken back.
 """
 
 from __future__ import annotations
@@ -17,6 +23,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from steppe.blocks import Slot, find_nested_tensor_encoders
+from steppe.swapping import (
+    OwnHook,
+    Reviver,
+    Swap,
+    Swapped,
+    pull_swap,
+    push_swap,
+    swapped_of,
+)
 
 _HOLDS = "_steppe_holds"  # on a module: attribute → (number of holders, old value)
 
@@ -29,24 +44,39 @@ class _Edit(ABC):
         """Take the change back."""
 
 
-@dataclass
-class _AttributeEdit(_Edit):
+@dataclass(eq=False)
+class _SlotEdit(_Edit):
+    """A change of one attribute of a module."""
+
     slot: Slot
+
+    def undo(self) -> None:
+        """Take the change back, and a copy need not do so any more."""
+        self.undo_on(self.slot.module)
+        swapped = swapped_of(self.slot.module)
+        if swapped is not None and self in swapped.edits:
+            swapped.edits.remove(self)
+
+    @abstractmethod
+    def undo_on(self, module: nn.Module) -> None:
+        """Take the change back on a module that has the attributes of the slot's."""
+
+
+@dataclass(eq=False)
+class _AttributeEdit(_SlotEdit):
     old: object
 
-    def undo(self) -> None:
-        _set(self.slot, self.old)
+    def undo_on(self, module: nn.Module) -> None:
+        _set(Slot(module, self.slot.name), self.old)
 
 
-@dataclass
-class _AddedEdit(_Edit):
-    slot: Slot
-
-    def undo(self) -> None:
-        delattr(self.slot.module, self.slot.name)
+@dataclass(eq=False)
+class _AddedEdit(_SlotEdit):
+    def undo_on(self, module: nn.Module) -> None:
+        delattr(module, self.slot.name)
 
 
-@dataclass
+@dataclass(eq=False)
 class _ParameterEdit(_AddedEdit):
     """A new parameter."""
 
@@ -77,37 +107,61 @@ class _FreezeEdit(_Edit):
         self.parameter.requires_grad_(self.required_grad)
 
 
+@dataclass(eq=False)
+class _HoldEdit(_SlotEdit):
+    def undo_on(self, module: nn.Module) -> None:
+        name = self.slot.name
+        holds = dict(module.__dict__[_HOLDS])  # a new one: the module's view shares the old one
+        holders, old = holds.pop(name)
+        if holders > 1:
+            holds[name] = (holders - 1, old)
+        else:
+            setattr(module, name, old)
+        if holds:
+            module.__dict__[_HOLDS] = holds
+        else:
+            del module.__dict__[_HOLDS]
+
+
 @dataclass
-class _HoldEdit(_Edit):
-    slot: Slot
+class _ClassEdit(_Edit):
+    module: nn.Module
+    swap: Swap
 
     def undo(self) -> None:
-        holds = self.slot.module.__dict__[_HOLDS]
-        holders, old = holds[self.slot.name]
-        holds[self.slot.name] = (holders - 1, old)
-        if holders == 1:
-            del holds[self.slot.name]
-            setattr(self.slot.module, self.slot.name, old)
-        if not holds:
-            del self.slot.module.__dict__[_HOLDS]
+        pull_swap(self.module, self.swap)
+
+
+@dataclass
+class _ReviverEdit(_Edit):
+    swapped: Swapped
+
+    def undo(self) -> None:
+        self.swapped.reviver = None
 
 
 class Journal:
-    """The edits made to a model, in order."""
+    """The edits made to a model, in order.
 
-    def __init__(self) -> None:
+    Args:
+        transient: no copy of the model has the edits of attributes, classes and hooks.
+    """
+
+    def __init__(self, transient: bool = False) -> None:
         self._edits: list[_Edit] = []
+        self._transient = transient
+        self._swapped: set[nn.Module] = set()  # by this journal
 
     def set_attribute(self, slot: Slot, value: object) -> None:
         """Give an attribute another value; a module may take the place of a function."""
-        old = getattr(slot.module, slot.name)
+        edit = _AttributeEdit(slot, getattr(slot.module, slot.name))
+        self._note(edit)
         _set(slot, value)
-        self._edits.append(_AttributeEdit(slot, old))
 
     def add_attribute(self, slot: Slot, value: object) -> None:
         """Give a module an attribute that it does not have; no Parameter, buffer or module."""
         setattr(slot.module, slot.name, value)
-        self._edits.append(_AddedEdit(slot))
+        self._note(_AddedEdit(slot))
 
     def append(self, items: list[Any], item: object) -> None:
         """Put an object at the end of a list."""
@@ -119,11 +173,11 @@ class Journal:
 
         All must want the same value; the last one to let go brings the old one back.
         """
-        holds = slot.module.__dict__.setdefault(_HOLDS, {})
+        holds = slot.module.__dict__.get(_HOLDS, {})
         holders, old = holds.get(slot.name, (0, getattr(slot.module, slot.name)))
         setattr(slot.module, slot.name, value)
-        holds[slot.name] = (holders + 1, old)
-        self._edits.append(_HoldEdit(slot))
+        slot.module.__dict__[_HOLDS] = {**holds, slot.name: (holders + 1, old)}
+        self._note(_HoldEdit(slot))
 
     def hold_nested_tensors_off(self, model: nn.Module) -> None:
         """Keep ``nn.TransformerEncoder`` from nested tensors, on which layers with hooks fail."""
@@ -137,26 +191,26 @@ class Journal:
     def add_parameter(self, slot: Slot, parameter: nn.Parameter) -> None:
         """Register a new parameter beside the existing ones."""
         slot.module.register_parameter(slot.name, parameter)
-        self._edits.append(_ParameterEdit(slot))
+        self._note(_ParameterEdit(slot))
 
     def add_module(self, slot: Slot, module: nn.Module) -> None:
         """Register a new module beside the existing ones."""
         slot.module.register_module(slot.name, module)
-        self._edits.append(_AddedEdit(slot))
+        self._note(_AddedEdit(slot))
 
     def add_forward_pre_hook(
         self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False
     ) -> None:
         """Register a forward pre-hook."""
-        handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
-        self._edits.append(_HookEdit(handle))
+        own = OwnHook(hook, self._transient)
+        self._note_hook(module, own, module.register_forward_pre_hook(own, with_kwargs=with_kwargs))
 
     def add_forward_hook(
         self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False
     ) -> None:
         """Register a forward hook."""
-        handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
-        self._edits.append(_HookEdit(handle))
+        own = OwnHook(hook, self._transient)
+        self._note_hook(module, own, module.register_forward_hook(own, with_kwargs=with_kwargs))
 
     def freeze(self, parameter: nn.Parameter) -> None:
         """Take a parameter out of training.
@@ -167,16 +221,76 @@ class Journal:
         parameter.grad = None
         parameter.requires_grad_(False)
 
+    def swap_class(self, module: nn.Module, behaviour: type[nn.Module] | None) -> None:
+        """Give a module another behaviour; its parameters, hooks and name stay.
+
+        Its new class is the same one every time: a subclass of `behaviour` and of its own class,
+        under the name of its own class. Copies of the module are of its own class.
+
+        Others may put a class of their own on top (FSDP2, ``torch.nn.utils.parametrize``), which
+        stays when the swap is taken back, and with it the behaviour: it must act as the module's
+        own class once there is nothing left for it to do.
+
+        torch.compile does not guard on hooks and would run its old code, but it guards on types:
+        with another class it traces the hooks, and with the old one back it runs the old code.
+
+        Args:
+            module: the module.
+            behaviour: overrides methods and calls ``super()``; None for another class and nothing
+                more.
+        """
+        self._edits.append(_ClassEdit(module, push_swap(module, behaviour)))
+        self._swapped.add(module)
+
+    def revive(self, module: nn.Module, reviver: Reviver) -> None:
+        """Have every copy of a module handed to a function as soon as it is complete.
+
+        A copy has none of the transient edits; this is how to make some of them again. A module
+        that says itself how it is copied (by ``__reduce__``) is copied without.
+
+        Args:
+            module: a module, the root as a rule: when it is complete, so are all modules below.
+            reviver: is copied along; called with the module's copy, at the end of
+                ``copy.deepcopy`` or of unpickling it. Not called for ``copy.copy``, whose
+                submodules are the same.
+        """
+        swapped = self._swap_once(module)
+        swapped.reviver = reviver
+        self._edits.append(_ReviverEdit(swapped))
+
     def followed_by(self, later: Journal) -> Journal:
         """A journal of these edits and then those of another."""
-        joined = Journal()
+        joined = Journal(self._transient)
         joined._edits = self._edits + later._edits
+        joined._swapped = self._swapped | later._swapped
         return joined
 
     def undo(self) -> None:
         """Take all edits back, last one first."""
         while self._edits:
             self._edits.pop().undo()
+        self._swapped.clear()
+
+    def _swap_once(self, module: nn.Module) -> Swapped:
+        """See to it that the journal has swapped a module's class."""
+        if module not in self._swapped:
+            self.swap_class(module, None)
+        swapped = swapped_of(module)
+        assert swapped is not None
+        return swapped
+
+    def _note(self, edit: _SlotEdit) -> None:
+        """Take an edit down, and let copies take it back if it is transient."""
+        if self._transient:
+            self._swap_once(edit.slot.module).edits.append(edit)
+        self._edits.append(edit)
+
+    def _note_hook(self, module: nn.Module, hook: OwnHook, handle: RemovableHandle) -> None:
+        """Take a hook down; copies of a transient one do nothing, and the module's are rid of it."""
+        hook.handle = handle
+        if self._transient:
+            self._swap_once(module)
+        self._edits.append(_HookEdit(handle))
 
 
 def _set(slot: Slot, value: object) -> None:

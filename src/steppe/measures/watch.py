@@ -14,7 +14,6 @@ from steppe.activations import Activation, is_relu
 from steppe.blocks import (
     BlockPattern,
     MLPBlock,
-    Slot,
     find_blocks,
     linear_weight,
     unwrap,
@@ -349,7 +348,7 @@ def watch(
     contexts, context_hooks = listen(model, blocks)
     losses = LossContext(model, reduction) if gradients else None
     monitor = Monitor(blocks, contexts, losses)
-    journal = Journal()
+    journal = Journal(transient=True)
     try:
         journal.hold_nested_tensors_off(model)
         monitor.observe_routes(journal)
@@ -359,24 +358,8 @@ def watch(
             root = unwrap(model)
             journal.add_forward_pre_hook(root, losses.see_labels, with_kwargs=True)
             journal.add_forward_hook(root, losses.see_loss)
-            journal.set_attribute(Slot(root, "__class__"), _watched_class(type(root)))
         for module, see in monitor.hooks():
             journal.add_forward_hook(module, see)
-            journal.set_attribute(Slot(module, "__class__"), _watched_class(type(module)))
         yield monitor
     finally:
         journal.undo()
-
-
-_WATCHED: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _watched_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass that differs by identity only, the same one every time.
-
-    torch.compile does not guard on hooks and would run its old code, but it guards on types: with
-    another class it traces the hooks, and with the old one back it runs the old code again.
-    """
-    if kind not in _WATCHED:
-        _WATCHED[kind] = type(kind.__name__, (kind,), {"__module__": kind.__module__})
-    return _WATCHED[kind]

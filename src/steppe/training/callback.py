@@ -116,7 +116,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
         """The same of the Trainer's evaluations during training; densities only."""
         self._logged = 0  # entries of the history that a log has had
         self._pending: list[tuple[int, list[Tally]]] = []
-        self._journal = Journal()
+        self._journal = Journal(transient=True)
         self._watching: AbstractContextManager[Monitor] | None = None
         self._monitor: Monitor | None = None
         self._writer: Any = None  # TensorBoard's
