@@ -286,7 +286,7 @@ class Journal:
         self._edits.append(edit)
 
     def _note_hook(self, module: nn.Module, hook: OwnHook, handle: RemovableHandle) -> None:
-        """Take a hook down; copies of a transient one do nothing, and the module's are rid of it."""
+        """Take a hook down; the class takes transient ones out of copies of the module."""
         hook.handle = handle
         if self._transient:
             self._swap_once(module)

@@ -179,7 +179,9 @@ def _subclass(
         }
         if hasattr(base, "__deepcopy__"):
             members["__deepcopy__"] = _deepcopy
-        bases = (below,) if behaviour is None else (behaviour, below)
+        # A class that others have put on top of one made here may have the behaviour already.
+        is_new = behaviour is not None and not issubclass(below, behaviour)
+        bases: tuple[Any, ...] = (behaviour, below) if is_new else (below,)
         _SUBCLASSES[key] = type(base.__name__, bases, members)
         _BASES[_SUBCLASSES[key]] = base
     return _SUBCLASSES[key]
@@ -232,8 +234,10 @@ def _deepcopy(self: Any, memo: dict[Any, Any]) -> Any:
     if type(self) not in _BASES:
         base: Any = next(_BASES[kind] for kind in type(self).__mro__ if kind in _BASES)
         return base.__deepcopy__(self, memo)
-    # What the module refers to may refer to it: the same view, which the base may have noted.
-    view = memo.setdefault((_SWAPPED, id(self)), _view(self))
+    key = _SWAPPED, id(self)
+    if key in memo:  # what the module refers to refers to it, and it is not complete yet
+        return copy.deepcopy(memo[key], memo)
+    view = memo[key] = _view(self)
     replica = copy.deepcopy(view, memo)
     swapped: Swapped | None = self.__dict__.get(_SWAPPED)
     _finish(replica, _Revival(None if swapped is None else swapped.reviver, copied=True))
