@@ -31,7 +31,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.ops.calibration",),
     ("steppe.ops",),
     ("steppe.activations",),
-    ("steppe.blocks", "steppe.swapping"),
+    ("steppe.blocks", "steppe.recognition", "steppe.swapping"),
     ("steppe.surgery", "steppe.tokens"),
     ("steppe.routing",),
     (
