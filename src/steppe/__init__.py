@@ -4,6 +4,7 @@ from steppe.activations import Rectifier, SShapedSquaredReLU
 from steppe.blocks import BlockPattern, MLPBlock, find_blocks
 from steppe.checkpoints import load_pretrained
 from steppe.errors import SteppeError
+from steppe.explain import BlockExplanation, Explanation, explain
 from steppe.measures import BlockCurvature, BlockReport, Monitor, Report, measure, watch
 from steppe.ops.native import Kernels, kernels
 from steppe.plugins import (
@@ -28,8 +29,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationPenalty",
     "BlockCurvature",
+    "BlockExplanation",
     "BlockPattern",
     "BlockReport",
+    "Explanation",
     "JumpingSquaredReLU",
     "Kernels",
     "MLPBlock",
@@ -46,6 +49,7 @@ __all__ = [
     "added_parameters",
     "advance_",
     "constrain_",
+    "explain",
     "find_blocks",
     "fold_",
     "kernels",

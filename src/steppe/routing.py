@@ -2,25 +2,40 @@
 
 In a routed call `up` (of a gated block: `gate`) hands its input on as it is, the activation and the
 dropout let it pass, a gated `up` multiplies it by one, and `down` gets it and computes the block.
-That works wherever the modules hang, also in layers whose MLP is no module of its own. Each module
-tells a routed call by the width of what it gets, which is the model's and not the hidden one; in
-any other call it does what it always did.
+That works wherever the modules hang, also in layers whose MLP is no module of its own.
+
+A call begins where the forward pass of the block's owner does, the innermost module that holds all
+its parts, and belongs to one thread. Whether it is routed is decided once, by the first part that
+runs. A part that is called for itself, as by somebody who reads pre-activations, does what it always
+did. While torch.compile traces there are no such calls: parts then tell a routed call by the width of
+what they get, which is the model's and not the hidden one.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
+import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from enum import Enum, auto
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
-from steppe.activations import Activation
+from steppe.activations import Activation, is_relu
 from steppe.blocks import MLPBlock, Slot
+from steppe.ops.outcome import OWN_MODULES, Outcome
 from steppe.surgery import Journal
+from steppe.swapping import is_own_hook, plain_class
+from steppe.wiring import Witness
 
-_ROUTE = "_steppe_route"  # on each linear layer of a routed block
+_ROUTES = "_steppe_routes"  # on each part and each owner: the routes that it belongs to
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 
 class SupportObserver(Protocol):
@@ -40,65 +55,268 @@ class SupportObserver(Protocol):
         """
 
 
+class RoutedComputation(Protocol):
+    """What computes a block in a routed call."""
+
+    def __call__(self, route: Route, x: Tensor) -> Tensor:
+        """The block's output ``[*, D]`` from its input ``[*, D]``; tells the route's observers."""
+
+    def refuses(self, x: Tensor) -> str:
+        """Why a call is not worth it, or not possible; empty if it is."""
+
+    def unfit(self) -> str:
+        """Why no call is possible now, whatever its input; empty if calls are."""
+
+    def forget(self) -> None:
+        """Free what is kept between calls."""
+
+
+class Trial(Enum):
+    """How a block is run to see whether it may be routed."""
+
+    WITNESSED = auto()  # by its own modules, before the eyes of a witness
+    ROUTED = auto()
+
+
+class _Part(NamedTuple):
+    """A module of a routed block, and what it has to be for its calls to be led around it."""
+
+    module: nn.Module
+    parent: nn.Module
+    name: str  # of the module in its parent
+    forward: Callable[..., Any]  # of its class, as accelerate_ has left it
+    plain: type[nn.Module]  # the class that it had before
+    plain_forward: Callable[..., Any]
+
+    def foreign(self) -> str:
+        """What of others has come to this module; empty for nothing."""
+        own = self.module.__dict__
+        for kind in HOOKS:
+            if own[kind] and not all(map(is_own_hook, own[kind].values())):
+                return f"a hook that is not steppe's is on {self.name}"
+        if "forward" in own:
+            return f"the forward of {self.name} was replaced"
+        if type(self.module).forward is not self.forward:
+            return f"{self.name} was made a {type(self.module).__name__}"
+        if self.plain.forward is not self.plain_forward:
+            return f"{self.plain.__name__}.forward was replaced"
+        if self.parent._modules.get(self.name) is not self.module:
+            return f"another module stands in the place of {self.name}"
+        return ""
+
+
+class _Call:
+    """The call of a block that a thread is in."""
+
+    __slots__ = ("is_routed", "route", "witness")
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self.is_routed: bool | None = None  # None: no part has run yet
+        self.witness: Witness | None = None
+
+
+class _Calls(threading.local):
+    """The calls that a thread is in, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Call] = []
+
+
+_calls = _Calls()
+
+
 class Route:
     """The way around the modules of one block.
 
     Args:
         block: the block.
-        compute: computes the block from its input ``[*, D]``, and tells the observers.
-        pays: whether that is worth it for an input.
+        owner: the innermost module that holds all parts.
+        computation: computes the block from its input.
 
     Attributes:
         observers: told of every routed call.
         dense_holds: how many want the block's own modules to run.
+        unfit: by mode (training or not), why the block's wiring is not that of its pattern; empty if
+            it is; no entry while nobody has looked.
+        last: how the block ran last, or None.
+        calls: number of calls so far, by how they ran.
+        trial: how the next calls are to run, whatever it costs; for `steppe.dry_run` alone.
     """
 
     def __init__(
         self,
         block: MLPBlock,
-        compute: Callable[[Route, Tensor], Tensor],
-        pays: Callable[[Tensor], bool],
+        owner: nn.Module,
+        computation: RoutedComputation,
     ) -> None:
         self.block = block
+        self.owner = owner
         self.observers: list[SupportObserver] = []
         self.dense_holds = 0
-        self._compute = compute
-        self._pays = pays
+        self.unfit: dict[bool, str] = {}
+        self.last: Outcome | None = None
+        self.calls: Counter[str] = Counter()
+        self.trial: Trial | None = None
+        self.computation = computation
+        self._parts: list[_Part] = []
+        self._number = next(_numbers)
+        _by_number[self._number] = self
 
-    def leads_around(self, x: Tensor) -> bool:
-        """Whether a call with this input is routed."""
-        return (
-            self.dense_holds == 0
-            and not (self.observers and any(observer.needs_dense for observer in self.observers))
-            and self._pays(x)
-        )
+    def leads_around(self, x: Tensor, call: _Call | None) -> bool:
+        """Whether a call is routed; the first part that asks decides.
+
+        Args:
+            x: the block's input.
+            call: that the part belongs to; None while torch.compile traces.
+        """
+        if call is None:
+            return not self._refusal(x)
+        if call.is_routed is None:
+            reason = "" if self.trial else self._refusal(x)
+            is_known = self.block.down.training in self.unfit
+            if self.trial is Trial.WITNESSED or not (self.trial or reason or is_known):
+                reason = "its wiring is looked at in this call"
+                call.witness = Witness(self.block)
+            call.is_routed = not reason
+            if reason and not self.trial:
+                rows = x.numel() // max(x.shape[-1], 1) if x.dim() else 0
+                trains = torch.is_grad_enabled()
+                self.note(Outcome(OWN_MODULES, rows, trains=trains, reason=reason))
+        return call.is_routed
 
     def is_routed(self, tensor: Tensor) -> bool:
-        """Whether what a module after `up` gets belongs to a routed call."""
-        return tensor.shape[-1] == self.block.d_model
+        """Whether what a part after `up` gets, while it is traced, belongs to a routed call."""
+        return tensor.dim() > 0 and tensor.shape[-1] == self.block.d_model
 
     def compute(self, x: Tensor) -> Tensor:
         """The block's output ``[*, D]``."""
-        return self._compute(self, x)
+        return self.computation(self, x)
 
-    def lay(self, journal: Journal) -> None:
-        """Put the route into the model."""
+    def note(self, outcome: Outcome | None) -> None:
+        """Take down how a call ran."""
+        if outcome is not None and self.trial is None:
+            self.last = outcome
+            self.calls[outcome.how] += 1
+
+    def note_wiring(self, witness: Witness) -> None:
+        """Take down what a witness of a whole call has seen."""
+        self.unfit[self.block.down.training] = witness.mismatch
+
+    def foreign(self) -> str:
+        """What of others is on the block, so that its own modules have to run; empty for nothing."""
+        for name in _GLOBAL_HOOKS:
+            hooks = getattr(global_hooks, name)
+            if hooks and not all(map(is_own_hook, hooks.values())):
+                return "a hook for all modules is not steppe's"
+        for part in self._parts:
+            reason = part.foreign()
+            if reason:
+                return reason
+        return ""
+
+    def _refusal(self, x: Tensor) -> str:
+        """Why this call runs the block's own modules; empty if it does not."""
+        if self.dense_holds:
+            return "the block's own modules were asked for"
+        for observer in self.observers:
+            if observer.needs_dense:
+                return "watch(gradients=True) measures the block's own modules"
+        if torch.compiler.is_compiling():
+            return _reason_when_traced(self._number) or self.computation.refuses(x)
+        return self.foreign() or self.unfit.get(self.block.down.training, "") or self.computation.refuses(x)
+
+    def lay(self, root: nn.Module, journal: Journal) -> None:
+        """Put the route into the model.
+
+        Args:
+            root: of the model.
+            journal: takes it back.
+        """
         block = self.block
-        first = block.activated
-        _swap_class(first, _Entering, self, journal)
+        parts: list[tuple[nn.Module, type[nn.Module]]] = [(block.activated, Entering)]
         if block.gate is not None:
-            _swap_class(block.up, _Multiplying, self, journal)
-        _swap_class(block.down, _Arriving, self, journal)
+            parts.append((block.up, Multiplying))
+        parts.append((_activation_module(block.act_slot, journal), Passing))
         if block.dropout is not None:
-            _swap_class(block.dropout, _Passing, self, journal)
-        _swap_class(_own_activation(block.act_slot, journal), _Passing, self, journal)
+            parts.append((block.dropout, Passing))
+        parts.append((block.down, Arriving))
         for slot, value in block.act_flags:
             journal.set_attribute(slot, value)
+        places = {
+            id(module): (parent, name)
+            for parent in root.modules()
+            for name, module in parent._modules.items()
+        }
+        for module, behaviour in parts:
+            plain = plain_class(type(module))
+            self._join(module, behaviour, journal)
+            parent, name = places.get(id(module), (root, ""))
+            if not name:  # an activation that was a function
+                parent, name = block.act_slot.module, block.act_slot.name
+            self._parts.append(
+                _Part(module, parent, name, type(module).forward, plain, plain.forward)
+            )
+        self._join(self.owner, Owning, journal)
+
+    def _join(self, module: nn.Module, behaviour: type[nn.Module], journal: Journal) -> None:
+        """Give a module the behaviour of a part of this route; it may be part of others."""
+        routes = module.__dict__.get(_ROUTES)
+        if routes is None:
+            routes = []
+            journal.add_attribute(Slot(module, _ROUTES), routes)
+        if not issubclass(type(module), behaviour):
+            journal.swap_class(module, behaviour)
+        journal.append(routes, self)
+
+
+_by_number: weakref.WeakValueDictionary[int, Route] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _reason_when_traced(number: int) -> str:
+    """Why a block that torch.compile traces runs its own modules; empty if it need not.
+
+    Runs when it is traced. (An object other than a number cannot be handed to it.)
+    """
+    route = _by_number[number]
+    unknown = "its wiring was not looked at yet: call the model once before torch.compile"
+    unfit = route.unfit.get(route.block.down.training, unknown)
+    return route.foreign() or unfit or route.computation.unfit()
+
+
+def routes_of(module: nn.Module) -> list[Route]:
+    """The routes that a module is part of."""
+    routes: list[Route] = module.__dict__.get(_ROUTES, [])
+    return routes
 
 
 def route_of(module: nn.Module) -> Route | None:
-    """The route that leads around a module, if one does."""
-    return module.__dict__.get(_ROUTE)
+    """The route that leads around a linear layer, if one does."""
+    return next(iter(routes_of(module)), None)
+
+
+def owners_of(root: nn.Module, blocks: Sequence[MLPBlock]) -> list[nn.Module]:
+    """The innermost module that holds all parts of each block.
+
+    Args:
+        root: of the model.
+        blocks: its blocks.
+    """
+    names = {id(module): name for name, module in root.named_modules()}
+    owners = []
+    for block in blocks:
+        parts = [block.up, block.down, block.gate, block.dropout, block.act_slot.module]
+        known = [names[id(part)].split(".") for part in parts if part is not None]
+        shared = list(itertools.takewhile(lambda level: len(set(level)) == 1, zip(*known, strict=False)))
+        path = ".".join(level[0] for level in shared)
+        owner = root.get_submodule(path)
+        while owner in parts[:-1]:  # `act_slot.module` may be the owner, the others are its parts
+            path = path.rpartition(".")[0]
+            owner = root.get_submodule(path)
+        owners.append(owner)
+    return owners
 
 
 @contextmanager
@@ -114,59 +332,157 @@ def run_dense(blocks: Sequence[MLPBlock]) -> Iterator[None]:
             route.dense_holds -= 1
 
 
-class _Entering(nn.Module):
+class Owning(nn.Module):
+    """The innermost module that holds a block's parts: a call of the block begins with its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As before."""
+        routes = self.__dict__.get(_ROUTES)
+        if not routes or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        stack = _calls.stack
+        depth = len(stack)
+        stack.extend([_Call(route) for route in routes if route.owner is self])
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            del stack[depth:]
+
+
+class Entering(nn.Module):
     """`up`, or `gate`: hands its input on."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``[*, D]`` if routed, else ``[*, F]``."""
-        return x if self.__dict__[_ROUTE].leads_around(x) else super().forward(x)
+        x = _only(args, kwargs)
+        call = _call_with(self)
+        if x is not None and _begins(self, x, call):
+            return x
+        p: Tensor = super().forward(*args, **kwargs)
+        if call is not None and call.witness is not None:
+            call.witness.see_activated(p)
+        return p
 
 
-class _Multiplying(nn.Module):
+class Multiplying(nn.Module):
     """A gated `up`: what it gives is multiplied."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``[]`` if routed, else ``[*, F]``."""
-        return x.new_ones(()) if self.__dict__[_ROUTE].leads_around(x) else super().forward(x)
+        x = _only(args, kwargs)
+        call = _call_with(self)
+        if x is not None and _begins(self, x, call):
+            return x.new_ones(())
+        up: Tensor = super().forward(*args, **kwargs)
+        if call is not None and call.witness is not None:
+            call.witness.see_up(up)
+        return up
 
 
-class _Passing(nn.Module):
+class Passing(nn.Module):
     """The activation, or the dropout: lets the input pass."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``[*, D]`` if routed, else ``[*, F]``."""
-        return x if self.__dict__[_ROUTE].is_routed(x) else super().forward(x)
+        x = _only(args, kwargs)
+        call = _call_with(self)
+        if x is not None and _goes_on(self, x, call):
+            return x
+        witness = None if call is None or x is None else call.witness
+        if witness is None or call is None or x is None:
+            output: Tensor = super().forward(*args, **kwargs)
+        elif call.route.block.dropout is self:
+            witness.see_dropout_input(x)
+            output = super().forward(*args, **kwargs)
+            witness.see_dropout(output)
+        else:
+            witness.see_activation_input(x)
+            output = super().forward(*args, **kwargs)
+            witness.see_activation(output)
+        return output
 
 
-class _Arriving(nn.Module):
+class Arriving(nn.Module):
     """`down`: computes the block."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``[*, D]``."""
-        route = self.__dict__[_ROUTE]
-        return route.compute(x) if route.is_routed(x) else super().forward(x)
+        x = _only(args, kwargs)
+        call = _call_with(self)
+        if x is not None and _goes_on(self, x, call):
+            route = routes_of(self)[0] if call is None else call.route
+            if call is not None:
+                call.is_routed = None  # the owner may run the block again
+            return route.compute(x)
+        if call is not None:
+            if call.witness is not None and x is not None:
+                call.witness.see_down(x)
+                call.route.note_wiring(call.witness)
+            call.is_routed = call.witness = None
+        output: Tensor = super().forward(*args, **kwargs)
+        return output
 
 
-_SWAPPED: dict[tuple[type, type], type] = {}
+def _only(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The one tensor that a part is called with, under whatever name; None in any other call."""
+    if len(args) + len(kwargs) != 1:
+        return None
+    x = args[0] if args else next(iter(kwargs.values()))
+    return x if isinstance(x, Tensor) else None
 
 
-def _swap_class(module: nn.Module, behaviour: type, route: Route, journal: Journal) -> None:
-    """Give a module another behaviour; its parameters, hooks and name stay."""
-    kind = type(module)
-    if (behaviour, kind) not in _SWAPPED:
-        _SWAPPED[behaviour, kind] = type(
-            kind.__name__, (behaviour, kind), {"__module__": kind.__module__}
-        )
-    journal.add_attribute(Slot(module, _ROUTE), route)
-    journal.set_attribute(Slot(module, "__class__"), _SWAPPED[behaviour, kind])
+def _call_with(module: nn.Module) -> _Call | None:
+    """The call that a part of a block is in, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    stack = _calls.stack
+    routes = module.__dict__.get(_ROUTES) if stack else None
+    if not routes:
+        return None
+    waiting = None
+    for call in reversed(stack):
+        if call.route in routes:
+            if call.is_routed is not None:  # of blocks that share a part, the one that has begun
+                return call
+            waiting = waiting or call
+    return waiting
 
 
-def _own_activation(slot: Slot, journal: Journal) -> nn.Module:
-    """A block's activation as a module that nobody else has."""
+def _begins(module: nn.Module, x: Tensor, call: _Call | None) -> bool:
+    """Whether the part that gets a block's input is led around."""
+    if call is not None:
+        return call.route.leads_around(x, call)
+    if not torch.compiler.is_compiling():
+        return False
+    return any(route.leads_around(x, None) for route in routes_of(module))
+
+
+def _goes_on(module: nn.Module, x: Tensor, call: _Call | None) -> bool:
+    """Whether a later part gets what belongs to a routed call."""
+    if call is not None:
+        return call.is_routed is True
+    if not torch.compiler.is_compiling():
+        return False
+    return any(route.is_routed(x) for route in routes_of(module))
+
+
+class _Applied(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Activation) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, p: Tensor) -> Tensor:
+        """What the function gives."""
+        return self.function(p)
+
+
+def _activation_module(slot: Slot, journal: Journal) -> nn.Module:
+    """A block's activation as a module, which takes the place of a function."""
     act: Activation = getattr(slot.module, slot.name)
-    if isinstance(act, nn.Module) and act.state_dict():
-        return act  # a copy would be cut off from its schedule
-    own = copy.deepcopy(act) if isinstance(act, nn.Module) else nn.ReLU()
-    own.train(slot.module.training)
-    journal.set_attribute(slot, own)
-    return own
+    if isinstance(act, nn.Module):
+        return act
+    module = (nn.ReLU() if is_relu(act) else _Applied(act)).train(slot.module.training)
+    journal.set_attribute(slot, module)
+    return module

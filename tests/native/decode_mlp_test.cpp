@@ -11,8 +11,10 @@ struct Block {
   int64_t T, F, D;
   Matrix<E> x, w, up, v, biases, v_bias;
   Screen screen;
-  std::vector<const void *> places;
-  Input<E> probed;
+  std::vector<char> edges;
+  steppe_watch watch;
+  int64_t generation = 7;
+  steppe_copied copied;
   steppe_block block;
   float alpha, beta;
 
@@ -22,15 +24,15 @@ struct Block {
         biases(2, F), v_bias(1, D), alpha(alpha), beta(beta) {
     for (int64_t f = 0; f < F; ++f) biases(0, f) = near<E>(float(to_double(biases(0, f))) - shift);
     screen = screen_of(w.data(), F, D, D + 1, 64, what);
-    std::vector<E> values;
-    for (int64_t i = 0; i < std::min<int64_t>(3, F * D); ++i) {
-      places.push_back(&w(i * (F - 1) / 2, D - 1));
-      values.push_back(w(i * (F - 1) / 2, D - 1));
-    }
-    probed = Input<E>(values);
+    // W's first row, which is less than a page: its bytes are compared.
+    const int64_t bytes = F > 0 ? D * int64_t(sizeof(E)) : 0;
+    edges.resize(steppe_edges(w.data(), bytes));
+    watch = {w.data(), bytes, edges.data()};
+    check(steppe_watch_writes(&watch, 0) == 0, what + ": watching");
+    copied = {&watch, &generation, generation};
     block = {w.data(), biases.data(), gated ? up.data() : nullptr,
              gated ? biases.data() + F : nullptr, v.data(), v_bias.data(), D + 1, D + 2, D + 3, D,
-             F, nullptr, nullptr, places.data(), probed.data(), int64_t(places.size()), kDtype<E>};
+             F, nullptr, nullptr, &copied, 1, kDtype<E>};
   }
   void use_screen() {
     block.bytes = screen.bytes->data();
@@ -135,16 +137,21 @@ void test_decode_mlp(int64_t T, int64_t F, int64_t D, bool gated, float alpha, f
     check(run(" too many", candidates - 1, full) == candidates, what + ": too many are counted");
   }
 
-  for (size_t i = 0; i < block.places.size(); ++i) {
-    const E before = block.probed[i];
-    block.probed[i] = near<E>(float(to_double(before)) + 1);
+  const auto check_refused = [&](const std::string &why) {
     Output<E> r(T * F), up_values(ups), out(T * D), blank_r(T * F), blank(T * D), blank_up(ups);
     int64_t count = -2;
     check(block.run(most, most, &count, r.data(), up_values.data(), out.data(), 2) == -3,
-          what + ": a probe that does not hold");
+          what + why);
     check(r == blank_r && out == blank && up_values == blank_up && count == -2,
-          what + ": nothing is written");
-    block.probed[i] = before;
+          what + why + ": nothing is written");
+  };
+  block.generation += 1;
+  check_refused(": a copy of an earlier generation");
+  block.generation -= 1;
+  for (char &edge : block.edges) {
+    edge ^= 1;
+    check_refused(": a copy of other values");
+    edge ^= 1;
   }
 }
 
@@ -161,7 +168,7 @@ void test_screen_few(int64_t T, int64_t F, int64_t D, bool spoilt) {
     block.screen = screen_of(block.w.data(), F, D, D + 1, 64, what);
   }
   block.block.w_bias = bias.data();
-  block.block.probes = 0;
+  block.block.copy_count = 0;
   block.use_screen();
   const float nan = std::numeric_limits<float>::quiet_NaN();
   Matrix<E> nowhere(F, D);

@@ -9,8 +9,8 @@
 #endif
 
 #include "kernels.h"
-#include "probes.h"
 #include "steppe_native.h"
+#include "writes.h"
 
 namespace steppe {
 namespace {
@@ -68,7 +68,7 @@ using steppe::kernels;
 
 extern "C" {
 
-int steppe_abi_version(void) { return 3; }
+int steppe_abi_version(void) { return 4; }
 
 const char *steppe_isa(void) { return steppe::target().name; }
 
@@ -87,8 +87,25 @@ void steppe_prefer_large_pages(void *start, int64_t bytes, int in_use) {
 #endif
 }
 
-int steppe_probes_hold(const void *const *places, const void *values, int64_t count, int64_t size) {
-  return steppe::probes_hold(places, values, count, size);
+int steppe_open_writes(void) { return steppe::writes::open_files(); }
+
+void steppe_close_writes(void) { steppe::writes::close_files(); }
+
+int64_t steppe_edges(const void *start, int64_t bytes) {
+  const steppe::writes::Pages pages(steppe_watch{start, bytes, nullptr});
+  return pages.head() + pages.tail();
+}
+
+int steppe_watch_writes(const steppe_watch *watch, int anew) {
+  return steppe::writes::watch(*watch, anew != 0);
+}
+
+void steppe_stop_watching(const steppe_watch *watch) {
+  steppe::writes::stop(steppe::writes::Pages(*watch));
+}
+
+int steppe_copies_hold(const steppe_copied *copies, int64_t count) {
+  return steppe::writes::copies_hold(copies, count);
 }
 
 void steppe_count(const void *p, int dtype, int64_t T, int64_t F, int64_t stride, int32_t *counts,

@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "decode.h"
-#include "probes.h"
 #include "screen_few.h"
 #include "steppe_native.h"
+#include "writes.h"
 
 namespace steppe {
 namespace STEPPE_TARGET {
@@ -150,7 +150,7 @@ void finish_few(const FewBlock<E> &block, FewList<E> &list, E *up_values, E *out
 template <typename E>
 int64_t decode_mlp(const FewBlock<E> &block, int64_t most_candidates, int64_t most,
                    int64_t *candidates, E *r, E *up_values, E *out) {
-  if (!probes_hold(block.of.places, block.of.probed, block.of.probes, sizeof(E))) return -3;
+  if (!writes::copies_hold(block.of.copies, block.of.copy_count)) return -3;
   FewList<E> list(block.T, block.F);
   const bool screens = block.of.bytes != nullptr && most_candidates > 0;
   *candidates = screens ? list_candidates(block, most_candidates, list) : -1;

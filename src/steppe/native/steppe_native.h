@@ -39,9 +39,38 @@ STEPPE_API const char *steppe_isa(void);
  * table's entries. Memory that is `in_use` keeps what is in it. */
 STEPPE_API void steppe_prefer_large_pages(void *start, int64_t bytes, int in_use);
 
-/* Whether `count` values of `size` bytes, each at its place in memory, are the same as those given. */
-STEPPE_API int steppe_probes_hold(const void *const *places, const void *values, int64_t count,
-                                  int64_t size);
+/* Memory that is watched for writes: `edges` has room for steppe_edges(start, bytes) bytes. */
+typedef struct {
+  const void *start;
+  int64_t bytes;
+  void *edges;
+} steppe_watch;
+
+/* A copy of watched memory: true as long as nothing was written, and `generation`, which is raised before
+ * the memory is watched anew, is what it was when the copy was made. */
+typedef struct {
+  const steppe_watch *watch;
+  const int64_t *generation;
+  int64_t made_in;
+} steppe_copied;
+
+/* Open what writes are seen by. 0, or why they cannot be seen here, an errno. */
+STEPPE_API int steppe_open_writes(void);
+
+/* Close it, for a forked process, whose own writes it would not see. */
+STEPPE_API void steppe_close_writes(void);
+
+/* Bytes of a range that lie on pages which it may share with other data. */
+STEPPE_API int64_t steppe_edges(const void *start, int64_t bytes);
+
+/* Begin to watch memory for writes, or begin `anew`. 0, or an errno: EINVAL of memory that others may
+ * write to, which is shared or a file's. */
+STEPPE_API int steppe_watch_writes(const steppe_watch *watch, int anew);
+
+STEPPE_API void steppe_stop_watching(const steppe_watch *watch);
+
+/* Whether `count` copies are still true. */
+STEPPE_API int steppe_copies_hold(const steppe_copied *copies, int64_t count);
 
 /* Entries of p [T, F] (rows `stride` apart) that are not <= 0, so that NaN counts, by blocks of 64
  * columns: int32 [T, ceil(F / 64)]. */
@@ -153,18 +182,16 @@ STEPPE_API void steppe_sift(const void *values, const int16_t *index, const int6
                             int16_t *index_to, int threads);
 
 /* A block as steppe_decode_mlp reads it. W, U and V are [F, D], their rows so far apart; `up` is NULL
- * in a block that is not gated, biases may be NULL. `bytes` and `bounds` are of W, or NULL. The copies
- * among these are true as long as each of `probes` elements of the dtype, at `places`, is bit for bit
- * what stands in `probed`. */
+ * in a block that is not gated, biases may be NULL. `bytes` and `bounds` are of W, or NULL. `copies`
+ * are those among all these. */
 typedef struct {
   const void *w, *w_bias, *up, *up_bias, *v, *v_bias;
   int64_t w_stride, up_stride, v_stride;
   int64_t D, F;
   const uint8_t *bytes;
   const double *bounds;
-  const void *const *places;
-  const void *probed;
-  int64_t probes;
+  const steppe_copied *copies;
+  int64_t copy_count;
   int dtype;
 } steppe_block;
 
@@ -174,7 +201,7 @@ typedef struct {
  * `bytes` and `most_candidates` > 0 the first product is screened, with x on grids of 16 bits;
  * `candidates` tells how many there are, or -1; if more than `most_candidates`, all is computed.
  * Returns the number of active entries; -1, with r alone written, if there are more than `most`; -2
- * without memory; -3, with nothing written, if a probe does not hold. */
+ * without memory; -3, with nothing written, if a copy is no longer true. */
 STEPPE_API int64_t steppe_decode_mlp(const steppe_block *block, const void *x, int64_t T,
                                      float alpha, float beta, int64_t most_candidates,
                                      int64_t most, int64_t *candidates, void *r, void *up_values,

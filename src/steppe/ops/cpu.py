@@ -11,9 +11,10 @@ from torch import Tensor
 from steppe.ops import calls, reference, registry
 from steppe.ops.calls import DECODE_ROWS, Support
 from steppe.ops.dispatch import MARGIN, max_candidates_for, max_density_for
-from steppe.ops.few import FewBlock
+from steppe.ops.few import FewBlock, why_not_laid_out
 from steppe.ops.native import load
-from steppe.ops.packing import kept_panels, kept_screen
+from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
+from steppe.ops.packing import is_new, kept_panels, kept_screen, why_not_kept
 from steppe.ops.reference import Rule, Weights
 from steppe.ops.registry import Seven, no_list, only_needed, rule_of
 from steppe.ops.screened import (
@@ -120,43 +121,74 @@ def mlp(
     if not runs(x, *weights):
         return *reference.mlp(x, weights, rule), *no_list(x.device)
     rows, columns = x.shape[0], down.shape[0]
+    check_shapes(x, weights)
+    # Where no copies may be kept, all is made in each call, as in training.
+    makes_all = trains or any([is_new(activated), is_new(down)]) or any(
+        why_not_kept(weight) for weight in (activated, down)
+    )
     most = max_density
     if most is None:
-        most = max_density_for(rows, x.shape[1], x.dtype, trains)
+        most = max_density_for(rows, x.shape[1], x.dtype, makes_all)
     if most <= 0.0 or not down.numel():
+        note(Outcome(DENSE, rows, trains=trains, reason=f"at {rows} tokens no density gains"))
         return *reference.mlp(x, weights, rule), *no_list(x.device)
-    share = screen_limit(rows, x.shape[1], x.dtype, trains, max_candidates)
-    if rows <= DECODE_ROWS and not trains and not dropout:
+    share = screen_limit(rows, x.shape[1], x.dtype, makes_all, max_candidates)
+    is_few = rows <= DECODE_ROWS and not trains and not dropout
+    unlaid = why_not_laid_out(weights) if is_few else ""
+    if is_few and not unlaid:
         return *_decode(x.contiguous(), weights, rule, most, share), *no_list(x.device)
+    if is_few and max_density is None:  # packing a weight anew takes longer than a dense call
+        note(Outcome(DENSE, rows, trains=trains, reason=unlaid))
+        return *reference.mlp(x, weights, rule), *no_list(x.device)
     found = panels_x = None
     if share > 0.0:
-        find = _find_anew if trains else _find_by_habit
+        find = _find_anew if makes_all else _find_by_habit
         tokens = x if calls.rows_are_contiguous(x) else x.contiguous()
         found = find(tokens, activated, activated_bias, share)
     if found is None:
         p = reference.linear(x, activated, activated_bias, calls.scratch("p", (rows, columns), x))
         listed = calls.compact(p, most)
         if listed is None:
+            note(Outcome(DENSE, rows, trains=trains, reason=_too_many(most)))
             return *reference.mlp_from(p, x, weights, rule), *no_list(x.device)
     else:
         panels_x = calls.pack(x, "x")
-        listed = compact_product(panels_x, _gathered(activated, trains), activated_bias, found)
+        listed = compact_product(panels_x, _gathered(activated, makes_all), activated_bias, found)
         if listed[1].entries > most * rows * columns:
+            density = listed[1].entries / (rows * columns)
+            note(Outcome(DENSE, rows, density, found.share, trains, reason=_too_many(most)))
             return *reference.mlp(x, weights, rule), *no_list(x.device)
     r, support = listed
     up_values = r.new_empty(0)
     if up is not None:
         panels_x = panels_x or calls.pack(x, "x")
-        up_values = calls.sampled(support, panels_x, _gathered(up, trains), up_bias)
+        up_values = calls.sampled(support, panels_x, _gathered(up, makes_all), up_bias)
     kept = rule.draw_kept(r)
     hidden = rule.hidden(r, up_values, kept)
-    z = calls.spmm(hidden, support, _gathered(down, trains), down_bias)
+    z = calls.spmm(hidden, support, _gathered(down, makes_all), down_bias)
+    density = support.entries / max(rows * columns, 1)
+    how, share = (SPARSE, math.nan) if found is None else (SCREENED, found.share)
+    note(Outcome(how, rows, density, share, trains))
     return z, r, up_values, kept, support.index, support.offsets
 
 
-def _gathered(weight: Tensor, trains: bool) -> calls.Panels | Tensor:
-    """What the kernels gather a weight's rows from: panels of one that stays, else the weight."""
-    return weight if trains else kept_panels(weight)
+def check_shapes(x: Tensor, weights: Weights) -> None:
+    """Refuse tensors that do not go together, before a kernel reads past one of them."""
+    hidden, width = weights.down.shape[0], x.shape[1]
+    expected = Weights((hidden, width), (hidden,), (hidden, width), (hidden,), None, None)
+    for name, weight, shape in zip(Weights._fields, weights, expected, strict=True):
+        if weight is not None and shape is not None and weight.shape != shape:
+            calls.refuse(f"{name} {shape}, got {tuple(weight.shape)}")
+
+
+def _too_many(most: float) -> str:
+    return f"more than {most:.0%} of the entries are active"
+
+
+def _gathered(weight: Tensor, makes_all: bool) -> calls.Panels | Tensor:
+    """What the kernels gather a weight's rows from: panels that may be kept, else the weight."""
+    kept = None if makes_all else kept_panels(weight)
+    return weight if kept is None else kept
 
 
 def _find_anew(x: Tensor, weight: Tensor, bias: Tensor | None, share: float) -> Candidates | None:
@@ -176,7 +208,10 @@ def _find_by_habit(
     x: Tensor, weight: Tensor, bias: Tensor | None, share: float
 ) -> Candidates | None:
     """The candidates of a weight that stays, after a look at some tokens if it was too many."""
-    screen, _, habit = kept_screen(weight)
+    kept = kept_screen(weight)
+    if kept is None:
+        return None
+    screen, _, habit = kept
     limit = habit.limit(share)
     if limit <= 0.0:
         return None

@@ -16,13 +16,15 @@ from steppe.ops.calls import (
     pointer,
     prefer_large_pages,
     refuse,
+    rows_are_contiguous,
     threads,
 )
+from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
 from steppe.ops.packing import (
-    Probes,
     kept_rows,
     kept_screen,
-    kept_screen_of_known,
+    marks_of,
+    why_not_kept,
 )
 from steppe.ops.reference import Weights
 
@@ -36,8 +38,8 @@ class _Structure(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("w", "w_bias", "up", "up_bias", "v", "v_bias")),
         *((name, _SIZE) for name in ("w_stride", "up_stride", "v_stride", "width", "hidden")),
-        *((name, _POINTER) for name in ("bytes", "bounds", "places", "probed")),
-        ("probes", _SIZE),
+        *((name, _POINTER) for name in ("bytes", "bounds", "copies")),
+        ("copy_count", _SIZE),
         ("dtype", ctypes.c_int),
     )
 
@@ -48,9 +50,11 @@ class FewBlock:
     Args:
         weights: of the block; all of one dtype that the kernels take.
         screens: whether to screen the first product where it pays.
-        stays: whether it is for more than one call, so that a screen may be made at once, and
-            changes of the weights must be noticed.
+        stays: whether it is for more than one call, so that changes of the weights must be noticed.
         follows: what the weights follow from besides parameters that they are views of.
+
+    Raises:
+        KernelError: of a weight whose rows are not contiguous no copy may be kept.
 
     Attributes:
         weights: the same.
@@ -61,28 +65,26 @@ class FewBlock:
     ) -> None:
         hidden, width = weights.down.shape
         self.weights = weights
+        # Before they are copied, so that no write in between is missed.
+        mark = marks_of(_copied(weights, screens) if stays else [])
         laid_out = weights._replace(
             activated=kept_rows(weights.activated),
             up=None if weights.up is None else kept_rows(weights.up),
             down=kept_rows(weights.down),
         )
+        for weight, rows in zip(weights, laid_out, strict=True):
+            if rows is None and weight is not None:
+                refuse(f"contiguous rows, or a weight that may be copied, got {weight.stride()}")
         _check(laid_out)
         for weight, rows in zip(weights, laid_out, strict=True):
             if stays and rows is weight and weight is not None and weight.ndim == 2:
                 prefer_large_pages(weight)
         kept = None
         if screens:
-            make = kept_screen if stays else kept_screen_of_known
-            kept = make(weights.activated)
+            kept = kept_screen(weights.activated)
         self._habit = None if kept is None else kept.few
         self._hidden, self._width = hidden, width
-        copied = [
-            weight
-            for weight, rows in zip(weights, laid_out, strict=True)
-            if stays and weight is not None and (weight is not rows or weight is weights.activated)
-        ]
-        probes = Probes(copied)
-        self._keeps_alive = laid_out, kept, probes
+        self._keeps_alive = laid_out, kept, mark
         self._structure = _Structure(
             w=laid_out.activated.data_ptr(),
             w_bias=pointer(laid_out.activated_bias),
@@ -97,13 +99,11 @@ class FewBlock:
             hidden=hidden,
             bytes=None if kept is None else kept.screen.integers.data_ptr(),
             bounds=None if kept is None else kept.screen.bounds.data_ptr(),
-            places=ctypes.addressof(probes.places),
-            probed=pointer(probes.values),
-            probes=len(probes.places),
+            copies=ctypes.addressof(mark.copies),
+            copy_count=len(mark.copies),
             dtype=dtype_code(weights.down),
         )
         self._reference = ctypes.byref(self._structure)
-        self._candidates = _SIZE(0)
         # Of a transposed parameter it is the parameter that counts: other ``.data`` moves it alone.
         given = [
             weight if weight._base is None else weight._base
@@ -111,12 +111,12 @@ class FewBlock:
             if stays and weight is not None
         ]
         given += follows
-        self._state = [(weight, weight.data_ptr(), weight._version) for weight in given]
+        self._state = [(weight, weight.data_ptr(), _version(weight)) for weight in given]
 
     def holds(self) -> bool:
         """Whether the weights are where they were, and no version of theirs has changed."""
         for weight, address, version in self._state:
-            if weight._version != version or weight.data_ptr() != address:
+            if weight.data_ptr() != address or _version(weight) != version:
                 return False
         return True
 
@@ -154,6 +154,7 @@ class FewBlock:
         if habit is not None and max_candidates > 0.0:
             most_candidates = int(habit.limit(max_candidates) * entries)
         z, r, up_values = outputs
+        candidates = _SIZE(-1)
         active = library().steppe_decode_mlp(
             self._reference,
             x.data_ptr(),
@@ -161,7 +162,7 @@ class FewBlock:
             *coefficients,
             most_candidates,
             int(max_density * entries),
-            ctypes.byref(self._candidates),
+            ctypes.byref(candidates),
             r.data_ptr(),
             up_values.data_ptr(),
             z.data_ptr(),
@@ -171,10 +172,46 @@ class FewBlock:
             raise MemoryError("decode_mlp: no memory for the list")
         if active == _CHANGED:
             return None
+        if active == _TOO_MANY:
+            reason = f"more than {max_density:.0%} of the entries are active"
+            note(Outcome(DENSE, rows, is_few=True, reason=reason))
+        else:
+            share = float("nan") if candidates.value < 0 else candidates.value / max(entries, 1)
+            how = SPARSE if candidates.value < 0 or candidates.value > most_candidates else SCREENED
+            note(Outcome(how, rows, active / max(entries, 1), share, is_few=True))
         if habit is not None and most_candidates:
-            found = self._candidates.value
-            habit.note(found / max(entries, 1), found <= most_candidates)
+            habit.note(candidates.value / max(entries, 1), candidates.value <= most_candidates)
         return bool(active != _TOO_MANY)
+
+
+def why_not_laid_out(weights: Weights) -> str:
+    """Why a block is not to be computed for few rows: copies of its weights are needed and not kept.
+
+    Args:
+        weights: of the block.
+
+    Returns:
+        A clause; empty if it can be.
+    """
+    reasons = [why_not_kept(weight) for weight in _copied(weights, screens=False)]
+    return next(filter(None, reasons), "")
+
+
+def _copied(weights: Weights, screens: bool) -> list[Tensor]:
+    """The weights that copies are made of."""
+    copied = [
+        weight
+        for weight in (weights.activated, weights.up, weights.down)
+        if weight is not None and not rows_are_contiguous(weight)
+    ]
+    if screens and rows_are_contiguous(weights.activated):
+        copied.append(weights.activated)
+    return copied
+
+
+def _version(tensor: Tensor) -> int:
+    """A tensor's version; one made under inference_mode has none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _check(weights: Weights) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from steppe.errors import KernelError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 _VNNI = ("avx512+bf16", "avx512+vnni")
 _FILE = "libsteppe_native.so"
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -23,7 +23,12 @@ _SIGNATURES = {
     "abi_version": ("", _INT),
     "isa": ("", ctypes.c_char_p),
     "prefer_large_pages": ("pni", None),
-    "probes_hold": ("ppnn", _INT),
+    "open_writes": ("", _INT),
+    "close_writes": ("", None),
+    "edges": ("pn", _SIZE),
+    "watch_writes": ("pi", _INT),
+    "stop_watching": ("p", None),
+    "copies_hold": ("pn", _INT),
     "count": ("pinnnpi", None),
     "offsets": ("pnnnp", _SIZE),
     "fill": ("pinnnnpppi", None),

@@ -1,28 +1,26 @@
 """Copies of weights in the layout that a kernel reads, kept for inference.
 
-A copy is served only while the weight is the one it was made from: the same storage, at the same
-address and version, which every in-place change raises, and with the same values at a few places,
-since changes through ``.data`` raise no version.
+A copy is served only while the weight is the one it was made from, the same storage at the same
+address and version, and nothing was written to its memory since. Where writes cannot be seen, see
+`steppe.ops.writes`, copies are kept of weights alone that the user has said are final.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from steppe.ops.calls import Panels, lasting, library, pack, pointer, rows_are_contiguous
+from steppe.ops.calls import Panels, lasting, pack, rows_are_contiguous
 from steppe.ops.dispatch import Habit
 from steppe.ops.screened import Screen, screen_of
+from steppe.ops.writes import Mark, Watch, stop_watching, unseen, watch_of
 
-_PROBES = 8  # each a read from memory, of a weight that only its copy is read of else
-_Copy = TypeVar("_Copy", Panels, Tensor, "KeptScreen", "_Sight")
+_Copy = TypeVar("_Copy", Panels, Tensor, "KeptScreen")
 _Key = tuple[object, ...]
 
 
@@ -40,41 +38,6 @@ class KeptScreen(NamedTuple):
     many: Habit
 
 
-class Probes:
-    """Values spread over weights' memory, by which changes are noticed that raise no version.
-
-    They are good as long as the weights are where they are.
-
-    Args:
-        weights: without gaps in memory, of one dtype.
-
-    Attributes:
-        places: an array of the addresses.
-        values: what is there, as bits, so that NaN equals itself.
-    """
-
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        places: list[int] = []
-        values = []
-        for weight in weights:
-            count = min(weight.numel(), _PROBES)
-            step = weight.numel() // max(count, 1)
-            size = weight.element_size()
-            places += [weight.data_ptr() + i * step * size for i in range(count)]
-            bits = torch.int32 if weight.dtype == torch.float32 else torch.int16
-            values.append(weight.detach().as_strided((count,), (step,)).view(bits))
-        self.places = (ctypes.c_void_p * len(places))(*places)
-        self.values = torch.cat(values) if values else None
-        self._pointer = pointer(self.values)
-        self._size = 0 if self.values is None else self.values.element_size()
-
-    def hold(self) -> bool:
-        """Whether the values are the same."""
-        return bool(
-            library().steppe_probes_hold(self.places, self._pointer, len(self.places), self._size)
-        )
-
-
 @dataclass
 class _Entry:
     """A copy, and what tells whether it is still true."""
@@ -82,20 +45,22 @@ class _Entry:
     storage: StorageWeakRef
     address: int
     version: int
-    probes: Probes
-    copy: Panels | Tensor | KeptScreen | _Sight
+    mark: Mark | None  # None: the weight is final
+    copy: Panels | Tensor | KeptScreen
 
 
 _entries: dict[_Key, _Entry] = {}
+_final: dict[int, StorageWeakRef] = {}  # by the storage's ``_cdata``
+_met: dict[int, StorageWeakRef] = {}  # likewise: storages of weights that were asked for
 _lock = threading.Lock()
 
 
-def kept_panels(weight: Tensor) -> Panels:
-    """The panels of a weight ``[N, D]``."""
+def kept_panels(weight: Tensor) -> Panels | None:
+    """The panels of a weight ``[N, D]``; None where no copy may be kept."""
     return _kept("panels", weight, pack)
 
 
-def kept_rows(weight: Tensor) -> Tensor:
+def kept_rows(weight: Tensor) -> Tensor | None:
     """A weight ``[N, D]`` with its rows contiguous; itself if they are."""
     return weight if rows_are_contiguous(weight) else _kept("rows", weight, _make_rows)
 
@@ -104,39 +69,77 @@ def _make_rows(weight: Tensor) -> Tensor:
     return lasting(weight.shape, weight.dtype).copy_(weight.detach())
 
 
-def kept_screen(weight: Tensor) -> KeptScreen:
-    """The screen of a weight ``[F, D]``."""
+def kept_screen(weight: Tensor) -> KeptScreen | None:
+    """The screen of a weight ``[F, D]``; None where no copy may be kept."""
     return _kept("screen", weight, _make_screen)
-
-
-def kept_screen_of_known(weight: Tensor) -> KeptScreen | None:
-    """The same; None for a weight that is met for the first time, as one of autocast always is.
-
-    Making it takes longer than a call with few rows.
-    """
-    sight = _Sight()
-    return None if _kept("sight", weight, lambda _: sight) is sight else kept_screen(weight)
-
-
-class _Sight:
-    """That a weight was met."""
 
 
 def _make_screen(weight: Tensor) -> KeptScreen:
     return KeptScreen(screen_of(weight), Habit(), Habit())
 
 
+def declare_final(weight: Tensor) -> None:
+    """Take it that nobody writes to a weight past PyTorch's version counter, until `forget`."""
+    storage = weight.untyped_storage()
+    with _lock:
+        for dead in [key for key, reference in _final.items() if reference.expired()]:
+            del _final[dead]
+        _final[storage._cdata] = StorageWeakRef(storage)
+
+
+def is_final(weight: Tensor) -> bool:
+    """Whether a weight was declared to be final."""
+    reference = _final.get(weight.untyped_storage()._cdata)
+    return reference is not None and not reference.expired()
+
+
+def is_new(weight: Tensor) -> bool:
+    """Whether a weight is met for the first time, as one that autocast has cast always is.
+
+    Making copies of it takes longer than they save in one call.
+    """
+    storage = weight.untyped_storage()
+    reference = _met.get(storage._cdata)
+    if reference is not None and not reference.expired():
+        return False
+    with _lock:
+        for dead in [key for key, reference in _met.items() if reference.expired()]:
+            del _met[dead]
+        _met[storage._cdata] = StorageWeakRef(storage)
+    return True
+
+
+def why_not_kept(weight: Tensor) -> str:
+    """Why no copies of a weight ``[N, D]`` are kept; empty if they are."""
+    if not _is_dense(weight):
+        return "a weight has gaps in memory"
+    if is_final(weight) or watch_of(weight) is not None:
+        return ""
+    cure = "accelerate_(model, weights_are_final=True) keeps copies all the same"
+    why = unseen() or "others may write to the memory of its weights"
+    return f"copies of its weights could grow stale unseen: {why}; {cure}"
+
+
+def marks_of(weights: list[Tensor]) -> Mark:
+    """What copies of some weights are to be checked by; those that are final are not."""
+    watches = [watch_of(weight) for weight in weights if not is_final(weight)]
+    return Mark([watch for watch in watches if watch is not None])
+
+
 def forget(weight: Tensor) -> None:
     """Free the copies of a weight."""
     storage = weight.untyped_storage()._cdata
     with _lock:
+        _final.pop(storage, None)
+        _met.pop(storage, None)
         for key in [key for key in _entries if key[0] == storage]:
             del _entries[key]
+    stop_watching(weight)
 
 
-def _kept(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy:
-    if weight.is_inference() or not _is_dense(weight):  # the first has no version
-        return make(weight)
+def _kept(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy | None:
+    if not _is_dense(weight):
+        return None
     storage = weight.untyped_storage()
     key = (
         storage._cdata,
@@ -148,20 +151,25 @@ def _kept(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy
     )
     with _lock:
         entry = _entries.get(key)
+    version = 0 if weight.is_inference() else weight._version
     if (
         entry is not None
         and not entry.storage.expired()
-        and entry.address == weight.data_ptr()  # the probes' places are there
-        and entry.version == weight._version
-        and entry.probes.hold()
+        and entry.address == weight.data_ptr()  # another's memory may be there by now
+        and entry.version == version
+        and (is_final(weight) if entry.mark is None else entry.mark.holds())
     ):
         return entry.copy  # type: ignore[return-value]  # the layout is in the key
-    state = weight.data_ptr(), weight._version, Probes([weight])
+    final = is_final(weight)
+    watch: Watch | None = None if final else watch_of(weight)
+    if not final and watch is None:
+        return None
+    address, mark = weight.data_ptr(), None if watch is None else Mark([watch])  # before it is read
     copy = make(weight)
     with _lock:
         for old in [old for old, entry in _entries.items() if entry.storage.expired()]:
             del _entries[old]
-        _entries[key] = _Entry(StorageWeakRef(storage), *state, copy)
+        _entries[key] = _Entry(StorageWeakRef(storage), address, version, mark, copy)
     return copy
 
 

@@ -142,15 +142,41 @@ def reference_backward(
     needs: Sequence[bool],
 ) -> Seven:
     """`mlp_backward`, dense, also of what a sparse forward pass has kept."""
-    if offsets.numel():
-        r, up_values, kept = (
-            reference.densify(part, index, offsets, x.shape[0], weights.down.shape[0]).flatten()
-            if part.numel()
-            else part
-            for part in (r, up_values, kept)
-        )
+    shape = x.shape[0], weights.down.shape[0]
+    r, up_values, kept = (
+        _densified(part, index, offsets, *shape) for part in (r, up_values, kept)
+    )
     grad_x, grads = reference.mlp_backward(grad_z, x, weights, rule, r, up_values, kept)
     return only_needed((grad_x, *grads), (x, *weights), needs)
+
+
+def differentiable_gradients(
+    grad_z: Tensor, x: Tensor, weights: Weights, rule: Rule, kept: Tensor
+) -> tuple[Tensor, Weights]:
+    """`mlp_backward` of a block that is computed again, dense, so that autograd sees all of it.
+
+    Args:
+        grad_z: ``[T, D]``.
+        x: ``[T, D]``.
+        weights: of the block.
+        rule: activation and dropout.
+        kept: which entries dropout has kept, bool ``[T · F]``; empty without dropout.
+
+    Returns:
+        The gradients of x and of the weights; None where there is no weight.
+    """
+    r = torch.relu(reference.linear(x, weights.activated, weights.activated_bias)).flatten()
+    up = r.new_empty(0)
+    if weights.up is not None:
+        up = reference.linear(x, weights.up, weights.up_bias).flatten()
+    return reference.mlp_backward(grad_z, x, weights, rule, r, up, kept)
+
+
+def _densified(part: Tensor, index: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:
+    """All T · F values of what was saved for backward as a list, or as they are."""
+    if not offsets.numel() or not part.numel():
+        return part
+    return reference.densify(part, index, offsets, rows, columns).flatten()
 
 
 def rule_of(alpha: float, beta: float, mix: Tensor | None, dropout: float) -> Rule:
@@ -365,6 +391,11 @@ def _mlp_backward(ctx: Any, grad_z: Tensor | None, *_: Any) -> tuple[Tensor | No
     x, *weights, mix, r, up_values, kept, index, offsets = ctx.saved_tensors
     if grad_z is None:
         return (None,) * len(ctx.needs_input_grad)
+    if torch.is_grad_enabled():  # create_graph=True: these gradients are differentiated in turn
+        rule = rule_of(ctx.alpha, ctx.beta, mix, ctx.dropout)
+        kept = _densified(kept, index, offsets, x.shape[0], weights[4].shape[0])
+        of_x, of_weights = differentiable_gradients(grad_z, x, Weights(*weights), rule, kept)
+        return of_x, *of_weights, *(None,) * 7
     grads = mlp_backward(
         grad_z,
         x,

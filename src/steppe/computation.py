@@ -1,0 +1,327 @@
+"""Computes a routed block from its input: on the kernels, or says why it cannot."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from steppe.blocks import MLPBlock, linear_weight
+from steppe.ops import cpu
+from steppe.ops.calls import DECODE_ROWS, DTYPES, scratch
+from steppe.ops.dispatch import Habit, max_density_for, pays
+from steppe.ops.few import FewBlock, why_not_laid_out
+from steppe.ops.native import kernels
+from steppe.ops.outcome import noted
+from steppe.ops.packing import forget
+from steppe.ops.reference import Rule, Weights, mlp_from
+from steppe.ops.registry import mlp, rule_of, scatter
+from steppe.plugins.penalty import is_penalized
+from steppe.plugins.rising_threshold import activated_bias, threshold_of
+from steppe.routing import Route
+from steppe.sigma import sigma_of
+from steppe.swapping import plain_class
+
+
+class Computation:
+    """Computes a block from its input.
+
+    What it has laid out for few rows it uses again, as long as the block's parameters are the same:
+    of a decoding step, looking at everything anew would take half.
+
+    Args:
+        block: the block.
+        max_density: as of `accelerate_`.
+        max_candidates: likewise.
+    """
+
+    def __init__(
+        self, block: MLPBlock, max_density: float | None, max_candidates: float | None
+    ) -> None:
+        self.block = block
+        self.limits = max_density, max_candidates
+        self._sigma = sigma_of(block)
+        self._is_transposed = [is_conv1d(layer) for layer in layers_of(block)]
+        self._few: FewBlock | None = None
+        self._unkept = ""  # why nothing can be laid out for few rows
+        self._parameters: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        self._habits: defaultdict[float, Habit] = defaultdict(Habit)  # by threshold
+
+    def refuses(self, x: Tensor) -> str:
+        """Why a call is not possible or not worth the detour; empty if it is.
+
+        In inference a block that was too dense runs its own modules for a while.
+        """
+        block = self.block
+        reason = self._cannot(x)
+        if reason:
+            return reason
+        if is_penalized(block):
+            return "its loss has a penalty on the activations themselves"
+        rows = x.numel() // block.d_model
+        trains = torch.is_grad_enabled() and (
+            x.requires_grad
+            or any(part.requires_grad for layer in layers_of(block) for part in layer.parameters())
+        )
+        if self.limits[0] is not None:
+            return ""
+        if not pays(rows, block.d_model, block.d_hidden):
+            return f"{rows} tokens are too little to do"
+        if torch.compiler.is_compiling():
+            return ""  # the op decides when it is called, not when it is traced
+        if self._unkept and rows <= DECODE_ROWS and not trains and self._are_the_same():
+            return self._unkept
+        most = max_density_for(rows, block.d_model, _dtype(x), trains)
+        if most <= 0.0:
+            return f"at {rows} tokens no density gains"
+        if trains:
+            return ""
+        return "" if self._habits[most].limit(most) > 0.0 else "the last calls were too dense"
+
+    def unfit(self) -> str:
+        """Why there are no kernels for the block now, whatever its input; empty if there are."""
+        return kernels().reason or self._sigma.unfit()
+
+    def forget(self) -> None:
+        """Free what was laid out for few rows, and the copies of weights."""
+        self._few, self._parameters = None, []
+        for layer in layers_of(self.block):
+            forget(linear_weight(layer))
+
+    def _cannot(self, x: Tensor) -> str:
+        """Why the kernels cannot take a call; empty if they can."""
+        if x.device.type != "cpu":
+            return f"there are no kernels for {x.device.type}"
+        if type(x) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+            return f"its input is a {type(x).__name__}"
+        dtype = _dtype(x)
+        if dtype not in DTYPES:
+            return f"there are no kernels for {dtype}"
+        for layer in layers_of(self.block):
+            weight = layer._parameters.get("weight")
+            if weight is None:
+                continue
+            if type(weight) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
+                return f"a weight is a {type(weight).__name__}"
+            if weight.dtype != x.dtype and not torch.is_autocast_enabled("cpu"):
+                return f"its input is of {x.dtype}, a weight of {weight.dtype}"
+        return "" if torch.compiler.is_compiling() else self.unfit() or _transformed()
+
+    def __call__(self, route: Route, x: Tensor) -> Tensor:
+        """The block's output, and its support for whoever watches."""
+        if self._takes_few(route, x):
+            z = self._compute_few(route, x)
+            if z is not None:
+                return z
+        return self._compute(route, x)
+
+    def _limits_of(self, route: Route) -> tuple[float | None, float | None]:
+        """The limits of a call; in a trial it runs sparse at any density."""
+        return (1.0, self.limits[1]) if route.trial else self.limits
+
+    def _takes_few(self, route: Route, x: Tensor) -> bool:
+        """Whether a call has few rows, and nothing else to it."""
+        block = route.block
+        return (
+            not torch.is_grad_enabled()
+            and x.numel() <= DECODE_ROWS * block.d_model
+            and not route.observers
+            and _is_plain(x)
+            and x.is_contiguous()
+            and not torch.is_autocast_enabled("cpu")
+            and not _dropout(block)
+            and (not block.activated.training or threshold_of(block) is None)
+        )
+
+    def _compute_few(self, route: Route, x: Tensor) -> Tensor | None:
+        """The output; None where the parameters are not those of the last call, or do not fit."""
+        block, few = route.block, self._few
+        if few is None or not self._are_the_same() or not few.holds():
+            few = self._few = self._lay_out(x)
+        if few is None or x.dtype != few.weights.down.dtype:
+            return None
+        rows = x.numel() // block.d_model
+        density, candidates = self._limits_of(route)
+        if density is None:
+            density = max_density_for(rows, block.d_model, x.dtype, trains=False)
+        if density <= 0.0:
+            return None
+        candidates = cpu.screen_limit(rows, block.d_model, x.dtype, False, candidates)
+        alpha, beta, mix = self._sigma.coefficients()
+        if mix is not None:
+            beta *= float(mix)
+        z = torch.empty_like(x)
+        r = scratch("r", (rows, block.d_hidden), x)
+        up_values = r if block.gate is None else scratch("up", (rows, block.d_hidden), x)
+        done = few.run(x, (alpha, beta), density, candidates, (z, r, up_values))
+        if done is None:
+            self._few = None
+            return None
+        route.note(noted())
+        if not done:
+            flat = x.view(-1, block.d_model)
+            return mlp_from(r, flat, few.weights, Rule(alpha, beta, 0.0))[0].view_as(x)
+        return z
+
+    def _are_the_same(self) -> bool:
+        """Whether the block's parameters are those of the last call."""
+        for held, name, parameter in self._parameters:
+            if held.get(name) is not parameter:
+                return False
+        return bool(self._parameters)
+
+    def _lay_out(self, x: Tensor) -> FewBlock | None:
+        """The block for few rows, if its parameters are those of the last call."""
+        block = self.block
+        if not self._are_the_same():
+            self._unkept = ""
+            self._parameters = [
+                (layer._parameters, name, layer._parameters.get(name))
+                for layer in layers_of(block)
+                for name in ("weight", "bias")
+            ]
+            return None
+        layers: list[Any] = layers_of(block)
+        actual = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        known = [parameter for _, _, parameter in self._parameters]
+        weights = self._weights()
+        if (
+            not all(map(operator.is_, known, actual))  # a parametrization makes them anew each time
+            or not cpu.runs(x, *weights)
+        ):
+            return None
+        limit = cpu.screen_limit(DECODE_ROWS, block.d_model, x.dtype, False, self.limits[1])
+        self._unkept = why_not_laid_out(weights)
+        if self._unkept:
+            return None
+        threshold = threshold_of(block)
+        of_bias: list[Tensor] = []
+        if threshold is not None:
+            of_bias += [threshold.multiple, threshold.deviation]
+        bias = _bias(block.activated)
+        if bias is not None:
+            of_bias.append(bias)  # of which the weights may have a shifted copy
+        return FewBlock(weights, screens=limit > 0.0, stays=True, follows=of_bias)
+
+    def _compute(self, route: Route, x: Tensor) -> Tensor:
+        """A block from its input, and its support for whoever watches."""
+        block = route.block
+        weights = self._weights()
+        alpha, beta, mix = self._sigma.coefficients()
+        dropout = _dropout(block)
+        flat = x.reshape(-1, block.d_model)
+        tensors = [flat, *weights]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        threshold = threshold_of(block)
+        if threshold is not None and block.activated.training and not route.trial:
+            threshold.see_x(flat, weights.activated, _bias(block.activated))
+        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        goes_past = not trains and _is_plain(x)
+        op = cpu.mlp if goes_past else mlp
+        limits = self._limits_of(route)
+        z, r, up, _, index, offsets = op(*tensors, alpha, beta, mix, dropout, trains, *limits)
+        if not torch.compiler.is_compiling():
+            route.note(noted())
+        if goes_past and limits[0] is None and len(flat) > DECODE_ROWS:
+            most = max_density_for(len(flat), block.d_model, z.dtype, trains=False)
+            self._habits[most].note(math.nan, bool(offsets.numel()))
+        if route.observers and not route.trial:
+            listed = r, up, index, offsets
+            active, slopes = _support(listed, block, rule_of(alpha, beta, mix, 0.0), len(flat))
+            shape = (*x.shape[:-1], block.d_hidden)
+            for observer in route.observers:
+                observer.see_support(x, active.view(shape), slopes.view(shape))
+        return z.view(*x.shape[:-1], block.d_model)
+
+    def _weights(self) -> Weights:
+        """The block's parameters as the op takes them, each ``[F, D]``."""
+        block, shift = self.block, self._sigma.shift
+        layers = zip(layers_of(block), self._is_transposed, strict=True)
+        matrices = [w.T if turned else w for w, turned in ((linear_weight(a), b) for a, b in layers)]
+        up = None if block.gate is None else block.up
+        weight, bias = matrices[0], activated_bias(block)
+        if shift:
+            bias = weight.new_full((len(weight),), -shift) if bias is None else bias - shift
+        return Weights(
+            activated=weight,
+            activated_bias=bias,
+            up=None if up is None else matrices[1],
+            up_bias=None if up is None else _bias(up),
+            down=matrices[-1].T,
+            down_bias=_bias(block.down),
+        )
+
+
+def layers_of(block: MLPBlock) -> list[nn.Module]:
+    """A block's linear layers."""
+    return [block.up, block.down] if block.gate is None else [block.gate, block.up, block.down]
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether a layer is Transformers' Conv1D, a linear layer with its weight ``[in, out]``.
+
+    A subclass with a ``forward`` of its own is not.
+    """
+    definer = next(kind for kind in plain_class(type(layer)).__mro__ if "forward" in vars(kind))
+    return definer.__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "nx")
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """What a block is computed in."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _transformed() -> str:
+    """Why a call inside a transform of torch.func runs the block's own modules; empty outside."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms the call"
+    if forward_ad._current_level >= 0:
+        return "the call is differentiated in forward mode"
+    return ""
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a call without gradients may go past the dispatcher, a tenth of a decoding step."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
+    )
+
+
+def _support(
+    listed: tuple[Tensor, ...], block: MLPBlock, rule: Rule, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Where a ≠ 0 and where σ′ ≠ 0, bool ``[T, F]`` each, from what the op has listed."""
+    r, up, index, offsets = (tensor.detach() for tensor in listed)
+    active = rule.activation(r) != 0
+    if block.gate is not None:
+        active &= up != 0
+    slopes = torch.as_tensor(rule.slope(r) != 0) & (r != 0)
+    if not offsets.numel():
+        return active, slopes
+    width = block.d_hidden
+    return scatter(active, index, offsets, rows, width), scatter(
+        slopes, index, offsets, rows, width
+    )
+
+
+def _bias(layer: Any) -> Tensor | None:
+    bias: Tensor | None = layer.bias
+    return bias
+
+
+def _dropout(block: MLPBlock) -> float:
+    """The probability that a hidden entry is dropped now."""
+    layer: Any = block.dropout
+    return float(layer.p) if isinstance(layer, nn.Dropout) and layer.training else 0.0
