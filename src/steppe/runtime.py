@@ -18,7 +18,7 @@ from steppe.activations import Rectifier, is_relu, name_of
 from steppe.blocks import BlockPattern, MLPBlock, Slot, find_blocks, linear_weight, unwrap
 from steppe.errors import AccelerationError
 from steppe.ops import cpu
-from steppe.ops.calibration import calibrate
+from steppe.ops.calibration import use_remembered
 from steppe.ops.calls import DECODE_ROWS, scratch
 from steppe.ops.dispatch import Habit, max_density_for, pays
 from steppe.ops.few import FewBlock
@@ -71,10 +71,10 @@ def accelerate_(
         where: which blocks; all by default.
         patterns: patterns of your own for `find_blocks`.
         max_density: up to which density a block runs sparse, in [0, 1], however little there is to
-            do; by default as measured once on this machine.
+            do; by default what `steppe calibrate` has measured on this machine, else a table.
         max_candidates: up to which share of candidates, the entries that the int8 product cannot
             tell to be zero, the first product is screened, in [0, 1], 0 for never; by default as
-            measured once on this machine.
+            above.
 
     Returns:
         The model.
@@ -101,7 +101,7 @@ def accelerate_(
         _check(block)
     if max_density is None:
         for dtype in {linear_weight(block.down).dtype for block in blocks if _is_on_cpu(block)}:
-            calibrate(dtype)
+            use_remembered(dtype)
     old = acceleration_of(root)
     if old is not None:
         _decelerate(old)
