@@ -22,8 +22,15 @@ PACKAGE = Path(steppe.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.errors",),
     ("steppe.files", "steppe.sharding"),
-    ("steppe.ops.native", "steppe.ops.rectifier", "steppe.ops.reference", "steppe.ops.screening"),
-    ("steppe.ops.calls", "steppe.ops.registry", "steppe.ops.dispatch"),
+    (
+        "steppe.ops.native",
+        "steppe.ops.paired",
+        "steppe.ops.rectifier",
+        "steppe.ops.reference",
+        "steppe.ops.screening",
+        "steppe.ops.thresholds",
+    ),
+    ("steppe.ops.calls", "steppe.ops.registry", "steppe.ops.dispatch", "steppe.ops.remembered"),
     ("steppe.ops.screened",),
     ("steppe.ops.packing",),
     ("steppe.ops.few",),
@@ -59,6 +66,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.bench",),
     (
         "steppe.report.bench_table",
+        "steppe.report.calibration_table",
         "steppe.report.find",
         "steppe.report.flops",
         "steppe.report.measure_table",

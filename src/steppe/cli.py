@@ -36,6 +36,13 @@ USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
+class DtypeChoice(str, Enum):
+    """What `steppe calibrate --dtype` takes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class LabelChoice(str, Enum):
     """What `steppe measure --labels` takes."""
 
@@ -337,6 +344,48 @@ def bench(
         _console.print(str(json_file), highlight=False, soft_wrap=True)
     if plot is not None:
         _console.print(str(plot_bench(rows, plot)), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    dtype: Annotated[
+        DtypeChoice | None, typer.Option(help="Of the blocks; both by default.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch and the kernels; as torch has it.")
+    ] = None,
+) -> None:
+    """Measure from which density on dense is faster on this machine; accelerate_ goes by it.
+
+    It is not needed: without, accelerate_ has built-in thresholds. Run it while nothing else runs.
+    """
+    from steppe.ops.calibration import calibrate as measure_thresholds
+    from steppe.report import calibration_summary, calibration_table
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    names = [dtype.value] if dtype is not None else [choice.value for choice in DtypeChoice]
+    for name in names:
+        with (
+            _interruptible(f"the thresholds for {name} are as they were"),
+            _progress_bars() as progress,
+        ):
+            bar = progress.add_task(name, total=None)
+
+            def show(done: int, total: int) -> None:
+                progress.update(bar, completed=done, total=total)  # noqa: B023
+
+            measured = measure_thresholds(getattr(torch, name), on_threshold=show)
+        _console.print(calibration_table(measured))
+        _console.print(calibration_summary(measured), highlight=False)
+        if measured.path is not None:
+            _console.print(str(measured.path), highlight=False, soft_wrap=True)
+    _console.print(
+        "built-in: the threshold without a calibration; used: from now on, for these threads.\n"
+        "evidence: dense time / sparse time at the densities around it, the median of the rounds"
+        "\nand its bounds. Where they leave a doubt, the built-in threshold stays.",
+        style="dim",
+    )
 
 
 def main() -> None:

@@ -1,318 +1,384 @@
-"""Measures once on a machine when the kernels are faster, and the screen, and remembers it."""
+"""Measures, on purpose, when the kernels, and the screen, are faster on this machine than without.
+
+Nothing is measured unless `calibrate` is called: `accelerate_` goes by what an earlier calibration
+has kept, else by the built-in thresholds. A calibration changes a built-in threshold only where the
+measurements are clear, see `steppe.ops.paired`. On a busy machine it changes none.
+"""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
-import platform
+import math
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from steppe.errors import OutputError
-from steppe.files import prepare_folder, write_json
+from steppe.errors import KernelError, OutputError
 from steppe.ops import cpu as cpu  # registers the kernels that are measured
-from steppe.ops import dispatch
-from steppe.ops.calls import DECODE_ROWS, DTYPES
-from steppe.ops.dispatch import Tables
-from steppe.ops.native import ABI_VERSION, kernels
+from steppe.ops import dispatch, remembered
+from steppe.ops.calls import DTYPES
+from steppe.ops.native import kernels
 from steppe.ops.packing import kept_screen
+from steppe.ops.paired import Point, Round, Verdict, decide, measure_point, time_round
 from steppe.ops.registry import mlp
 from steppe.ops.screened import find_candidates, screen_of
+from steppe.ops.thresholds import FEW_ROWS, NEVER, Tables, overlaid, reached, tables_at
 
-VERSION = 3
-_WIDTH, _FACTOR = 512, 4
-_ROWS = (1, 16, 64, 256)
-# Narrower blocks, from such a width up to the next, are measured at it. Where they have fewer rows,
-# there is too little to do.
-_NARROW, _NARROW_ROWS, _NARROW_END = (64, 128), (256, 1024), 256
-_DENSITIES = (0.05, 0.3, 0.6, 0.9)
-_SCREENED_DENSITIES = (0.02, 0.1, 0.2, 0.35)
-_SCREENED_ROWS = (*_ROWS, 1024)
-_ROUNDS = 5
-_COLD_BYTES = 2**27
-_GAIN = 1.05  # what a sparse call must gain to be preferred: the measurement is no better
-# How often a second a thread is made to wait for others. Measured: 3 to 25 times where nothing else
-# runs, 85 times and more where programs share its core.
-_MOST_SWITCHES = 50
+DENSITY, CANDIDATES = "density", "candidates"
+_WIDTHS = (512, 256, 128)  # d_model from which on, and at which, thresholds are measured
+_ROWS = (1, 32, 128, 512)  # measured besides the steps of the built-in tables
+_MOST_ROWS = 512  # larger steps stand as they are: a round of theirs takes long
+_ALL_ACTIVE = 4.0  # a bias with which 1 of 30 000 Gaussian pre-activations is below zero
+_ALWAYS_DENSE, _TRIED = 0.9, 0.01  # density, and threshold, of a call that tries in vain
+_LEAST_MISSED = 0.95  # dense time / time of such a call that is still allowed in training
+_LEAST_SECONDS = 0.002  # of one side of a round, as the clock and the first call are inexact
+_read: set[tuple[torch.dtype, int]] = set()
+
+Timed = Callable[[Callable[[], object], Callable[[], object], int], Round]
 
 
-def calibrate(dtype: torch.dtype) -> None:
-    """Have the dispatch know this machine, for a dtype and the present number of threads.
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
 
-    What was measured before is read from the user's cache folder (``XDG_CACHE_HOME``, else
-    ``~/.cache``); else it is measured, which takes about fifteen seconds, and written there,
-    unless other programs have taken the processor meanwhile.
+    Attributes:
+        seconds: after which no point of a dtype begins any more.
+        point_seconds: after which no round of a point begins any more.
+        densities: at which the kernels are timed against dense torch.
+        few_densities: the same for few rows.
+        screened_densities: at which a screened block is timed against an unscreened one.
+        shrink: by which d_model and the rows are divided; for tests.
+        cold_bytes: how many bytes of weights few rows find in memory, and not in a cache.
+    """
+
+    seconds: float = 25.0
+    point_seconds: float = 0.3
+    densities: tuple[float, ...] = (0.05, 0.2, 0.4, 0.6, 0.85)
+    few_densities: tuple[float, ...] = (0.05, 0.5, 1.0)
+    screened_densities: tuple[float, ...] = (0.02, 0.1, 0.2, 0.35)
+    shrink: int = 1
+    cold_bytes: int = 2**27
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """One threshold as it was measured.
+
+    Attributes:
+        kind: ``density`` or ``candidates``.
+        width: d_model from which on it holds; 0 for any, of candidates.
+        rows: tokens of a call from which on it holds.
+        trains: whether a backward pass follows.
+        built_in: what holds without a calibration.
+        used: what holds with it.
+        points: what was measured, at ascending densities, or shares of candidates.
+    """
+
+    kind: str
+    width: int
+    rows: int
+    trains: bool
+    built_in: float
+    used: float
+    points: tuple[Point, ...]
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the measurements have changed it; else it is the built-in one."""
+        return self.used != self.built_in
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The thresholds of a dtype and a number of threads.
+
+    Attributes:
+        dtype: of the blocks.
+        threads: that torch used.
+        thresholds: all that were looked at.
+        path: the file that was written; None where no threshold was measured.
+        missing: how many of the thresholds the time was too short for.
+    """
+
+    dtype: torch.dtype
+    threads: int
+    thresholds: tuple[Threshold, ...]
+    path: Path | None
+    missing: int
+
+    @property
+    def rounds(self) -> tuple[int, int]:
+        """Number of rounds that count, and of those left out as other programs disturbed them."""
+        points = [point for threshold in self.thresholds for point in threshold.points]
+        return sum(len(point.ratios) for point in points), sum(point.left_out for point in points)
+
+
+def use_remembered(dtype: torch.dtype) -> None:
+    """Dispatch by what `calibrate` has kept for the present number of threads, if it has.
+
+    The file is looked for once per process, dtype and number of threads. Nothing is measured.
 
     Args:
         dtype: of the blocks; for one that the native kernels do not take nothing is done.
     """
     threads = torch.get_num_threads()
-    if kernels().name != "native" or dtype not in DTYPES or dispatch.is_measured(dtype, threads):
+    if kernels().name != "native" or dtype not in DTYPES or (dtype, threads) in _read:
         return
-    path = _path(dtype, threads)
-    known = _read(path)
-    if known is None:
-        start, switches = time.perf_counter(), _forced_switches()
-        densities = {
-            width: measure_thresholds(dtype, _NARROW_ROWS, width, _FACTOR * width)
-            for width in _NARROW
-        }
-        known = {**densities, _NARROW_END: measure_thresholds(dtype)}, measure_candidates(dtype)
-        seconds = max(time.perf_counter() - start, 1.0)
-        if _forced_switches() - switches <= _MOST_SWITCHES * threads * seconds:
-            try:
-                prepare_folder(path.parent)
-                write_json(path, _as_json(*known))
-            except OutputError as error:
-                warnings.warn(f"calibration is not remembered: {error}", stacklevel=3)
-    dispatch.use(dtype, threads, *known)
-
-
-def _forced_switches() -> int:
-    """How often this process had to wait for others so far; 0 where the system does not say."""
+    _read.add((dtype, threads))
     try:
-        import resource  # there is none on Windows
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        path = remembered.path_of(dtype, threads)
+    except OutputError:  # no home folder, so nothing is kept
+        return
+    known = remembered.read(path)
+    if known is not None:
+        _use(dtype, threads, *known, path)
 
 
-def measure_thresholds(
+def calibrate(
     dtype: torch.dtype,
-    rows: Sequence[int] = _ROWS,
-    width: int = _WIDTH,
-    hidden: int = _FACTOR * _WIDTH,
-    rounds: int = _ROUNDS,
-) -> Tables:
-    """Measure up to which density the kernels are faster than dense torch.
+    on_threshold: Callable[[int, int], None] | None = None,
+    effort: Effort | None = None,
+    timed: Timed = time_round,
+) -> Calibration:
+    """Measure the thresholds of this machine for the present number of threads, and keep them.
+
+    From then on they are used, in this process and by `accelerate_` in others. Only those are kept
+    that measurements have changed. If there is none, the file is left as it was, and so it is if
+    the measuring is interrupted.
 
     Args:
-        dtype: of the block.
-        rows: numbers of tokens to measure at.
-        width: d_model of the block that is measured.
-        hidden: its d_hidden.
-        rounds: pairs of calls for each number.
+        dtype: of the blocks, float32 or bfloat16.
+        on_threshold: called with the number of thresholds that are done, and of all.
+        effort: how much is measured.
+        timed: makes a round of two calls.
 
     Returns:
-        Thresholds for inference, under False, and for training, under True.
+        The thresholds, and where they are kept.
+
+    Raises:
+        KernelError: there are no kernels to measure, or none for the dtype.
+        OutputError: the file cannot be written, which is found out before measuring.
     """
-
-    def gain(density: float, tokens: int, trains: bool) -> tuple[float, float]:
-        blocks = _blocks(tokens, width, hidden, density, dtype)
-        sparse = partial(_Block.sparse, trains=trains, max_candidates=0.0)
-        return density, _ratio(blocks, _Block.dense, sparse, trains, rounds)
-
-    return _for_each(rows, _DENSITIES, gain)
-
-
-def measure_candidates(
-    dtype: torch.dtype,
-    rows: Sequence[int] = _SCREENED_ROWS,
-    width: int = _WIDTH,
-    hidden: int = _FACTOR * _WIDTH,
-    rounds: int = _ROUNDS,
-) -> Tables:
-    """Measure up to which share of candidates a screened block is faster than an unscreened one.
-
-    Args:
-        dtype: of the block.
-        rows: numbers of tokens to measure at.
-        width: d_model of the block that is measured.
-        hidden: its d_hidden.
-        rounds: pairs of calls for each number.
-
-    Returns:
-        Thresholds as of `measure_thresholds`.
-    """
-    if kernels().unscreened:
-        return {trains: dict.fromkeys(rows, 0.0) for trains in (False, True)}
-
-    def gain(density: float, tokens: int, trains: bool) -> tuple[float, float]:
-        blocks = _blocks(tokens, width, hidden, density, dtype)
-        plain, screened = (
-            partial(_Block.sparse, trains=trains, max_candidates=most) for most in (0.0, 1.0)
-        )
-        ratio = _ratio(blocks, plain, screened, trains, rounds)
-        return blocks[0].candidates(few=tokens <= DECODE_ROWS and not trains), ratio
-
-    return _for_each(rows, _SCREENED_DENSITIES, gain)
-
-
-def _for_each(
-    rows: Sequence[int],
-    densities: Sequence[float],
-    gain: Callable[[float, int, bool], tuple[float, float]],
-) -> Tables:
-    """The thresholds, from the share and the ratio that `gain` measures at a density."""
-
-    def threshold(tokens: int, trains: bool) -> float:
-        shares, ratios = [], []
-        for density in densities:
-            share, ratio = gain(density, tokens, trains)
-            shares.append(share)
-            ratios.append(ratio)
-            if ratio < _GAIN:
-                break  # denser ones gain less
-        return crossover(shares, ratios)
-
+    if kernels().name != "native":
+        raise KernelError(f"calibrate: {kernels().reason}")
+    if dtype not in DTYPES:
+        raise KernelError(f"calibrate: expected float32 or bfloat16, got {dtype}")
+    effort = effort or Effort()
+    threads = torch.get_num_threads()
+    path = remembered.path_of(dtype, threads)
+    remembered.prepare(path)
+    asked = list(_asked(dtype, threads))
+    end = time.perf_counter() + effort.seconds
+    thresholds: list[Threshold] = []
+    missing = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return {
-            trains: {tokens: threshold(tokens, trains) for tokens in rows}
-            for trains in (False, True)
-        }
+        for threshold in asked:
+            if time.perf_counter() < end:
+                thresholds.append(_measured(threshold, dtype, effort, timed))
+            else:
+                thresholds.append(threshold)
+                missing += 1
+            if on_threshold is not None:
+                on_threshold(len(thresholds), len(asked))
+    densities, candidates = _steps(thresholds)
+    changed = any(threshold.is_measured for threshold in thresholds)
+    if changed:
+        remembered.write(path, densities, candidates)
+        _use(dtype, threads, densities, candidates, path)
+    return Calibration(dtype, threads, tuple(thresholds), path if changed else None, missing)
 
 
-def crossover(densities: Sequence[float], ratios: Sequence[float]) -> float:
-    """Up to which density, or share, a call gains, by straight lines between what was measured.
+def _asked(dtype: torch.dtype, threads: int) -> Iterator[Threshold]:
+    """The thresholds that are to be measured, those of the widest blocks first.
 
-    Args:
-        densities: ascending.
-        ratios: time of the other call over that of a sparse one, at each.
-
-    Returns:
-        The density; 0 where the first gains nothing, the last where all gain.
-
-    Example:
-        >>> crossover([0.2, 0.4], [1.25, 0.85])
-        0.3
+    They are at the steps of one thread, though the built-in ones of more threads lie higher: it is
+    for lack of measurements that they do.
     """
-    if ratios[0] < _GAIN:
-        return 0.0
-    measured = list(zip(densities, ratios, strict=True))
-    for (low, high_ratio), (high, low_ratio) in pairwise(measured):
-        if low_ratio < _GAIN:
-            share = (high_ratio - _GAIN) / (high_ratio - low_ratio)
-            return round(low + share * (high - low), 3)
-    return densities[-1]
+    steps, built_in = dispatch.defaults_for(dtype, 1), dispatch.defaults_for(dtype, threads)
+    for width in _WIDTHS:
+        for trains in (False, True):
+            for rows in sorted({*tables_at(steps, width)[trains], *_ROWS}):
+                is_few = rows <= FEW_ROWS
+                if rows > _MOST_ROWS or (is_few and (trains or width < _WIDTHS[0])):
+                    continue
+                if is_few or dispatch.pays(rows, width, 4 * width):
+                    default = reached(tables_at(built_in, width)[trains], rows)
+                    yield Threshold(DENSITY, width, rows, trains, default, default, ())
+    if kernels().unscreened:
+        return
+    screened = dispatch.screened_defaults_for(dtype, 1)
+    own_screened = dispatch.screened_defaults_for(dtype, threads)
+    for trains in (False, True):
+        for rows in sorted({*screened[trains], *_ROWS}):
+            if rows <= _MOST_ROWS and not (trains and rows <= FEW_ROWS):
+                default = reached(own_screened[trains], rows)
+                yield Threshold(CANDIDATES, 0, rows, trains, default, default, ())
+
+
+def _measured(threshold: Threshold, dtype: torch.dtype, effort: Effort, timed: Timed) -> Threshold:
+    """A threshold with what measurements make of it."""
+    is_of_density, trains = threshold.kind == DENSITY, threshold.trains
+    blocks = _Blocks(threshold, dtype, effort)
+
+    def point(one: Call, other: Call, density: float) -> Point:
+        return _point(blocks, one, other, density, effort, timed)
+
+    def misses_cheaply() -> bool:
+        """Whether calls that are always too dense cost little more than dense ones."""
+        tried = partial(_Block.sparse, trains=trains, max_density=_TRIED, max_candidates=0.0)
+        return point(_Block.dense, tried, _ALWAYS_DENSE).bounds[0] >= _LEAST_MISSED
+
+    # In training, and of few rows, each call is tried, also where all are too dense.
+    is_few = is_of_density and threshold.rows <= FEW_ROWS
+    if is_of_density and trains and not threshold.built_in and not misses_cheaply():
+        return threshold
+    plain = partial(_Block.sparse, trains=trains, max_density=1.0, max_candidates=0.0)
+    screened = partial(_Block.sparse, trains=trains, max_density=1.0, max_candidates=1.0)
+    points: list[Point] = []
+    densities = effort.few_densities if is_few else effort.densities
+    for density in densities if is_of_density else effort.screened_densities:
+        if is_of_density:
+            points.append(point(_Block.dense, plain, density))
+        else:
+            timed_point = point(plain, screened, density)
+            points.append(replace(timed_point, share=blocks.candidates()))
+        if points[-1].verdict is Verdict.SLOWER:
+            break  # denser ones gain less
+    used = decide(threshold.built_in, points)
+    if is_few and used not in (0.0, 1.0, threshold.built_in) and not misses_cheaply():
+        used = 0.0
+    return replace(threshold, used=used, points=tuple(points))
 
 
 class _Block:
-    """A block whose hidden layer has a given density."""
+    """An MLP block with ReLU whose hidden layer has a given density."""
 
-    def __init__(
-        self, rows: int, width: int, hidden: int, density: float, dtype: torch.dtype
-    ) -> None:
-        normal = torch.distributions.Normal(0.0, 1.0)
-        shift = float(normal.icdf(torch.tensor(density)))
+    def __init__(self, rows: int, width: int, hidden: int, dtype: torch.dtype) -> None:
         self.x = torch.randn(rows, width).to(dtype)
         self.up = (torch.randn(hidden, width) / width**0.5).to(dtype)
-        self.up_bias = torch.full((hidden,), shift, dtype=dtype)
+        self.up_bias = torch.zeros(hidden, dtype=dtype)
         self.down = (torch.randn(width, hidden) / hidden**0.5).to(dtype)
         self.grad = torch.randn(rows, width).to(dtype)
+
+    def set_density(self, density: float) -> None:
+        """Of Gaussian pre-activations, by one constant bias."""
+        shift = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(density))
+        with torch.no_grad():
+            self.up_bias.fill_(min(float(shift), _ALL_ACTIVE))
 
     def dense(self) -> Tensor:
         """As torch computes it."""
         hidden = torch.relu(torch.addmm(self.up_bias, self.x, self.up.T))
         return hidden @ self.down.T
 
-    def sparse(self, trains: bool, max_candidates: float) -> Tensor:
+    def sparse(self, trains: bool, max_density: float, max_candidates: float) -> Tensor:
         """As the kernels compute it."""
         weights = (self.up, self.up_bias, None, None, self.down.T, None)
-        z: Tensor = mlp(self.x, *weights, 1.0, 0.0, None, 0.0, trains, 1.0, max_candidates)[0]
+        rule = (1.0, 0.0, None, 0.0)
+        z: Tensor = mlp(self.x, *weights, *rule, trains, max_density, max_candidates)[0]
         return z
 
-    def candidates(self, few: bool) -> float:
-        """The share of candidates; of few tokens it is what the last call has counted."""
-        if few:
-            return kept_screen(self.up).few.share
+    def run(self, call: Call, trains: bool) -> None:
+        """A call, and its backward pass if it trains."""
+        leaves = [self.x, self.up, self.up_bias, self.down]
+        for leaf in leaves:
+            leaf.requires_grad_(trains)
+        with torch.set_grad_enabled(trains):
+            z = call(self)
+        if trains:
+            torch.autograd.grad(z, leaves, self.grad)
+
+
+Call = Callable[[_Block], Tensor]
+
+
+class _Blocks:
+    """One block; for few rows, where reading the weights is all, as many as no cache holds."""
+
+    def __init__(self, threshold: Threshold, dtype: torch.dtype, effort: Effort) -> None:
+        self.trains = threshold.trains
+        self.is_few = threshold.rows <= FEW_ROWS
+        width = threshold.width or _WIDTHS[0]
+        if self.is_few:  # the narrowest for which so few rows are worth a call
+            while not dispatch.pays(1, width, 4 * width):
+                width *= 2
+        width //= effort.shrink
+        rows = math.ceil(threshold.rows / effort.shrink)
+        first = _Block(rows, width, 4 * width, dtype)
+        copies = effort.cold_bytes // (8 * width * width * dtype.itemsize) if self.is_few else 0
+        self.blocks = [first, *(copy.deepcopy(first) for _ in range(copies))]
+
+    def run(self, call: Call, times: int) -> None:
+        """Call all blocks some times."""
+        for _ in range(times):
+            for block in self.blocks:
+                block.run(call, self.trains)
+
+    def candidates(self) -> float:
+        """The share of candidates; of few rows it is what the last call has counted."""
+        first = self.blocks[0]
+        if self.is_few:
+            return kept_screen(first.up).few.share
         with torch.no_grad():
-            found = find_candidates(self.x, screen_of(self.up), self.up_bias)
+            found = find_candidates(first.x, screen_of(first.up), first.up_bias)
         assert found is not None  # of any share
         return found.share
 
 
-def _blocks(rows: int, width: int, hidden: int, density: float, dtype: torch.dtype) -> list[_Block]:
-    """One block; for few rows, where reading the weights is all, as many as no cache holds."""
-    count = 1
-    if rows <= DECODE_ROWS:
-        count += _COLD_BYTES // (2 * width * hidden * dtype.itemsize)
-    first = _Block(rows, width, hidden, density, dtype)
-    return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
-
-
-def _ratio(
-    blocks: Sequence[_Block],
-    one: Callable[[_Block], Tensor],
-    other: Callable[[_Block], Tensor],
-    trains: bool,
-    rounds: int,
-) -> float:
-    """The least time of calls of one kind over that of another: other programs only add to both."""
-
-    def seconds(call: Callable[[_Block], Tensor]) -> float:
-        start = time.perf_counter()
-        for block in blocks:
-            leaves = [block.x, block.up, block.up_bias, block.down]
-            for leaf in leaves:
-                leaf.requires_grad_(trains)
-            with torch.set_grad_enabled(trains):
-                z = call(block)
-            if trains:
-                torch.autograd.grad(z, leaves, block.grad)
-        return time.perf_counter() - start
-
+def _point(
+    blocks: _Blocks, one: Call, other: Call, density: float, effort: Effort, timed: Timed
+) -> Point:
+    """Time one call against the other at a density."""
+    for block in blocks.blocks:
+        block.set_density(density)
     for call in (one, other, other):  # the first calls find their memory and lay weights out
-        seconds(call)
-    pairs = [(seconds(one), seconds(other)) for _ in range(rounds)]
-    return min(pair[0] for pair in pairs) / min(pair[1] for pair in pairs)
+        blocks.run(call, 1)
+    start = time.perf_counter()
+    blocks.run(one, 1)
+    seconds = max(time.perf_counter() - start, 1e-6)
+    times = math.ceil(_LEAST_SECONDS / seconds)
+    threads = torch.get_num_threads()
+    runs = partial(blocks.run, one, times), partial(blocks.run, other, times)
+    return measure_point(density, lambda: timed(*runs, threads), threads, effort.point_seconds)
 
 
-def _path(dtype: torch.dtype, threads: int) -> Path:
-    """Where thresholds are kept of all that they may depend on."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    machine = [VERSION, ABI_VERSION, kernels().isa, torch.__version__, _processor()]
-    key = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:12]
-    name = f"thresholds-{key}-{str(dtype).removeprefix('torch.')}-{threads}.json"
-    return folder / "steppe" / name
-
-
-def _processor() -> str:
-    """What the processor calls itself."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        lines = information.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor()
-
-
-def _as_json(densities: dict[int, Tables], candidates: Tables) -> dict[str, Any]:
-    """As they stand in a file."""
-
-    def named(tables: Tables) -> dict[str, Any]:
-        return {"inference": tables[False], "training": tables[True]}
-
-    return {
-        "density": {width: named(tables) for width, tables in densities.items()},
-        "candidates": named(candidates),
-    }
-
-
-def _read(path: Path) -> tuple[dict[int, Tables], Tables] | None:
-    """Thresholds of a file; None if it is not there or no such file."""
-
-    def tables(named: Any) -> Tables:
-        return {
-            trains: {int(rows): float(most) for rows, most in named[name].items()}
-            for trains, name in ((False, "inference"), (True, "training"))
-        }
-
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        densities = {int(width): tables(named) for width, named in values["density"].items()}
-        candidates = tables(values["candidates"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
+def _steps(thresholds: Sequence[Threshold]) -> tuple[dict[int, Tables], Tables]:
+    """The thresholds that measurements have changed, by width and rows."""
+    densities: dict[int, Tables] = {}
+    candidates: Tables = {False: {}, True: {}}
+    for threshold in thresholds:
+        if threshold.is_measured:
+            tables = candidates
+            if threshold.kind == DENSITY:
+                tables = densities.setdefault(threshold.width, {False: {}, True: {}})
+            tables[threshold.trains][threshold.rows] = threshold.used
     return densities, candidates
+
+
+def _use(
+    dtype: torch.dtype,
+    threads: int,
+    densities: dict[int, Tables],
+    candidates: Tables,
+    path: Path,
+) -> None:
+    """Dispatch by the built-in thresholds with the measured steps in their places."""
+    built_in = dispatch.defaults_for(dtype, threads)
+    tables = {
+        width: overlaid(tables_at(built_in, width), _measured_at(densities, width))
+        for width in sorted({*built_in, *densities})
+    }
+    screened = overlaid(dispatch.screened_defaults_for(dtype, threads), candidates)
+    dispatch.use(dtype, threads, tables, screened, path)
+
+
+def _measured_at(densities: dict[int, Tables], width: int) -> Tables:
+    """What was measured for blocks of a width, at the width from which on it holds."""
+    base = max((least for least in _WIDTHS if least <= width), default=0)
+    return densities.get(base, NEVER)

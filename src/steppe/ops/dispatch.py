@@ -1,55 +1,61 @@
 """When the sparse kernels are faster, and the screen: thresholds by machine, dtype and threads.
 
-Densities go by the width of the block too: the narrower, the more of the time goes into lists.
+Densities go by the width of the block too: the narrower, the more of the time goes into lists. The
+thresholds are those that `steppe calibrate` has measured on this machine, see
+`steppe.ops.calibration`, else the built-in ones of `steppe.ops.thresholds`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from functools import cache
+from pathlib import Path
 
 import torch
 
 from steppe.ops.native import kernels
+from steppe.ops.thresholds import (
+    Tables,
+    candidate_tables,
+    density_tables,
+    family_of,
+    reached,
+    tables_at,
+)
 
-# From so many rows (tokens of a call) on, the kernels are faster up to such a density, or the
-# screen up to such a share of candidates.
-Thresholds: TypeAlias = dict[int, float]
-Tables: TypeAlias = dict[bool, Thresholds]  # for inference, under False, and for training
-_Value = TypeVar("_Value")
-
-# Measured at d 768, F 3072 on one machine, and less than was measured there: what is used until
-# `steppe.ops.calibration` has measured on this one.
-DEFAULTS: dict[int, Tables] = {  # from such a width on; of narrower blocks never
-    128: {False: {1: 0.0, 256: 0.1}, True: {1: 0.0, 256: 0.2}},
-    256: {
-        False: {1: 0.5, 9: 0.0, 32: 0.3, 128: 0.6},
-        True: {1: 0.0, 64: 0.2, 128: 0.5, 256: 0.7},
-    },
-}
-SCREENED_DEFAULTS: Tables = {
-    False: {1: 0.3, 9: 0.0, 64: 0.3},
-    True: {1: 0.0, 256: 0.3},
-}
 MARGIN = 0.05  # by which a share may be above a threshold, once it was below it
 _LEAST_WAIT, _MOST_WAIT = 16, 256  # calls
-_LEAST_WORK = 2**23  # multiply-adds of the first product, below which calling an op costs more
-_LARGE_WEIGHT = 2**20  # elements: reading it takes longer than calling an op
+# Multiply-adds of the first product below which calling an op costs more than it can gain: with one
+# thread a block of so many takes about 0.3 ms, an op about 0.05 ms of Python.
+_LEAST_WORK = 2**23
+# Elements of a weight that take longer to read from memory than calling an op, however few the
+# tokens: a thread reads about 10 GB/s, so two weights of 4 MB take 0.8 ms.
+_LARGE_WEIGHT = 2**20
+# Threads that read memory together until it is busy: server processors have 15 to 25 times what one
+# core reads. More threads read no faster, so beyond that a call takes no less time.
+_READERS = 16
 _measured: dict[tuple[torch.dtype, int], dict[int, Tables]] = {}
 _screened: dict[tuple[torch.dtype, int], Tables] = {}
+_files: dict[tuple[torch.dtype, int], Path] = {}
 
 
 def pays(rows: int, d_model: int, d_hidden: int) -> bool:
     """Whether a block has so much to do that calling an op costs little beside it.
+
+    With t threads dense products take a t-th of the time at best, while what Python does in a call
+    takes what it took: for the same share of the time there has to be t times the work. Few rows
+    wait for the weights to be read from memory, which gets faster up to `_READERS` threads.
 
     Args:
         rows: tokens of the call.
         d_model: width of the model.
         d_hidden: width of the hidden layer.
     """
-    weight = d_model * d_hidden
-    return rows * weight >= _LEAST_WORK or weight >= _LARGE_WEIGHT
+    weight, threads = d_model * d_hidden, torch.get_num_threads()
+    return rows * weight >= _LEAST_WORK * threads or weight >= _LARGE_WEIGHT * min(
+        threads, _READERS
+    )
 
 
 def max_density_for(rows: int, width: int, dtype: torch.dtype, trains: bool) -> float:
@@ -62,11 +68,11 @@ def max_density_for(rows: int, width: int, dtype: torch.dtype, trains: bool) -> 
         trains: whether a backward pass follows.
 
     Returns:
-        A density; 0 for never.
+        A density; 0 for never, as for a dtype or a machine without kernels.
     """
-    widths = _measured.get((dtype, torch.get_num_threads()), DEFAULTS)
-    tables = _reached(widths, width, None)
-    return 0.0 if tables is None else _reached(tables[trains], rows, 0.0)
+    threads = torch.get_num_threads()
+    widths = _measured.get((dtype, threads)) or defaults_for(dtype, threads)
+    return reached(tables_at(widths, width)[trains], rows)
 
 
 def max_candidates_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
@@ -82,17 +88,53 @@ def max_candidates_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
     """
     if kernels().unscreened:
         return 0.0
-    table = _screened.get((dtype, torch.get_num_threads()), SCREENED_DEFAULTS)
-    return _reached(table[trains], rows, 0.0)
+    threads = torch.get_num_threads()
+    tables = _screened.get((dtype, threads)) or screened_defaults_for(dtype, threads)
+    return reached(tables[trains], rows)
 
 
-def _reached(steps: Mapping[int, _Value], at: int, below: _Value) -> _Value:
-    """The value of the last step that is not above `at`."""
-    reached, value = 0, below
-    for least, its_value in steps.items():
-        if reached <= least <= at:
-            reached, value = least, its_value
-    return value
+def defaults_for(dtype: torch.dtype, threads: int) -> Mapping[int, Tables]:
+    """The built-in thresholds of the density, by the width from which on they hold.
+
+    Args:
+        dtype: of the blocks.
+        threads: that torch uses.
+    """
+    return density_tables(dtype, family_of(dtype, kernels().isa, _has_amx()), threads)
+
+
+def screened_defaults_for(dtype: torch.dtype, threads: int) -> Tables:
+    """The built-in thresholds of the share of candidates.
+
+    Args:
+        dtype: of the blocks.
+        threads: that torch uses.
+    """
+    return candidate_tables(dtype, family_of(dtype, kernels().isa, _has_amx()), threads)
+
+
+def source(dtype: torch.dtype, threads: int) -> str:
+    """Where the thresholds come from.
+
+    Args:
+        dtype: of the blocks.
+        threads: that torch uses.
+
+    Returns:
+        ``built-in``, or that they were measured by `steppe calibrate`, and the file.
+    """
+    if (dtype, threads) not in _measured:
+        return "built-in"
+    path = _files.get((dtype, threads))
+    where = "" if path is None else f" ({path})"
+    return f"measured on this machine by `steppe calibrate`{where}"
+
+
+@cache
+def _has_amx() -> bool:
+    """Whether the processor multiplies tiles of bfloat16, as far as the system tells."""
+    information = Path("/proc/cpuinfo")
+    return information.is_file() and "amx_bf16" in information.read_text(errors="replace").split()
 
 
 @dataclass
@@ -147,6 +189,7 @@ def use(
     threads: int,
     densities: dict[int, Tables],
     candidates: Tables,
+    path: Path | None = None,
 ) -> None:
     """Dispatch by thresholds from now on.
 
@@ -155,11 +198,10 @@ def use(
         threads: the number of threads they hold for.
         densities: the tables from each width on.
         candidates: of shares of candidates.
+        path: the file that they are from.
     """
     _measured[dtype, threads] = densities
     _screened[dtype, threads] = candidates
-
-
-def is_measured(dtype: torch.dtype, threads: int) -> bool:
-    """Whether `use` was called for a dtype and a number of threads."""
-    return (dtype, threads) in _measured
+    _files.pop((dtype, threads), None)
+    if path is not None:
+        _files[dtype, threads] = path

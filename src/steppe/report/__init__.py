@@ -1,6 +1,7 @@
 """Tables, plots and a page of what was measured."""
 
 from steppe.report.bench_table import bench_table
+from steppe.report.calibration_table import calibration_summary, calibration_table
 from steppe.report.find import find_runs
 from steppe.report.flops import BlockFlops, Product, count_flops
 from steppe.report.measure_table import curve_table, measure_table
@@ -12,6 +13,8 @@ __all__ = [
     "BlockFlops",
     "Product",
     "bench_table",
+    "calibration_summary",
+    "calibration_table",
     "count_flops",
     "curve_table",
     "demo_markdown",

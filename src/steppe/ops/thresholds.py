@@ -1,0 +1,189 @@
+"""The built-in thresholds: up to which density the kernels, and the screen, are faster.
+
+They are less than what `benchmarks/crossover.py` measured on one core (its results are in
+``benchmarks/results/crossover.json``), module against module, so that everything a call costs is
+in them. A threshold is 0 where nothing is gained, and also where a block that is always too dense
+would lose more than a twentieth to finding that out at every training step. In inference a block
+that was too dense is not looked at for some calls, so there only the gain counts. Few tokens are
+looked at each time: their threshold is 1 where sparse is faster at any density, else 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+
+# From so many rows (tokens of a call) on, the kernels are faster up to such a density, or the
+# screen up to such a share of candidates.
+Thresholds: TypeAlias = dict[int, float]
+Tables: TypeAlias = dict[bool, Thresholds]  # for inference, under False, and for training
+
+FEW_ROWS = 8  # up to so many, inference is another kernel, which reads each weight once
+NEVER: Tables = {False: {}, True: {}}
+# By dtype and by what multiplies, then by the width (d_model) from which on; narrower never.
+_DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
+    (torch.float32, "avx512"): {
+        128: {False: {512: 0.1}, True: {}},
+        256: {False: {128: 0.2, 512: 0.35}, True: {1024: 0.35}},
+        512: {
+            False: {1: 1.0, 2: 0.0, 32: 0.15, 128: 0.3, 512: 0.4},
+            True: {256: 0.35},
+        },
+    },
+    (torch.float32, "avx2"): {
+        128: {False: {512: 0.1}, True: {}},
+        256: {False: {128: 0.2, 512: 0.35}, True: {512: 0.35}},
+        512: {
+            False: {1: 1.0, 2: 0.0, 32: 0.15, 128: 0.3, 512: 0.45},
+            True: {128: 0.3, 256: 0.4},
+        },
+    },
+    (torch.bfloat16, "amx"): {512: {False: {1: 1.0, 2: 0.0}, True: {}}},
+}
+_CANDIDATES: dict[tuple[torch.dtype, str], Tables] = {
+    (torch.float32, "avx512"): {False: {1: 0.3, 9: 0.0, 64: 0.3}, True: {1024: 0.2}},
+    (torch.bfloat16, "amx"): {False: {1: 0.3, 9: 0.0}, True: {}},
+}
+
+
+def family_of(dtype: torch.dtype, isa: str, has_amx: bool) -> str:
+    """Which tables hold.
+
+    Args:
+        dtype: of the block.
+        isa: of the native kernels, as of `steppe.kernels`; empty for none.
+        has_amx: whether the processor has AMX for bfloat16, on which dense products are several
+            times as fast as on vectors, and sparse ones are not.
+
+    Example:
+        >>> family_of(torch.bfloat16, "avx512+bf16", has_amx=True)
+        'amx'
+        >>> family_of(torch.float32, "avx512+vnni", has_amx=True)
+        'avx512'
+    """
+    if dtype == torch.bfloat16 and has_amx:
+        return "amx"
+    if dtype == torch.bfloat16 and isa == "avx512+bf16":
+        return isa
+    return isa.partition("+")[0]
+
+
+@lru_cache(maxsize=256)
+def density_tables(dtype: torch.dtype, family: str, threads: int) -> dict[int, Tables]:
+    """The built-in thresholds of the density, for a number of threads.
+
+    The tables are measured with one thread. With t threads the products take a t-th of the time at
+    best, but what Python does in a call takes what it took (about 0.05 ms in inference, 0.5 ms in a
+    training step), so its share is t times as large. It is as in the table again where the call has
+    t times the work: t times the rows, or of a block twice as wide, whose weights are four times as
+    large, a quarter of that. So from the fewest rows of another kernel on, each step moves up by
+    this factor. What the table says of few rows holds for any t: there it is the size of the
+    weights alone that decides whether to call the kernels, see `steppe.ops.dispatch.pays`.
+
+    Args:
+        dtype: of the block.
+        family: see `family_of`.
+        threads: t.
+
+    Returns:
+        The tables from each width on; none where the kernels never pay. Not to be changed.
+    """
+    widths = _DENSITIES.get((dtype, family), {})
+    tables: dict[int, Tables] = {}
+    for width, end in pairwise([*sorted(widths), None]):
+        assert width is not None
+        wide, factor = width, float(threads)
+        tables[wide] = _for_team(widths[width], factor)
+        while factor > 1.0 and (end is None or 2 * wide < end):
+            wide, factor = 2 * wide, factor / 4
+            tables[wide] = _for_team(widths[width], factor)
+    return tables
+
+
+@lru_cache(maxsize=256)
+def candidate_tables(dtype: torch.dtype, family: str, threads: int) -> Tables:
+    """The built-in thresholds of the share of candidates, for a number of threads.
+
+    Args:
+        dtype: of the block.
+        family: see `family_of`.
+        threads: as of `density_tables`.
+
+    Returns:
+        The tables. Not to be changed.
+    """
+    return _for_team(_CANDIDATES.get((dtype, family), NEVER), float(threads))
+
+
+def tables_at(widths: Mapping[int, Tables], width: int) -> Tables:
+    """The tables of the last width that is not above one; `NEVER` below the first.
+
+    Args:
+        widths: tables by the width from which on they hold.
+        width: d_model of a block.
+    """
+    least = max((step for step in widths if step <= width), default=None)
+    return NEVER if least is None else widths[least]
+
+
+def reached(steps: Thresholds, rows: int) -> float:
+    """The threshold of the last step that is not above a number of rows; 0 below the first.
+
+    Args:
+        steps: by rows.
+        rows: of a call.
+
+    Example:
+        >>> reached({1: 0.5, 9: 0.0, 64: 0.25}, 100)
+        0.25
+    """
+    least = max((step for step in steps if step <= rows), default=None)
+    return 0.0 if least is None else steps[least]
+
+
+def overlaid(built_in: Tables, measured: Tables) -> Tables:
+    """Tables with some steps as they were measured.
+
+    More rows only ever gain more, once they are more than few. So a built-in step at more rows is
+    raised to what was measured at fewer.
+
+    Args:
+        built_in: the tables.
+        measured: thresholds by rows, any of them or none.
+
+    Example:
+        >>> overlaid({False: {1: 0.5, 64: 0.1}, True: {}}, {False: {16: 0.3}, True: {}})[False]
+        {1: 0.5, 16: 0.3, 64: 0.3}
+    """
+    tables: Tables = {}
+    for trains in (False, True):
+        own = measured[trains]
+        table = dict(sorted({**built_in[trains], **own}.items()))
+        least = 0.0
+        for rows in table:
+            if rows > FEW_ROWS:
+                if rows not in own:
+                    table[rows] = max(table[rows], least)
+                else:
+                    least = own[rows]
+        tables[trains] = table
+    return tables
+
+
+def _for_team(tables: Tables, factor: float) -> Tables:
+    """Tables whose steps of more than few rows come at `factor` times as many."""
+    if factor <= 1.0:
+        return tables
+    moved: Tables = {}
+    for trains, steps in tables.items():
+        moved[trains] = {rows: most for rows, most in steps.items() if rows <= FEW_ROWS}
+        if steps:
+            moved[trains][FEW_ROWS + 1] = 0.0
+        for rows, most in steps.items():
+            if rows > FEW_ROWS and most > 0.0:
+                moved[trains][int(rows * factor)] = most
+    return moved
