@@ -449,7 +449,7 @@ def test_a_model_that_is_watched_counts_the_same(shares: list[float]) -> None:
     for _ in range(2):
         del shares[:]
         assert counts() == expected
-    assert len(shares) == 2 * 2  # of a sample and of all tokens
+    assert len(shares) == 2
 
 
 def test_what_is_no_share_is_refused() -> None:
