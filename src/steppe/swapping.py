@@ -21,6 +21,7 @@ _SWAPPED = "_steppe_swapped"  # on a module whose class is swapped
 
 Reviver = Callable[[nn.Module], object]
 
+# Each class made here → the class that it stands for; by what it is made of; and for copies.
 _BASES: dict[type[nn.Module], type[nn.Module]] = {}
 _SUBCLASSES: dict[tuple[type[nn.Module] | None, ...], type[nn.Module]] = {}
 _COPIES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -39,23 +40,27 @@ class OwnHook:
             process.
     """
 
-    def __init__(self, hook: Callable[..., Any] | None, transient: bool = False) -> None:
+    def __init__(self, hook: Callable[..., Any], transient: bool = False) -> None:
         self._hook = hook
         self._transient = transient
         self.handle: RemovableHandle | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         """What the hook says."""
-        return None if self._hook is None else self._hook(*args, **kwargs)
+        return self._hook(*args)
 
     @property
     def is_gone(self) -> bool:
         """Whether this is what a copy has in place of a transient hook."""
-        return self._hook is None
+        return self._hook is _say_nothing
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As an object is copied by default; a transient one as one that does nothing."""
-        return (OwnHook, (None,)) if self._transient else super().__reduce_ex__(protocol)
+        return (OwnHook, (_say_nothing,)) if self._transient else super().__reduce_ex__(protocol)
+
+
+def _say_nothing(*args: Any) -> None:
+    """The hook of a copy of a transient one."""
 
 
 def is_own_hook(hook: object) -> bool:
@@ -250,7 +255,12 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
     ``copy.deepcopy`` takes no function that sets the state, and calls ``__setstate__``.
     """
     if kind not in _COPIES:
-        _COPIES[kind] = type(kind.__name__, (kind,), {"__setstate__": _setstate})
+        members = {
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+            "__setstate__": _setstate,
+        }
+        _COPIES[kind] = type(kind.__name__, (kind,), members)
     return object.__new__(_COPIES[kind])
 
 

@@ -313,7 +313,8 @@ def watch(
     ``attention_mask``, ``src_key_padding_mask``, or a decoder's ignored labels) count nowhere;
     dropout is not seen in the densities; a forward pass repeated by gradient checkpointing counts
     once. Works under autocast and ``torch.compile``. The hooks are gone afterwards, also when the
-    loop raises.
+    loop raises. A copy of the model that is made meanwhile (``copy.deepcopy``, ``torch.save``, a
+    process that is spawned) is not watched.
 
     With `gradients` the backward passes of the loop are measured too: augmented flatness and its
     factors, see `BlockReport`. The loop's own numbers do not change. Each sample's own loss is told
