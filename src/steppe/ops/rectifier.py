@@ -31,6 +31,13 @@ class _Rectifier(torch.autograd.Function):
         """Keep a, and the coefficients."""
         _, ctx.alpha, ctx.beta = inputs
         ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        """The tangent of a: that of p times σ′."""
+        (a,) = ctx.saved_tensors
+        return tangent * _slope_from_output(a, ctx.alpha, ctx.beta)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
