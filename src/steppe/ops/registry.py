@@ -55,7 +55,7 @@ def gather(matrix: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     return matrix[reference.positions(index, offsets, *matrix.shape)]
 
 
-@torch.library.custom_op("steppe::mlp", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@torch.library.custom_op("steppe::mlp", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def mlp(
     x: Tensor,
     activated: Tensor,
