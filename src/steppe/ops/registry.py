@@ -380,7 +380,7 @@ def _mlp_backward(ctx: Any, grad_z: Tensor | None, *_: Any) -> tuple[Tensor | No
         offsets,
         ctx.needs_input_grad[:7],
     )
-    wanted = zip(grads, ctx.needs_input_grad, strict=False)
+    wanted = zip(grads, ctx.needs_input_grad[:7], strict=True)
     return *(grad if needed else None for grad, needed in wanted), *(None,) * 7
 
 
