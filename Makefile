@@ -4,11 +4,13 @@
 #   make PIP_ARGS="..." install           more arguments for pip
 #   make PYTEST_ARGS="-k blocks -x" test  more arguments for pytest
 #   make DEMO_ARGS="--seeds 3" demo       more arguments for the demo
+#   make VERSIONS="3.12:2.8.0" test-versions   these pairs of Python and torch only
 
 PYTHON      ?= python3
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
+VERSIONS    ?=
 WORKERS     ?= 2
 
 VENV    := .venv
@@ -20,7 +22,7 @@ PENDING := $(VENV)/.installing
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results twins cost bench losses test test-slow test-screening test-native valgrind lint format clean
+.PHONY: help install demo results twins cost bench losses test test-slow test-screening test-versions test-native valgrind lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +63,10 @@ test-slow: $(STAMP) ## run the slow tests
 # Not by workers: the file counts the units of all its tests, and their product has two threads.
 test-screening: $(STAMP) ## screen a hundred million random units and count the missed ones: none
 	$(BIN)/pytest -m slow -s tests/ops/test_many_units.py $(PYTEST_ARGS)
+
+test-versions: $(STAMP) ## run every verb with each torch from the floor on (an hour, 10 GB to download)
+	$(BIN)/python tests/versions/run.py $(VERSIONS)
+	$(BIN)/python docs/render.py
 
 test-native: $(STAMP) ## test the kernels in C++, each instruction set, plain and with sanitizers
 	@for flags in "" address,undefined; do \

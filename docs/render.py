@@ -1,4 +1,4 @@
-"""Render the committed results into the README and docs/recipes.md, and the plot of the demo.
+"""Render the committed results into the README and the pages of docs, and the plot of the demo.
 
 python docs/render.py
 """
@@ -18,7 +18,8 @@ SPEED = "benchmarks/results/mlp_cpu.json"
 MONITOR_COST = "benchmarks/results/monitor_cost.json"
 TWINS = "docs/results/twins.json"
 LOSSES = "benchmarks/results/same_losses.json"
-PAGES = ("README.md", "docs/recipes.md", "docs/screening.md")
+VERSIONS = "docs/results/versions.json"
+PAGES = ("README.md", "docs/kernels.md", "docs/recipes.md", "docs/screening.md")
 
 
 def render(page: str) -> str:
@@ -37,6 +38,8 @@ def render(page: str) -> str:
         ),
         f"twins: {TWINS}": lambda: "\n" + twins_markdown(_read(TWINS)),
         f"losses: {LOSSES}": lambda: "\n" + losses_markdown(_read(LOSSES)),
+        f"versions: {VERSIONS}": lambda: versions_sentence(_read(VERSIONS)),
+        f"fullgraph setting: {VERSIONS}": lambda: versions_with_setting(_read(VERSIONS)),
     }
 
     def passage(match: re.Match[str]) -> str:
@@ -173,6 +176,36 @@ def losses_markdown(result: dict[str, Any]) -> str:
         + f"\n\nRelative distances over {result['steps']} steps with AdamW on the pydoc texts, two"
         " layers, one seed; `make losses`.\n"
     )
+
+
+def versions_sentence(result: dict[str, Any]) -> str:
+    """The oldest Python and torch, and all of those with which every verb is in order."""
+    good = [
+        row
+        for row in result["rows"]
+        if all(outcome.startswith("ok") for outcome in row["verbs"].values())
+    ]
+    pythons, torches = (_sorted({row[key] for row in good}) for key in ("python", "torch"))
+    floor = ".".join(torches[0].split(".")[:2])
+    return (
+        f"Python ≥ {pythons[0]}, PyTorch ≥ {floor}: every verb is run on Python"
+        f" {_and(pythons)} with PyTorch {_and(torches)}"
+    )
+
+
+def versions_with_setting(result: dict[str, Any]) -> str:
+    """The versions of torch in which `torch.compile(fullgraph=True)` needs a setting."""
+    verb = "torch.compile(fullgraph=True), accelerated"
+    found = {row["torch"] for row in result["rows"] if "with" in row["verbs"].get(verb, "")}
+    return _and(_sorted(found))
+
+
+def _sorted(versions: set[str]) -> list[str]:
+    return sorted(versions, key=lambda version: [int(number) for number in version.split(".")])
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join([*filter(None, [", ".join(words[:-1])]), words[-1]])
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ class TokenContext:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of the stack's forward."""
-        told = _by_name(self._parameters, args, kwargs)
+        told = arguments_by_name(self._parameters, args, kwargs)
         ids, embeds = told.get("input_ids"), told.get("inputs_embeds")
         if ids is not None:
             self.shape = (ids.numel() // ids.shape[-1], ids.shape[-1])
@@ -149,7 +149,7 @@ class DecoderLabels:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the labels."""
-        told = _by_name(self._parameters, args, kwargs)
+        told = arguments_by_name(self._parameters, args, kwargs)
         self._context.decoder_labels = told.get("labels")
 
 
@@ -188,11 +188,23 @@ def listen(
     return contexts, hooks
 
 
-def _by_name(
+def arguments_by_name(
     parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call by the names of the parameters."""
-    return {**dict(zip(parameters, args, strict=False)), **kwargs}
+    """The arguments of a call by the names of the parameters.
+
+    Args:
+        parameters: in order, as far as they have names; the rest of `args` gets none.
+        args: the positional arguments.
+        kwargs: the others.
+
+    Example:
+        >>> arguments_by_name(("x", "mask", "scale"), (1, 2), {"scale": 3})
+        {'x': 1, 'mask': 2, 'scale': 3}
+    """
+    # Not zip(strict=False): torch.compile of torch 2.8 refuses lengths that differ.
+    named = min(len(parameters), len(args))
+    return {**dict(zip(parameters[:named], args[:named], strict=True)), **kwargs}
 
 
 def _counted_tokens(told: dict[str, Any]) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from steppe.blocks import forward_parameters, shifts_labels, unwrap
 from steppe.errors import LossError
 from steppe.measures.flatness import new_loss_probe, tap_loss
-from steppe.tokens import IGNORED_LABEL
+from steppe.tokens import IGNORED_LABEL, arguments_by_name
 
 Reduction = Literal["mean", "sum"]
 _LABELS = ("labels", "label")
@@ -44,7 +44,7 @@ class LossContext:
         """Forward pre-hook on the model."""
         if not self.enabled or self.given:
             return
-        told = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        told = arguments_by_name(self._parameters, args, kwargs)
         labels = told.get("labels")
         self.scale = (
             sample_scale(labels, self._shifted, self.reduction, told.get("num_items_in_batch"))

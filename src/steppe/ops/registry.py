@@ -55,7 +55,7 @@ def gather(matrix: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     return matrix[reference.positions(index, offsets, *matrix.shape)]
 
 
-@torch.library.custom_op("steppe::mlp", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@torch.library.custom_op("steppe::mlp", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def mlp(
     x: Tensor,
     activated: Tensor,
@@ -411,7 +411,7 @@ def _mlp_backward(ctx: Any, grad_z: Tensor | None, *_: Any) -> tuple[Tensor | No
         offsets,
         ctx.needs_input_grad[:7],
     )
-    wanted = zip(grads, ctx.needs_input_grad, strict=False)
+    wanted = zip(grads, ctx.needs_input_grad[:7], strict=True)
     return *(grad if needed else None for grad, needed in wanted), *(None,) * 7
 
 
