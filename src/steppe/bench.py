@@ -146,7 +146,7 @@ PATTERNS = tuple(
         down="down",
         gate="gate" if gated else None,
         when=lambda owner, gated=gated: (  # type: ignore[misc]  # the default binds it now
-            type(owner) is Block and (owner.gate is not None) is gated
+            isinstance(owner, Block) and (owner.gate is not None) is gated
         ),
     )
     for gated in (False, True)

@@ -18,7 +18,7 @@ from steppe.ops.dispatch import Habit, max_density_for, pays
 from steppe.ops.few import FewBlock, why_not_laid_out
 from steppe.ops.native import kernels
 from steppe.ops.outcome import noted
-from steppe.ops.packing import forget
+from steppe.ops.packing import forget, marks_of, why_not_kept
 from steppe.ops.reference import Rule, Weights, mlp_from
 from steppe.ops.registry import mlp, rule_of, scatter
 from steppe.plugins.penalty import is_penalized
@@ -186,6 +186,11 @@ class Computation:
                 for name in ("weight", "bias")
             ]
             return None
+        sources = self._bias_sources()
+        self._unkept = next(filter(None, map(why_not_kept, sources)), "")
+        if self._unkept:
+            return None
+        mark = marks_of(sources)  # before the bias is made of them
         layers: list[Any] = layers_of(block)
         actual = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
         known = [parameter for _, _, parameter in self._parameters]
@@ -199,14 +204,16 @@ class Computation:
         self._unkept = why_not_laid_out(weights)
         if self._unkept:
             return None
-        threshold = threshold_of(block)
-        of_bias: list[Tensor] = []
-        if threshold is not None:
-            of_bias += [threshold.multiple, threshold.deviation]
-        bias = _bias(block.activated)
-        if bias is not None:
-            of_bias.append(bias)  # of which the weights may have a shifted copy
-        return FewBlock(weights, screens=limit > 0.0, stays=True, follows=of_bias)
+        return FewBlock(weights, screens=limit > 0.0, stays=True, derived=(sources, mark))
+
+    def _bias_sources(self) -> list[Tensor]:
+        """What the bias of the activated layer is made of, if it is not that layer's own."""
+        threshold = threshold_of(self.block)
+        sources = [] if threshold is None else [threshold.multiple, threshold.deviation]
+        if not sources and not self._sigma.shift:
+            return []
+        bias = _bias(self.block.activated)
+        return sources if bias is None else [*sources, bias]
 
     def _compute(self, route: Route, x: Tensor) -> Tensor:
         """A block from its input, and its support for whoever watches."""

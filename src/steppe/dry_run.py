@@ -77,19 +77,15 @@ def _check(route: Route, training: bool, with_gradients: bool) -> None:
         x = 2.0 * torch.randn(1, _TOKENS, route.block.d_model)
         x = x.to(weight.dtype)
         with_gradients = with_gradients and not weight.is_inference()
-        try:
-            route.trial = Trial.WITNESSED
-            own = _run(route.owner, x, with_gradients)
-        except Exception:  # of others' code: it may want more than an input, or have no gradient
-            return  # the witness of its first call will decide
-        finally:
-            route.trial = None
+        own = _run_own(route, x, with_gradients)
+        if own is None and with_gradients:  # its owner has no gradient
+            with_gradients, own = False, _run_own(route, x, False)
         mismatch = route.unfit.get(training)
-        if mismatch is None:
-            return  # the owner's forward pass goes another way
+        if mismatch is None or own is None:
+            return  # the witness of the first call will decide
         if not mismatch:
+            route.trial = Trial.ROUTED
             try:
-                route.trial = Trial.ROUTED
                 routed = _run(route.owner, x, with_gradients)
                 mismatch = _difference(own, routed, _TOLERANCE[weight.dtype])
             except Exception as error:  # a module of others' that cannot take what it gets
@@ -102,6 +98,17 @@ def _check(route: Route, training: bool, with_gradients: bool) -> None:
             f"{route.block.name}: is not the block that the pattern {route.block.family!r} describes:"
             f" {mode}, {mismatch}. Leave this block out: accelerate_(model, where=...)"
         )
+
+
+def _run_own(route: Route, x: Tensor, with_gradients: bool) -> _Results | None:
+    """A block by its own modules, before the eyes of a witness; None where it cannot be run alone."""
+    route.trial = Trial.WITNESSED
+    try:
+        return _run(route.owner, x, with_gradients)
+    except Exception:  # of others' code, which may want more than an input
+        return None
+    finally:
+        route.trial = None
 
 
 def _run(owner: nn.Module, x: Tensor, with_gradients: bool) -> _Results:

@@ -55,6 +55,18 @@ class SupportObserver(Protocol):
         """
 
 
+_observers: weakref.WeakKeyDictionary[nn.Module, list[SupportObserver]]
+_observers = weakref.WeakKeyDictionary()
+
+
+def observers_of(down: nn.Module) -> list[SupportObserver]:
+    """Who wants to be told of the routed calls of the block with this last layer; to be changed.
+
+    Beside the modules and not on a route, since a block may be routed while it is watched.
+    """
+    return _observers.setdefault(down, [])
+
+
 class RoutedComputation(Protocol):
     """What computes a block in a routed call."""
 
@@ -135,7 +147,7 @@ class Route:
         computation: computes the block from its input.
 
     Attributes:
-        observers: told of every routed call.
+        observers: told of every routed call; those of `observers_of` the block's `down`.
         dense_holds: how many want the block's own modules to run.
         unfit: by mode (training or not), why the block's wiring is not that of its pattern; empty if
             it is; no entry while nobody has looked.
@@ -152,7 +164,7 @@ class Route:
     ) -> None:
         self.block = block
         self.owner = owner
-        self.observers: list[SupportObserver] = []
+        self.observers = observers_of(block.down)
         self.dense_holds = 0
         self.unfit: dict[bool, str] = {}
         self.last: Outcome | None = None

@@ -17,7 +17,6 @@ from steppe.ops.calibration import use_remembered
 from steppe.ops.packing import declare_final
 from steppe.plugins.sparsify import sparsification_of
 from steppe.routing import Route, owners_of
-from steppe.sigma import sigma_of
 from steppe.surgery import Journal, forget_compiled_code
 from steppe.swapping import plain_class
 
@@ -124,14 +123,14 @@ def accelerate_(
     """
     settings = Settings(max_density, max_candidates, weights_are_final, check)
     root = unwrap(model)
-    for block in find_blocks(root, where, patterns):
-        _check(block)
-        sigma_of(block)
     old = acceleration_of(root)
     if old is not None:
         _decelerate(old)
     try:
-        _route(root, find_blocks(root, where, patterns), patterns, settings)
+        blocks = find_blocks(root, where, patterns)
+        for block in blocks:
+            _check(block)
+        _route(root, blocks, patterns, settings)
     except BaseException:  # also Ctrl-C: never half a model
         if old is not None:
             _route(root, old.blocks, old.patterns, replace(old.settings, check=False))
@@ -152,11 +151,12 @@ def _route(
     journal = Journal(transient=True)
     try:
         journal.hold_nested_tensors_off(root)
-        owners = owners_of(root, blocks)
+        computations = [
+            Computation(block, settings.max_density, settings.max_candidates) for block in blocks
+        ]
         routes = []
-        for block, owner in zip(blocks, owners, strict=True):
-            computation = Computation(block, settings.max_density, settings.max_candidates)
-            routes.append(Route(block, owner, computation))
+        for owner, computation in zip(owners_of(root, blocks), computations, strict=True):
+            routes.append(Route(computation.block, owner, computation))
             routes[-1].lay(root, journal)
         if settings.check:
             check_routes(routes)

@@ -30,7 +30,7 @@ from steppe.measures.flatness import COLUMNS, by_sample, new_probe, tap
 from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, scaled, sum_over
-from steppe.routing import route_of
+from steppe.routing import observers_of
 from steppe.surgery import Journal
 from steppe.tokens import TokenContext, listen
 
@@ -123,9 +123,7 @@ class Monitor:
     def observe_routes(self, journal: Journal) -> None:
         """Be told of the blocks that run around their own modules."""
         for observer in self._observers:
-            route = route_of(observer.block.down)
-            if route is not None:
-                journal.append(route.observers, observer)
+            journal.append(observers_of(observer.block.down), observer)
 
     def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor | None]]]:
         """The forward hooks that measure, with the modules they belong to."""

@@ -27,6 +27,7 @@ from steppe.ops.packing import (
     why_not_kept,
 )
 from steppe.ops.reference import Weights
+from steppe.ops.writes import Mark
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _TOO_MANY, _NO_MEMORY, _CHANGED = -1, -2, -3
@@ -51,7 +52,8 @@ class FewBlock:
         weights: of the block; all of one dtype that the kernels take.
         screens: whether to screen the first product where it pays.
         stays: whether it is for more than one call, so that changes of the weights must be noticed.
-        follows: what the weights follow from besides parameters that they are views of.
+        derived: what the weights that are no parameters, nor views of some, were made of, and what
+            that is to be checked by, taken before.
 
     Raises:
         KernelError: of a weight whose rows are not contiguous no copy may be kept.
@@ -61,12 +63,16 @@ class FewBlock:
     """
 
     def __init__(
-        self, weights: Weights, screens: bool, stays: bool, follows: Sequence[Tensor] = ()
+        self,
+        weights: Weights,
+        screens: bool,
+        stays: bool,
+        derived: tuple[Sequence[Tensor], Mark] = ((), Mark(())),
     ) -> None:
         hidden, width = weights.down.shape
         self.weights = weights
         # Before they are copied, so that no write in between is missed.
-        mark = marks_of(_copied(weights, screens) if stays else [])
+        mark = marks_of(_copied(weights, screens) if stays else []).joined(derived[1])
         laid_out = weights._replace(
             activated=kept_rows(weights.activated),
             up=None if weights.up is None else kept_rows(weights.up),
@@ -110,7 +116,7 @@ class FewBlock:
             for weight in weights
             if stays and weight is not None
         ]
-        given += follows
+        given += derived[0]
         self._state = [(weight, weight.data_ptr(), _version(weight)) for weight in given]
 
     def holds(self) -> bool:

@@ -8,7 +8,7 @@ address and version, and nothing was written to its memory since. Where writes c
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -110,7 +110,7 @@ def is_new(weight: Tensor) -> bool:
 
 
 def why_not_kept(weight: Tensor) -> str:
-    """Why no copies of a weight ``[N, D]`` are kept; empty if they are."""
+    """Why nothing that is made of a weight may be kept; empty if it may."""
     if not _is_dense(weight):
         return "a weight has gaps in memory"
     if is_final(weight) or watch_of(weight) is not None:
@@ -120,8 +120,12 @@ def why_not_kept(weight: Tensor) -> str:
     return f"copies of its weights could grow stale unseen: {why}; {cure}"
 
 
-def marks_of(weights: list[Tensor]) -> Mark:
-    """What copies of some weights are to be checked by; those that are final are not."""
+def marks_of(weights: Sequence[Tensor]) -> Mark:
+    """What is made of some weights after this is to be checked by; final ones are not.
+
+    Args:
+        weights: each of which `why_not_kept` has nothing against.
+    """
     watches = [watch_of(weight) for weight in weights if not is_final(weight)]
     return Mark([watch for watch in watches if watch is not None])
 
@@ -174,6 +178,8 @@ def _kept(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy
 
 
 def _is_dense(weight: Tensor) -> bool:
-    """Whether a matrix fills its part of the memory without gaps, in either order."""
+    """Whether a matrix fills its part of the memory without gaps, in either order; or a vector."""
+    if weight.ndim < 2:
+        return weight.is_contiguous()
     rows, columns = weight.shape
     return weight.stride() in ((columns, 1), (1, rows))

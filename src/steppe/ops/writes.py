@@ -102,6 +102,13 @@ class Mark:
         self._watches = tuple(watches)  # the array has their addresses
         self.copies = (Copied * len(watches))(*(watch.mark() for watch in watches))
 
+    def joined(self, other: Mark) -> Mark:
+        """A mark that holds as long as both do."""
+        both = Mark(())
+        both._watches = self._watches + other._watches
+        both.copies = (Copied * len(both._watches))(*self.copies, *other.copies)
+        return both
+
     def holds(self) -> bool:
         """Whether nothing was written to the weights."""
         return bool(library().steppe_copies_hold(self.copies, len(self.copies)))
