@@ -62,9 +62,24 @@ test-slow: $(STAMP) ## run the slow tests
 test-screening: $(STAMP) ## screen a hundred million random units and count the missed ones: none
 	$(BIN)/pytest -m slow -s tests/ops/test_many_units.py $(PYTEST_ARGS)
 
+# ThreadSanitizer comes with g++. It does not know libgomp, whose barriers it would take for races, so
+# tests/native/team.cpp stands in for that: whether g++ builds it and it runs here is tried first.
+RACE_TOOL := g++ with ThreadSanitizer
+
 test-native: $(STAMP) ## test the kernels in C++, each instruction set, plain and with sanitizers
-	@for flags in "" address,undefined; do \
-	  build=build/native-tests$${flags:+-sanitized}; \
+	@mkdir -p build; \
+	echo 'int main() { int n = 0;' \
+	  '_Pragma("omp parallel num_threads(2)") { _Pragma("omp atomic") n += 1; } return n != 2; }' \
+	  > build/race-probe.cpp; \
+	for flags in "" address,undefined thread; do \
+	  if [ "$$flags" = thread ] && ! { $${CXX:-c++} -std=c++17 -fsanitize=thread -fopenmp -c \
+	      build/race-probe.cpp -o build/race-probe.o && $${CXX:-c++} -std=c++17 -fsanitize=thread \
+	      build/race-probe.o tests/native/team.cpp -o build/race-probe && build/race-probe; \
+	    } > build/race-probe.log 2>&1; then \
+	    echo "no search for data races: $(RACE_TOOL) does not run here (build/race-probe.log)"; \
+	    continue; \
+	  fi; \
+	  build=build/native-tests$${flags:+-$${flags%%,*}}; \
 	  $(BIN)/cmake -S src/steppe/native -B $$build -DSTEPPE_TESTS=ON -DSTEPPE_SANITIZE=$$flags \
 	    && $(BIN)/cmake --build $$build --parallel $(WORKERS) \
 	    && $(BIN)/ctest --test-dir $$build --output-on-failure || exit 1; \
