@@ -62,10 +62,9 @@ test-slow: $(STAMP) ## run the slow tests
 test-screening: $(STAMP) ## screen a hundred million random units and count the missed ones: none
 	$(BIN)/pytest -m slow -s tests/ops/test_many_units.py $(PYTEST_ARGS)
 
-# ThreadSanitizer comes with g++. It does not know libgomp, whose barriers it would take for races, so
-# tests/native/team.cpp stands in for that: whether g++ builds it and it runs here is tried first.
-RACE_TOOL := g++ with ThreadSanitizer
-
+# Data races are searched for with ThreadSanitizer, which comes with g++. It does not see into libgomp,
+# across whose barriers all would seem to race, so tests/native/team.cpp stands in for that. Whether
+# that can be built and runs here is tried first.
 test-native: $(STAMP) ## test the kernels in C++, each instruction set, plain and with sanitizers
 	@mkdir -p build; \
 	echo 'int main() { int n = 0;' \
@@ -76,7 +75,7 @@ test-native: $(STAMP) ## test the kernels in C++, each instruction set, plain an
 	      build/race-probe.cpp -o build/race-probe.o && $${CXX:-c++} -std=c++17 -fsanitize=thread \
 	      build/race-probe.o tests/native/team.cpp -o build/race-probe && build/race-probe; \
 	    } > build/race-probe.log 2>&1; then \
-	    echo "no search for data races: $(RACE_TOOL) does not run here (build/race-probe.log)"; \
+	    echo "no search for data races: g++ with ThreadSanitizer does not run here (build/race-probe.log)"; \
 	    continue; \
 	  fi; \
 	  build=build/native-tests$${flags:+-$${flags%%,*}}; \

@@ -295,7 +295,7 @@ if __name__ == "__main__":
 RSS = """
 import gc, torch
 from pathlib import Path
-from ops.test_threads import block_of, forward, infer, train
+from ops.test_threads import block_of, forward, train
 
 def resident():
     gc.collect()
@@ -306,13 +306,14 @@ torch.set_num_threads(1)
 
 def calls(count):
     for i in range(count):
-        block = blocks[i % 4]
+        block, candidates = blocks[i // 2 % 4], float(i // 8 % 2)
         if i % 2:
-            train(*block, float(i // 4 % 2))
+            train(*block, candidates)
         else:
-            infer(*block, float(i // 4 % 2))
+            with torch.no_grad():
+                forward(*block, candidates, False)
 
-calls(3000)
+calls(2000)
 before = resident()
 calls(10_000)
 print(resident() - before)
