@@ -403,20 +403,6 @@ def library() -> Any:
     return loaded
 
 
-def threads() -> int:
-    """Size of the team: torch's number of threads.
-
-    One in a process that was forked after a team had run: a team's threads do not live on in a
-    forked process, where libgomp would wait for them without end. The results are the same bits.
-    """
-    if _team.is_lost:
-        return 1
-    number = torch.get_num_threads()
-    if number > 1:
-        _team.has_run = True
-    return number
-
-
 class _Team:
     """Whether this process has had a team of threads, and whether it has lost it by a fork."""
 
@@ -431,6 +417,20 @@ class _Team:
 _team = _Team()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_team.fork)
+
+
+def threads() -> int:
+    """Size of the team: torch's number of threads.
+
+    One in a process that was forked after a team had run: a team's threads do not live on in a
+    forked process, where libgomp would wait for them without end. The results are the same bits.
+    """
+    if _team.is_lost:
+        return 1
+    number = torch.get_num_threads()
+    if number > 1:
+        _team.has_run = True
+    return number
 
 
 def dtype_code(tensor: Tensor) -> int:
