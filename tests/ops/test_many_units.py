@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -85,9 +86,13 @@ def active_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return ~(p <= 0)
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+def screening_threads() -> Iterator[None]:
+    """Have the kernels more threads in each round, and torch's product as many as are of use."""
+    for threads in itertools.cycle((1, 3, 17)):
+        torch.set_num_threads(threads)
+        yield
+        torch.set_num_threads(min(2, os.cpu_count() or 1))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +119,12 @@ def test_no_unit_of_many_rows_is_missed(
     draw: Draw, dtype: torch.dtype, checked: dict[str, int]
 ) -> None:
     units = candidates = 0
+    threads = screening_threads()
     for x, weight, bias in blocks(draw, 1024, seed=1):
         x, weight, bias = (part.to(dtype) for part in (x, weight, bias))
+        next(threads)
         found = find_candidates(x, screen_of(weight), bias)
+        next(threads)
         assert found is not None
         bits = found.masks.view(torch.uint8)[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
         listed = bits.bool().flatten(1)
@@ -136,6 +144,7 @@ def test_no_unit_of_few_rows_is_missed(
     draw: Draw, dtype: torch.dtype, checked: dict[str, int]
 ) -> None:
     units = candidates = 0
+    threads = screening_threads()
     for x, weight, bias in blocks(draw, 64 * DECODE_ROWS, seed=2):
         x, weight, bias = (part.to(dtype) for part in (x, weight, bias))
         block = FewBlock(Weights(weight, bias, None, None, weight, None), True, stays=True)
@@ -143,11 +152,13 @@ def test_no_unit_of_few_rows_is_missed(
         # Multiplied with NaN, all candidates stay listed.
         block._structure.w, block._structure.w_stride = nan.data_ptr(), weight.shape[1]
         listed = torch.empty(len(x), len(weight), dtype=torch.bool)
+        next(threads)
         for start in range(0, len(x), DECODE_ROWS):
             rows = x[start : start + DECODE_ROWS]
             r, z = rows.new_empty(DECODE_ROWS, len(weight)), torch.empty_like(rows)
             assert block.run(rows, (1.0, 0.0), 1.0, 1.0, (z, r, r))
             listed[start : start + DECODE_ROWS] = r.isnan()
+        next(threads)
         active = active_of(x.float(), weight.float(), bias.float())
         active |= ~(of_few_rows(x, weight, bias) <= 0)
         assert note(checked, active, listed) == 0

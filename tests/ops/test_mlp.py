@@ -86,6 +86,7 @@ def run(
     rule=st.sampled_from(RULES),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     trains=st.booleans(),
+    threads=st.sampled_from([1, 3, 17]),
     seed=st.integers(0, 99),
 )
 def test_forward_and_backward_are_those_of_float64_on_the_same_support(
@@ -97,9 +98,11 @@ def test_forward_and_backward_are_those_of_float64_on_the_same_support(
     rule: tuple[float, float],
     dtype: torch.dtype,
     trains: bool,
+    threads: int,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
+    torch.set_num_threads(threads)
     rule_ = Rule(*rule, 0.0)
     weights = weights_for(width, hidden, gated, dtype, shift)
     leaves = [None if w is None else w.requires_grad_() for w in weights]
@@ -156,13 +159,13 @@ def test_the_error_is_at_most_twice_that_of_dense_torch(dtype: torch.dtype) -> N
 
 
 @native
-@pytest.mark.parametrize("rows", [3, 100])
+@pytest.mark.parametrize("rows", [1, 3, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_are_the_same_bits_for_any_number_of_threads(rows: int, dtype: torch.dtype) -> None:
     weights = weights_for(130, 777, True, dtype)
     p = torch.randn(rows, 777).to(dtype)
     results = []
-    for threads in (1, 2, 3, 2):
+    for threads in (1, 2, 3, 17, 64, 2):
         torch.set_num_threads(threads)
         listed = calls.compact(p)
         assert listed is not None
@@ -214,7 +217,9 @@ def test_above_the_density_limit_the_block_runs_dense_and_keeps_all() -> None:
 
 
 @native
-def test_nan_and_infinity_propagate_as_in_dense() -> None:
+@pytest.mark.parametrize("threads", [1, 3, 17])
+def test_nan_and_infinity_propagate_as_in_dense(threads: int) -> None:
+    torch.set_num_threads(threads)
     weights = weights_for(16, 64, False, torch.float32)
     for bad in (float("nan"), float("inf")):
         x = torch.randn(20, 16)
@@ -226,8 +231,12 @@ def test_nan_and_infinity_propagate_as_in_dense() -> None:
 
 
 @native
+@pytest.mark.parametrize("threads", [1, 3, 17])
 @pytest.mark.parametrize("gated", [False, True])
-def test_dropout_keeps_the_mean_and_its_gradient_uses_the_same_mask(gated: bool) -> None:
+def test_dropout_keeps_the_mean_and_its_gradient_uses_the_same_mask(
+    gated: bool, threads: int
+) -> None:
+    torch.set_num_threads(threads)
     weights = weights_for(32, 4096, gated, torch.float32)
     x = torch.randn(64, 32, requires_grad=True)
     rule = Rule(1.0, 0.5, 0.25)

@@ -146,6 +146,7 @@ def assert_those_of_the_definition(
     with_bias=st.booleans(),
     transposed=st.booleans(),
     gap=st.sampled_from([0, 3]),
+    threads=st.sampled_from([1, 3, 17]),
     seed=st.integers(0, 999),
 )
 def test_the_candidates_are_those_of_the_definition(
@@ -159,11 +160,13 @@ def test_the_candidates_are_those_of_the_definition(
     with_bias: bool,
     transposed: bool,
     gap: int,
+    threads: int,
     seed: int,
 ) -> None:
     if find is of_few and not width * hidden:
         return  # such a block has nothing to lay out
     torch.manual_seed(seed)
+    torch.set_num_threads(threads)
     x = torch.randn(rows, width + gap).to(dtype)[:, :width]
     weight = (torch.randn(hidden, width) * max(width, 1) ** -0.5).to(dtype)
     if transposed:
@@ -297,9 +300,11 @@ def computed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shift", [-99.0, -1.0, 99.0])
 @pytest.mark.parametrize("rows", [0, 1, 6, 97])
+@pytest.mark.parametrize("threads", [1, 3, 17])
 def test_what_is_listed_is_what_compact_lists_of_the_product(
-    rows: int, shift: float, dtype: torch.dtype
+    threads: int, rows: int, shift: float, dtype: torch.dtype
 ) -> None:
+    torch.set_num_threads(threads)
     x, weight = torch.randn(rows, 130).to(dtype), (torch.randn(333, 130) / 11).to(dtype)
     x[:2], bias = math.nan, (torch.randn(333) + shift).to(dtype)
     found = find_candidates(x, screen_of(weight), bias)
@@ -313,12 +318,12 @@ def test_what_is_listed_is_what_compact_lists_of_the_product(
     assert len(values) == int((~(p <= 0)).sum())
 
 
-@pytest.mark.parametrize("rows", [4, 150])
+@pytest.mark.parametrize("rows", [1, 4, 150])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_are_the_same_bits_for_any_number_of_threads(rows: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(rows, 300).to(dtype), (torch.randn(1000, 300) / 17).to(dtype)
     bias, results = (torch.randn(1000) - 1).to(dtype), []
-    for threads in (1, 2, 3, 2):
+    for threads in (1, 2, 3, 17, 64, 2):
         torch.set_num_threads(threads)
         screen = screen_of(weight)
         found = find_candidates(x, screen, bias)

@@ -94,6 +94,7 @@ def screens(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     trains=st.booleans(),
     transposed=st.booleans(),
     with_bias=st.booleans(),
+    threads=st.sampled_from([1, 3, 17]),
     seed=st.integers(0, 999),
 )
 def test_the_same_active_set_values_and_gradients(
@@ -107,9 +108,11 @@ def test_the_same_active_set_values_and_gradients(
     trains: bool,
     transposed: bool,
     with_bias: bool,
+    threads: int,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
+    torch.set_num_threads(threads)
     weights = weights_for(width, hidden, gated, dtype, shift)
     if not with_bias:
         weights = weights._replace(activated_bias=None, up_bias=None, down_bias=None)

@@ -1,6 +1,8 @@
 // Packing: the panels of a matrix.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 
 #include "vector.h"
@@ -117,6 +119,13 @@ inline void pack_part(const Matrix<E> &m, int64_t first_panel, int64_t last_pane
       for (int64_t row = 0; row < rows; row += kRowBlock) block(panel, row);
     }
   }
+}
+
+// The place in memory with `places` of them for what a task packs for itself. Used again by the same
+// thread, it is still in that thread's second-level cache; but there are places for the tasks only, so
+// where there may be more threads than places each task has its own.
+inline int64_t place_of(int64_t task, int64_t places, int threads) {
+  return threads <= places ? omp_get_thread_num() : task;
 }
 
 template <typename E>

@@ -6,8 +6,6 @@
 // that is used once, the thread that works on a tile packs the tile's rows.
 #pragma once
 
-#include <omp.h>
-
 #include <memory>
 #include <new>
 
@@ -112,7 +110,8 @@ int sampled(const int16_t *index, const int64_t *offsets, int64_t T, int64_t til
       int64_t step = N * kPanel;
       if (packs_each) {
         step = units * kPanel;
-        part = panels + omp_get_thread_num() * panel_count * tile * kPanel;
+        // The last tile may be narrower than a place that any tile fits into.
+        part = panels + place_of(j, N / tile, threads) * panel_count * tile * kPanel;
         pack_part(m, 0, panel_count, j * tile, units, part);
       }
       for (int64_t i = list[first]; i < list[last]; ++i) {

@@ -7,8 +7,6 @@
 // from it: what it writes stays in its second-level cache.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -221,7 +219,7 @@ int spmm(const E *values, const int16_t *index, const int64_t *offsets, int64_t 
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t first = c * chunk, last = std::min(first + chunk, T);
         if (!sums || first >= last) continue;
-        E *panel = panels + (packs_each ? omp_get_thread_num() : k) * N * kPanel;
+        E *panel = panels + (packs_each ? place_of(k, panel_count, threads) : k) * N * kPanel;
         const int64_t width = std::min(kPanel, m.columns - k * kPanel);
         if (packs_each) {
           pack_part(m, k, k + 1, 0, N, panel);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
+#include <utility>
 
 #include "vector.h"
 
@@ -25,25 +25,22 @@ void transpose(const E *values_a, const E *values_b, const int16_t *index, const
       for (int64_t i = first; i < last; ++i) ++counts[index[i]];
     }
   }
-  for (int64_t i = 1; i <= tiles_t * N; ++i) offsets_t[i] += offsets_t[i - 1];
-  // Then each entry to its place, rows in order.
-#pragma omp parallel num_threads(threads)
-  {
-    // The places of one tile; an OpenMP thread has 2 MB of stack and more.
-    int64_t next[kMaxTile];
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t r = 0; r < tiles_t; ++r) {
-      for (int64_t j = 0; j < tiles; ++j) {
-        const int64_t width = std::min(tile, N - j * tile);
-        std::copy_n(offsets_t + r * N + j * tile, width, next);
-        const int64_t *list = offsets + j * T;
-        for (int64_t t = r * tile_t; t < std::min((r + 1) * tile_t, T); ++t) {
-          for (int64_t i = list[t]; i < list[t + 1]; ++i) {
-            const int64_t to = next[index[i]]++;
-            index_t[to] = int16_t(t - r * tile_t);
-            values_a_t[to] = values_a[i];
-            if (values_b != nullptr) values_b_t[to] = values_b[i];
-          }
+  // Then where the entries begin, still one place to the right: it is the place of the next entry, and
+  // when all entries have theirs it has become where the next column begins.
+  int64_t entries = 0;
+  for (int64_t i = 1; i <= tiles_t * N; ++i) entries += std::exchange(offsets_t[i], entries);
+  // Each entry to its place, rows in order.
+#pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
+  for (int64_t r = 0; r < tiles_t; ++r) {
+    for (int64_t j = 0; j < tiles; ++j) {
+      int64_t *next = offsets_t + r * N + j * tile + 1;
+      const int64_t *list = offsets + j * T;
+      for (int64_t t = r * tile_t; t < std::min((r + 1) * tile_t, T); ++t) {
+        for (int64_t i = list[t]; i < list[t + 1]; ++i) {
+          const int64_t to = next[index[i]]++;
+          index_t[to] = int16_t(t - r * tile_t);
+          values_a_t[to] = values_a[i];
+          if (values_b != nullptr) values_b_t[to] = values_b[i];
         }
       }
     }

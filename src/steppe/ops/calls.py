@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ class _Scratch(threading.local):
         size = math.prod(shape) * like.element_size()
         if name not in self._buffers or len(self._buffers[name]) < size:
             self._buffers[name] = lasting((size,), torch.uint8)
-        self._taken[name] = self._buffers[name][:size].view(like.dtype).view(shape)
+        with torch.inference_mode(False):  # the next call may be in another mode
+            self._taken[name] = self._buffers[name][:size].view(like.dtype).view(shape)
         return self._taken[name]
 
 
@@ -130,19 +132,21 @@ def lasting(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """New memory for a copy that is kept, on large pages where the system gives them.
 
     Of a copy that lies in memory and not in a cache, finding the pages takes a fifth of the time.
+    It is an ordinary tensor whatever mode the call is in, as calls in other modes write to it.
 
     Args:
         shape: of the tensor.
         dtype: of the tensor.
     """
     size = math.prod(shape) * dtype.itemsize
-    if size < _LARGE_PAGE // 2:
-        return torch.empty(shape, dtype=dtype)
-    whole = ceil_div(size, _LARGE_PAGE) * _LARGE_PAGE
-    memory = torch.empty(whole + _LARGE_PAGE, dtype=torch.uint8)
-    start = -memory.data_ptr() % _LARGE_PAGE
-    library().steppe_prefer_large_pages(memory.data_ptr() + start, whole, False)
-    return memory[start : start + size].view(dtype).view(shape)
+    with torch.inference_mode(False):
+        if size < _LARGE_PAGE // 2:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        whole = ceil_div(size, _LARGE_PAGE) * _LARGE_PAGE
+        memory = torch.empty(whole + _LARGE_PAGE, dtype=torch.uint8, device="cpu")
+        start = -memory.data_ptr() % _LARGE_PAGE
+        library().steppe_prefer_large_pages(memory.data_ptr() + start, whole, False)
+        return memory[start : start + size].view(dtype).view(shape)
 
 
 def prefer_large_pages(matrix: Tensor) -> None:
@@ -183,9 +187,9 @@ def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | Non
     blocks = ceil_div(columns, TILE_UNIT)
     tile = balanced(blocks, tile_for(density, rows, p.dtype))
     tiles = ceil_div(blocks * TILE_UNIT, tile)
-    offsets = torch.empty(tiles * rows + 1, dtype=torch.int64)
+    offsets = torch.empty(tiles * rows + 1, dtype=torch.int64, device="cpu")
     entries = library().steppe_offsets(counts.data_ptr(), rows, columns, tile, offsets.data_ptr())
-    support = Support(torch.empty(entries, dtype=torch.int16), offsets, rows, columns)
+    support = Support(torch.empty(entries, dtype=torch.int16, device="cpu"), offsets, rows, columns)
     values = p.new_empty(entries)
     library().steppe_fill(
         p.data_ptr(),
@@ -205,7 +209,7 @@ def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | Non
 def _counts(p: Tensor) -> Tensor:
     """Number of active entries of each row and each 64 columns, int32 ``[T · ⌈F / 64⌉]``."""
     rows, columns = p.shape
-    counts = torch.empty(rows * ceil_div(columns, TILE_UNIT), dtype=torch.int32)
+    counts = torch.empty(rows * ceil_div(columns, TILE_UNIT), dtype=torch.int32, device="cpu")
     library().steppe_count(
         p.data_ptr(), dtype_code(p), rows, columns, p.stride(0), counts.data_ptr(), threads()
     )
@@ -323,7 +327,7 @@ def transpose(support: Support, *values: Tensor) -> tuple[Support, list[Tensor]]
     tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
     turned = Support(
         torch.empty_like(support.index),
-        torch.empty(tiles * columns + 1, dtype=torch.int64),
+        torch.empty(tiles * columns + 1, dtype=torch.int64, device="cpu"),
         columns,
         rows,
     )
@@ -399,9 +403,34 @@ def library() -> Any:
     return loaded
 
 
+class _Team:
+    """Whether this process has had a team of threads, and whether it has lost it by a fork."""
+
+    def __init__(self) -> None:
+        self.has_run = self.is_lost = False
+
+    def fork(self) -> None:
+        """Note that this process is a new one."""
+        self.is_lost = self.has_run
+
+
+_team = _Team()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_team.fork)
+
+
 def threads() -> int:
-    """Size of the team."""
-    return torch.get_num_threads()
+    """Size of the team: torch's number of threads.
+
+    One in a process that was forked after a team had run: a team's threads do not live on in a
+    forked process, where libgomp would wait for them without end. The results are the same bits.
+    """
+    if _team.is_lost:
+        return 1
+    number = torch.get_num_threads()
+    if number > 1:
+        _team.has_run = True
+    return number
 
 
 def dtype_code(tensor: Tensor) -> int:

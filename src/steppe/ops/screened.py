@@ -192,11 +192,11 @@ def compact_product(
         refuse(f"masks {(rows, blocks)}, got {tuple(found.masks.shape)}")
     tile = balanced(blocks, tile_for(found.share, rows, x.data.dtype))
     tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
-    offsets = torch.empty(tiles * rows + 1, dtype=torch.int64)
+    offsets = torch.empty(tiles * rows + 1, dtype=torch.int64, device="cpu")
     entries = library().steppe_offsets(
         found.counts.data_ptr(), rows, columns, tile, offsets.data_ptr()
     )
-    index = torch.empty(entries, dtype=torch.int16)
+    index = torch.empty(entries, dtype=torch.int16, device="cpu")
     library().steppe_list_masks(
         found.masks.data_ptr(),
         rows,
@@ -221,8 +221,8 @@ def compact_product(
         tile, tiles, blocks, tile_for(kept / max(rows * columns, 1), rows, values.dtype)
     )
     support = Support(
-        torch.empty(kept, dtype=torch.int16),
-        torch.empty(ceil_div(tiles, merged) * rows + 1, dtype=torch.int64),
+        torch.empty(kept, dtype=torch.int16, device="cpu"),
+        torch.empty(ceil_div(tiles, merged) * rows + 1, dtype=torch.int64, device="cpu"),
         rows,
         columns,
     )
@@ -260,12 +260,14 @@ def _padded(width: int) -> int:
 @lru_cache(maxsize=64)
 def _like(dtype: torch.dtype) -> Tensor:
     """A tensor to tell `scratch` a dtype."""
-    return torch.empty(0, dtype=dtype)
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=dtype, device="cpu")
 
 
 @lru_cache(maxsize=64)
 def _sampled_rows(rows: int) -> Tensor:
     """Different rows, one in `_SAMPLED`, by steps of the golden ratio."""
     count = min(max(ceil_div(rows, _SAMPLED), 2), rows)
-    steps = torch.arange(count, dtype=torch.float64) * _GOLDEN % 1.0
-    return (steps * rows).long().unique()
+    with torch.inference_mode(False):  # kept for calls in any mode
+        steps = torch.arange(count, dtype=torch.float64, device="cpu") * _GOLDEN % 1.0
+        return (steps * rows).long().unique()
