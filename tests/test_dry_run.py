@@ -1,4 +1,4 @@
-"""`accelerate_` refuses a block that is not what its pattern says, and changes nothing by looking."""
+"""`accelerate_` refuses a block that is not what its pattern says, and looking changes nothing."""
 
 from __future__ import annotations
 
@@ -136,9 +136,7 @@ def test_unchecked_blocks_are_looked_at_in_their_first_call(
 @pytest.mark.parametrize("gated", [False, True])
 def test_an_ordinary_block_is_routed_from_its_second_call_on(gated: bool) -> None:
     plain = Block(WIDTH, HIDDEN, gated=gated)
-    fast = steppe.accelerate_(
-        copy.deepcopy(plain), patterns=PATTERNS, max_density=1.0, check=False
-    )
+    fast = steppe.accelerate_(copy.deepcopy(plain), patterns=PATTERNS, max_density=1.0, check=False)
     x = torch.randn(12, WIDTH)
     assert torch.equal(fast(x), plain(x))
     fast(x)
@@ -180,7 +178,7 @@ def test_a_subclass_of_linear_is_refused(part: str, kind: type[nn.Linear]) -> No
 def test_a_subclass_of_dropout_is_refused() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
     layer.dropout = Masked()
-    with pytest.raises(AccelerationError, match="got Masked, a subclass of nn.Dropout"):
+    with pytest.raises(AccelerationError, match=r"got Masked, a subclass of nn.Dropout"):
         steppe.accelerate_(layer)
 
 
@@ -189,7 +187,7 @@ def test_a_forward_that_was_replaced_is_refused(part: str) -> None:
     block = Block(WIDTH, HIDDEN)
     module = getattr(block, part)
     module.forward = module.forward
-    with pytest.raises(AccelerationError, match="the forward of .* was replaced"):
+    with pytest.raises(AccelerationError, match=r"the forward of .* was replaced"):
         steppe.accelerate_(block, patterns=PATTERNS)
 
 

@@ -264,9 +264,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_others_change_later_is_computed(
-    change: Callable[[Block], None], x: Tensor
-) -> None:
+def test_what_others_change_later_is_computed(change: Callable[[Block], None], x: Tensor) -> None:
     plain, fast = pair()
     fast(x)
     before = plain(x)
@@ -322,9 +320,7 @@ def test_transforms_of_torch_func_are_right(gated: bool) -> None:
     for model in (plain, fast):
         values = dict(model.named_parameters())
 
-        def loss(
-            values: dict[str, Tensor], model: nn.Module = model
-        ) -> Tensor:
+        def loss(values: dict[str, Tensor], model: nn.Module = model) -> Tensor:
             z: Tensor = torch.func.functional_call(model, values, (x,))
             return z.square().sum()
 
@@ -433,7 +429,9 @@ def test_compiled_code_knows_of_hooks_and_of_wiring(name: str) -> None:
     inputs = models.inputs_for(model)
     expected = model(**inputs).logits
     steppe.accelerate_(model, max_density=1.0, check=False)
-    assert torch.allclose(torch.compile(model, backend="aot_eager")(**inputs).logits, expected, atol=1e-5)
+    assert torch.allclose(
+        torch.compile(model, backend="aot_eager")(**inputs).logits, expected, atol=1e-5
+    )
     torch.compiler.reset()
     model(**inputs)
     block = steppe.find_blocks(model)[0]

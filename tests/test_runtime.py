@@ -75,9 +75,7 @@ def assert_same(
     ids=["plain", "sparsified"],
 )
 @pytest.mark.parametrize("name", MODELS)
-def test_every_architecture_computes_and_learns_the_same(
-    name: str, plugins: list
-) -> None:
+def test_every_architecture_computes_and_learns_the_same(name: str, plugins: list) -> None:
     model = MODELS[name]().eval()
     if plugins:
         steppe.sparsify_(model, plugins)

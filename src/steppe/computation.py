@@ -251,7 +251,9 @@ class Computation:
         """The block's parameters as the op takes them, each ``[F, D]``."""
         block, shift = self.block, self._sigma.shift
         layers = zip(layers_of(block), self._is_transposed, strict=True)
-        matrices = [w.T if turned else w for w, turned in ((linear_weight(a), b) for a, b in layers)]
+        matrices = [
+            w.T if turned else w for w, turned in ((linear_weight(a), b) for a, b in layers)
+        ]
         up = None if block.gate is None else block.up
         weight, bias = matrices[0], activated_bias(block)
         if shift:

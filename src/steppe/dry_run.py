@@ -33,8 +33,8 @@ _Results = dict[str, Tensor]
 def check_routes(routes: Sequence[Route]) -> None:
     """Compare each block on the kernels with its own modules.
 
-    Blocks that cannot be run alone are left to the witness of their first call. Gradients are compared
-    for the first block of each kind: those of the same modules in the same order are wired alike.
+    Blocks that cannot be run alone are left to the witness of their first call. Gradients are
+    compared for the first block of each kind: those of the same modules are wired alike.
 
     Args:
         routes: of the blocks.
@@ -71,7 +71,9 @@ def _check(route: Route, training: bool, with_gradients: bool) -> None:
         for layer in layers_of(route.block)
         for parameter in layer.parameters()
     )
-    if not is_ordinary or weight.dtype not in DTYPES or route.foreign() or route.computation.unfit():
+    if not is_ordinary or weight.dtype not in DTYPES:
+        return
+    if route.foreign() or route.computation.unfit():
         return
     with _alone(route.owner, training):
         x = 2.0 * torch.randn(1, _TOKENS, route.block.d_model)
@@ -95,13 +97,13 @@ def _check(route: Route, training: bool, with_gradients: bool) -> None:
     if mismatch:
         mode = "in training" if training else "in evaluation"
         raise AccelerationError(
-            f"{route.block.name}: is not the block that the pattern {route.block.family!r} describes:"
-            f" {mode}, {mismatch}. Leave this block out: accelerate_(model, where=...)"
+            f"{route.block.name}: is not the block that the pattern {route.block.family!r}"
+            f" describes: {mode}, {mismatch}. Leave this block out: accelerate_(model, where=...)"
         )
 
 
 def _run_own(route: Route, x: Tensor, with_gradients: bool) -> _Results | None:
-    """A block by its own modules, before the eyes of a witness; None where it cannot be run alone."""
+    """A block by its own modules, seen by a witness; None where it cannot be run alone."""
     route.trial = Trial.WITNESSED
     try:
         return _run(route.owner, x, with_gradients)

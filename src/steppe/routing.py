@@ -6,9 +6,9 @@ That works wherever the modules hang, also in layers whose MLP is no module of i
 
 A call begins where the forward pass of the block's owner does, the innermost module that holds all
 its parts, and belongs to one thread. Whether it is routed is decided once, by the first part that
-runs. A part that is called for itself, as by somebody who reads pre-activations, does what it always
-did. While torch.compile traces there are no such calls: parts then tell a routed call by the width of
-what they get, which is the model's and not the hidden one.
+runs. A part that is called for itself, as by somebody who reads pre-activations, does what it
+always did. While torch.compile traces there are no such calls: parts then tell a routed call by the
+width of their input, which is the model's and not the hidden one.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ class Route:
     Attributes:
         observers: told of every routed call; those of `observers_of` the block's `down`.
         dense_holds: how many want the block's own modules to run.
-        unfit: by mode (training or not), why the block's wiring is not that of its pattern; empty if
-            it is; no entry while nobody has looked.
+        unfit: by mode (training or not), why the block's wiring is not that of its pattern; empty
+            if it is; no entry while nobody has looked.
         last: how the block ran last, or None.
         calls: number of calls so far, by how they ran.
         trial: how the next calls are to run, whatever it costs; for `steppe.dry_run` alone.
@@ -216,7 +216,7 @@ class Route:
         self.unfit[self.block.down.training] = witness.mismatch
 
     def foreign(self) -> str:
-        """What of others is on the block, so that its own modules have to run; empty for nothing."""
+        """Why the block's own modules must run: what others have done to it; empty for nothing."""
         for name in _GLOBAL_HOOKS:
             hooks = getattr(global_hooks, name)
             if hooks and not all(map(is_own_hook, hooks.values())):
@@ -236,7 +236,11 @@ class Route:
                 return "watch(gradients=True) measures the block's own modules"
         if torch.compiler.is_compiling():
             return _reason_when_traced(self._number) or self.computation.refuses(x)
-        return self.foreign() or self.unfit.get(self.block.down.training, "") or self.computation.refuses(x)
+        return (
+            self.foreign()
+            or self.unfit.get(self.block.down.training, "")
+            or self.computation.refuses(x)
+        )
 
     def lay(self, root: nn.Module, journal: Journal) -> None:
         """Put the route into the model.
@@ -286,7 +290,7 @@ _by_number: weakref.WeakValueDictionary[int, Route] = weakref.WeakValueDictionar
 _numbers = itertools.count()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _reason_when_traced(number: int) -> str:
     """Why a block that torch.compile traces runs its own modules; empty if it need not.
 
@@ -321,7 +325,9 @@ def owners_of(root: nn.Module, blocks: Sequence[MLPBlock]) -> list[nn.Module]:
     for block in blocks:
         parts = [block.up, block.down, block.gate, block.dropout, block.act_slot.module]
         known = [names[id(part)].split(".") for part in parts if part is not None]
-        shared = list(itertools.takewhile(lambda level: len(set(level)) == 1, zip(*known, strict=False)))
+        shared = list(
+            itertools.takewhile(lambda level: len(set(level)) == 1, zip(*known, strict=False))
+        )
         path = ".".join(level[0] for level in shared)
         owner = root.get_submodule(path)
         while owner in parts[:-1]:  # `act_slot.module` may be the owner, the others are its parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,22 +75,22 @@ def accelerate_(
     """Run the MLP blocks of a ReLU-type model on exact sparse kernels, forward and backward.
 
     The same function at any density: nothing is dropped and nothing is predicted. Of a block's
-    products only those terms are computed that its active entries need. Which they are is known from
-    the first product, or, where few can be, from an int8 product and a bound that misses none. For
-    backward a block keeps the list of its active entries. Call it after `sparsify_`; calling it again
-    starts over.
+    products only those terms are computed that its active entries need. Which they are is known
+    from the first product, or, where few can be, from an int8 product and a bound that misses none.
+    For backward a block keeps the list of its active entries. Call it after `sparsify_`; calling it
+    again starts over.
 
-    Parameters stay the same objects under the same names. A block runs its own modules, dense, where
-    too many entries are active or there is too little to do, and wherever the kernels would compute
-    something else: while a hook that is not steppe's is on one of its modules, a module or its
-    ``forward`` has been replaced, or torch.func transforms the call. So it does for dtypes other
-    than float32 and bfloat16 and for other devices than the CPU. `explain` says how each block ran
-    last, and why. `watch` and `measure` go on working.
+    Parameters stay the same objects under the same names. A block runs its own modules, dense,
+    where too many entries are active or there is too little to do, and wherever the kernels would
+    compute something else: while a hook that is not steppe's is on one of its modules, a module or
+    its ``forward`` has been replaced, or torch.func transforms the call. So it does for dtypes
+    other than float32 and bfloat16 and for other devices than the CPU. `explain` says how each
+    block ran last, and why. `watch` and `measure` go on working.
 
-    In inference the kernels read copies of some weights in another layout. A copy is used only while
-    nothing was written to its weight, whether through PyTorch, ``.data`` or NumPy, as the system's
-    page protection tells (Linux 6.7 and newer). Elsewhere no copies are kept, and blocks of few
-    tokens run dense, unless `weights_are_final`.
+    In inference the kernels read copies of some weights in another layout. A copy is used only
+    while nothing was written to its weight, whether through PyTorch, ``.data`` or NumPy, as the
+    system's page protection tells (Linux 6.7 and newer). Elsewhere no copies are kept, and blocks
+    of few tokens run dense, unless `weights_are_final`.
 
     Args:
         model: the model; wrappers are seen through.
@@ -101,9 +102,9 @@ def accelerate_(
             rule out, the first product is screened, in [0, 1], 0 for never; by default as above.
         weights_are_final: nobody changes weights from now on past PyTorch's own counter, as through
             ``.data`` or NumPy; changes that PyTorch counts, as an optimizer's, are always noticed.
-        check: run each block once on random input through its own modules and on the kernels, forward
-            and backward, in evaluation and in training, and refuse it where they differ. Without,
-            the first call of each mode looks at what flows between a block's modules.
+        check: run each block once on random input through its own modules and on the kernels,
+            forward and backward, in evaluation and in training, and refuse it where they differ.
+            Without, the first call of each mode looks at what flows between a block's modules.
 
     Returns:
         The model.
@@ -163,8 +164,12 @@ def _route(
         for layer in (layer for block in blocks for layer in layers_of(block)):
             if settings.weights_are_final:
                 declare_final(linear_weight(layer))
-        journal.add_attribute(Slot(root, _ATTRIBUTE), Acceleration(routes, patterns, settings, journal))
-        journal.revive(root, _Again(tuple(block.name for block in blocks), tuple(patterns), settings))
+        journal.add_attribute(
+            Slot(root, _ATTRIBUTE), Acceleration(routes, patterns, settings, journal)
+        )
+        journal.revive(
+            root, _Again(tuple(block.name for block in blocks), tuple(patterns), settings)
+        )
     except BaseException:
         journal.undo()
         forget_compiled_code()
@@ -265,7 +270,7 @@ def _check(block: MLPBlock) -> None:
         )
 
 
-def _described(module: object) -> str:
+def _described(module: Any) -> str:
     """A module's class, with the class that it is a kind of."""
     kind = plain_class(type(module))
     base = next((base for base in (nn.Linear, nn.Dropout) if issubclass(kind, base)), kind)

@@ -53,10 +53,10 @@ def sigma_of(block: MLPBlock) -> Sigma:
     if isinstance(recognised, Recognised):
         return _Fixed(recognised)
     raise AccelerationError(
-        f"{block.name}: accelerate_ needs an activation α r + β r² with r = max(p, 0), such as ReLU;"
-        f" {name_of(act)} {recognised}. Train or finetune the model with ReLU, or to the end with"
-        " steppe.sparsify_(model, [steppe.JumpingSquaredReLU(ramp=0.3)]); or leave this block out:"
-        " accelerate_(model, where=...)"
+        f"{block.name}: accelerate_ needs an activation α r + β r² with r = max(p, 0), such as"
+        f" ReLU; {name_of(act)} {recognised}. Train or finetune the model with ReLU, or to the end"
+        " with steppe.sparsify_(model, [steppe.JumpingSquaredReLU(ramp=0.3)]); or leave this block"
+        " out: accelerate_(model, where=...)"
     )
 
 

@@ -1,7 +1,7 @@
-"""Whether what flows between a block's modules is what its pattern says: nothing is believed by name.
+"""Whether what flows between a block's modules is what its pattern says: no name is believed.
 
-A norm between the activation and `down` that a pattern does not name, a functional dropout, a user's
-own pattern that is wrong: the block computed from its input alone would be another function.
+A norm between the activation and `down` that a pattern does not name, a functional dropout, a
+user's own pattern that is wrong: computed from its input alone the block would be another function.
 """
 
 from __future__ import annotations

@@ -123,8 +123,10 @@ def mlp(
     rows, columns = x.shape[0], down.shape[0]
     check_shapes(x, weights)
     # Where no copies may be kept, all is made in each call, as in training.
-    makes_all = trains or any([is_new(activated), is_new(down)]) or any(
-        why_not_kept(weight) for weight in (activated, down)
+    makes_all = (
+        trains
+        or any([is_new(activated), is_new(down)])
+        or any(why_not_kept(weight) for weight in (activated, down))
     )
     most = max_density
     if most is None:
@@ -175,10 +177,15 @@ def mlp(
 def check_shapes(x: Tensor, weights: Weights) -> None:
     """Refuse tensors that do not go together, before a kernel reads past one of them."""
     hidden, width = weights.down.shape[0], x.shape[1]
-    expected = Weights((hidden, width), (hidden,), (hidden, width), (hidden,), None, None)
-    for name, weight, shape in zip(Weights._fields, weights, expected, strict=True):
-        if weight is not None and shape is not None and weight.shape != shape:
-            calls.refuse(f"{name} {shape}, got {tuple(weight.shape)}")
+    for name, shape in (
+        ("activated", (hidden, width)),
+        ("activated_bias", (hidden,)),
+        ("up", (hidden, width)),
+        ("up_bias", (hidden,)),
+    ):
+        weight = getattr(weights, name)
+        if weight is not None and weight.shape != shape:
+            calls.refuse(f"{name} of shape {shape}, got {tuple(weight.shape)}")
 
 
 def _too_many(most: float) -> str:

@@ -74,13 +74,10 @@ class FewBlock:
         # Before they are copied, so that no write in between is missed.
         mark = marks_of(_copied(weights, screens) if stays else []).joined(derived[1])
         laid_out = weights._replace(
-            activated=kept_rows(weights.activated),
-            up=None if weights.up is None else kept_rows(weights.up),
-            down=kept_rows(weights.down),
+            activated=_rows_of(weights.activated),
+            up=None if weights.up is None else _rows_of(weights.up),
+            down=_rows_of(weights.down),
         )
-        for weight, rows in zip(weights, laid_out, strict=True):
-            if rows is None and weight is not None:
-                refuse(f"contiguous rows, or a weight that may be copied, got {weight.stride()}")
         _check(laid_out)
         for weight, rows in zip(weights, laid_out, strict=True):
             if stays and rows is weight and weight is not None and weight.ndim == 2:
@@ -191,7 +188,7 @@ class FewBlock:
 
 
 def why_not_laid_out(weights: Weights) -> str:
-    """Why a block is not to be computed for few rows: copies of its weights are needed and not kept.
+    """Why a block cannot be laid out for few rows: that takes copies of weights that are not kept.
 
     Args:
         weights: of the block.
@@ -201,6 +198,14 @@ def why_not_laid_out(weights: Weights) -> str:
     """
     reasons = [why_not_kept(weight) for weight in _copied(weights, screens=False)]
     return next(filter(None, reasons), "")
+
+
+def _rows_of(weight: Tensor) -> Tensor:
+    """A weight with its rows contiguous."""
+    rows = kept_rows(weight)
+    if rows is None:
+        refuse(f"contiguous rows, or a weight that may be copied, got strides {weight.stride()}")
+    return rows
 
 
 def _copied(weights: Weights, screens: bool) -> list[Tensor]:

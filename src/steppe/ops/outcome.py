@@ -12,8 +12,8 @@ class Outcome(NamedTuple):
     """How a call of a block ran.
 
     Attributes:
-        how: ``sparse``, ``screened`` (sparse, its first product screened), ``dense`` (by the op, whose
-            density was too high), or ``own modules`` (dense, as without steppe).
+        how: ``sparse``, ``screened`` (sparse, its first product screened), ``dense`` (by the op,
+            too many entries were active), or ``own modules`` (dense, as without steppe).
         rows: tokens of the call.
         density: share of the entries of r that are active; NaN where they were not counted.
         candidates: share of the entries that screening could not tell to be zero; NaN without it.

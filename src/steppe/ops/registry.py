@@ -143,9 +143,7 @@ def reference_backward(
 ) -> Seven:
     """`mlp_backward`, dense, also of what a sparse forward pass has kept."""
     shape = x.shape[0], weights.down.shape[0]
-    r, up_values, kept = (
-        _densified(part, index, offsets, *shape) for part in (r, up_values, kept)
-    )
+    r, up_values, kept = (_densified(part, index, offsets, *shape) for part in (r, up_values, kept))
     grad_x, grads = reference.mlp_backward(grad_z, x, weights, rule, r, up_values, kept)
     return only_needed((grad_x, *grads), (x, *weights), needs)
 

@@ -1,9 +1,9 @@
 """Whether a weight was written to since a copy of it was made; see native/writes.h.
 
-A copy of a weight may be served only as long as the dense model would compute the same. A weight can
-be changed past every counter that PyTorch keeps, through ``.data``, NumPy or a pointer, so the
-system's page protection is asked. Where that is not to be had, no copies are kept, unless the user has
-said that the weights are final.
+A copy of a weight may be served only as long as the dense model would compute the same. A weight
+can be changed past every counter that PyTorch keeps, through ``.data``, NumPy or a pointer, so the
+system's page protection is asked. Where that is not to be had, no copies are kept, unless the user
+has said that the weights are final.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _WatchStructure(ctypes.Structure):
 
 
 class Copied(ctypes.Structure):
-    """``steppe_copied`` of steppe_native.h: a watched weight, and the generation of a copy of it."""
+    """``steppe_copied`` of steppe_native.h: a watched weight, and the generation of its copy."""
 
     _fields_ = (("watch", _POINTER), ("generation", _POINTER), ("made_in", _SIZE))
 
@@ -139,8 +139,8 @@ def watch_of(weight: Tensor) -> Watch | None:
         weight: on the CPU, without gaps in memory.
 
     Returns:
-        The watch; None where writes to this weight cannot be seen: on a system that does not say, and
-        of memory that other processes may write to.
+        The watch; None where writes to this weight cannot be seen: on a system that does not say,
+        and of memory that other processes may write to.
     """
     if unseen() or not weight.numel():
         return None
@@ -180,7 +180,7 @@ def _drop_dead() -> None:
 
 
 def _after_fork() -> None:
-    """In a forked process: the open files are of the parent's memory and see nothing of this one's."""
+    """In a forked process: the open files are of the parent's memory and see nothing of its own."""
     global _lock
     _lock = threading.RLock()  # another thread may have held it
     if unseen.cache_info().currsize and not unseen():
