@@ -21,10 +21,12 @@ from torch import Tensor
 from steppe.errors import KernelError, OutputError
 from steppe.ops import cpu as cpu  # registers the kernels that are measured
 from steppe.ops import dispatch, remembered
-from steppe.ops.calls import DTYPES
+from steppe.ops.calls import DTYPES, scratch
+from steppe.ops.few import FewBlock
 from steppe.ops.native import kernels
 from steppe.ops.packing import kept_screen
 from steppe.ops.paired import Point, Round, Verdict, decide, measure_point, time_round
+from steppe.ops.reference import Rule, Weights, mlp_from
 from steppe.ops.registry import mlp
 from steppe.ops.screened import find_candidates, screen_of
 from steppe.ops.thresholds import FEW_ROWS, NEVER, Tables, overlaid, reached, tables_at
@@ -173,6 +175,10 @@ def calibrate(
     path = remembered.path_of(dtype, threads)
     remembered.prepare(path)
     asked = list(_asked(dtype, threads))
+    # The first call of an op makes torch load a part of itself, which takes seconds.
+    for trains in (False, True):
+        call = partial(_Block.sparse, trains=trains, max_density=1.0, max_candidates=0.0)
+        _Block(2 * FEW_ROWS, 64, 256, dtype).run(call, trains)
     end = time.perf_counter() + effort.seconds
     thresholds: list[Threshold] = []
     missing = 0
@@ -252,19 +258,23 @@ def _measured(threshold: Threshold, dtype: torch.dtype, effort: Effort, timed: T
             break  # denser ones gain less
     used = decide(threshold.built_in, points)
     if is_few and used not in (0.0, 1.0, threshold.built_in) and not misses_cheaply():
-        used = 0.0
+        used = threshold.built_in
     return replace(threshold, used=used, points=tuple(points))
 
 
 class _Block:
     """An MLP block with ReLU whose hidden layer has a given density."""
 
-    def __init__(self, rows: int, width: int, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rows: int, width: int, hidden: int, dtype: torch.dtype, is_few: bool = False
+    ) -> None:
+        self.is_few = is_few
         self.x = torch.randn(rows, width).to(dtype)
         self.up = (torch.randn(hidden, width) / width**0.5).to(dtype)
         self.up_bias = torch.zeros(hidden, dtype=dtype)
         self.down = (torch.randn(width, hidden) / hidden**0.5).to(dtype)
         self.grad = torch.randn(rows, width).to(dtype)
+        self._few: FewBlock | None = None
 
     def set_density(self, density: float) -> None:
         """Of Gaussian pre-activations, by one constant bias."""
@@ -279,10 +289,24 @@ class _Block:
 
     def sparse(self, trains: bool, max_density: float, max_candidates: float) -> Tensor:
         """As the kernels compute it."""
+        if self.is_few and not trains:
+            return self._decode(max_density, max_candidates)
         weights = (self.up, self.up_bias, None, None, self.down.T, None)
         rule = (1.0, 0.0, None, 0.0)
         z: Tensor = mlp(self.x, *weights, *rule, trains, max_density, max_candidates)[0]
         return z
+
+    def _decode(self, max_density: float, max_candidates: float) -> Tensor:
+        """As an accelerated block computes few rows: what it needs is laid out once."""
+        if self._few is None:
+            rows = self.down.T.contiguous()
+            weights = Weights(self.up, self.up_bias, None, None, rows, None)
+            self._few = FewBlock(weights, screens=not kernels().unscreened, stays=True)
+        z, r = torch.empty_like(self.x), scratch("r", (len(self.x), len(self.up)), self.x)
+        outputs = z, r, r
+        if self._few.run(self.x, (1.0, 0.0), max_density, max_candidates, outputs):
+            return z
+        return mlp_from(r, self.x, self._few.weights, Rule(1.0, 0.0, 0.0))[0]
 
     def run(self, call: Call, trains: bool) -> None:
         """A call, and its backward pass if it trains."""
@@ -310,7 +334,7 @@ class _Blocks:
                 width *= 2
         width //= effort.shrink
         rows = math.ceil(threshold.rows / effort.shrink)
-        first = _Block(rows, width, 4 * width, dtype)
+        first = _Block(rows, width, 4 * width, dtype, self.is_few)
         copies = effort.cold_bytes // (8 * width * width * dtype.itemsize) if self.is_few else 0
         self.blocks = [first, *(copy.deepcopy(first) for _ in range(copies))]
 
