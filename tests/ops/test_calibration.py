@@ -55,7 +55,7 @@ def as_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_read", set())
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 16, 64])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

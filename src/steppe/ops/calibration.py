@@ -38,6 +38,7 @@ _MOST_ROWS = 512  # larger steps stand as they are: a round of theirs takes long
 _ALL_ACTIVE = 4.0  # a bias with which 1 of 30 000 Gaussian pre-activations is below zero
 _ALWAYS_DENSE, _TRIED = 0.9, 0.01  # density, and threshold, of a call that tries in vain
 _LEAST_MISSED = 0.95  # dense time / time of such a call that is still allowed in training
+_PATIENCE = 4  # times as long as on a quiet machine
 _LEAST_SECONDS = 0.002  # of one side of a round, as the clock and the first call are inexact
 _read: set[tuple[torch.dtype, int]] = set()
 
@@ -49,8 +50,9 @@ class Effort:
     """How much is measured.
 
     Attributes:
-        seconds: after which no point of a dtype begins any more.
-        point_seconds: after which no round of a point begins any more.
+        seconds: of the processor, after which no threshold is begun any more; nor is one after
+            four times as many by the clock.
+        point_seconds: of the processor, after which no round of a point begins any more.
         densities: at which the kernels are timed against dense torch.
         few_densities: the same for few rows.
         screened_densities: at which a screened block is timed against an unscreened one.
@@ -146,6 +148,7 @@ def calibrate(
     on_threshold: Callable[[int, int], None] | None = None,
     effort: Effort | None = None,
     timed: Timed = time_round,
+    path: Path | None = None,
 ) -> Calibration:
     """Measure the thresholds of this machine for the present number of threads, and keep them.
 
@@ -158,6 +161,7 @@ def calibrate(
         on_threshold: called with the number of thresholds that are done, and of all.
         effort: how much is measured.
         timed: makes a round of two calls.
+        path: the file to keep them in; by default that which `use_remembered` reads.
 
     Returns:
         The thresholds, and where they are kept.
@@ -172,20 +176,17 @@ def calibrate(
         raise KernelError(f"calibrate: expected float32 or bfloat16, got {dtype}")
     effort = effort or Effort()
     threads = torch.get_num_threads()
-    path = remembered.path_of(dtype, threads)
+    path = path or remembered.path_of(dtype, threads)
     remembered.prepare(path)
     asked = list(_asked(dtype, threads))
-    # The first call of an op makes torch load a part of itself, which takes seconds.
-    for trains in (False, True):
-        call = partial(_Block.sparse, trains=trains, max_density=1.0, max_candidates=0.0)
-        _Block(2 * FEW_ROWS, 64, 256, dtype).run(call, trains)
-    end = time.perf_counter() + effort.seconds
     thresholds: list[Threshold] = []
     missing = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        _warm_up(dtype)
+        own, end = time.thread_time(), time.perf_counter() + _PATIENCE * effort.seconds
         for threshold in asked:
-            if time.perf_counter() < end:
+            if time.thread_time() - own < effort.seconds and time.perf_counter() < end:
                 thresholds.append(_measured(threshold, dtype, effort, timed))
             else:
                 thresholds.append(threshold)
@@ -198,6 +199,13 @@ def calibrate(
         remembered.write(path, densities, candidates)
         _use(dtype, threads, densities, candidates, path)
     return Calibration(dtype, threads, tuple(thresholds), path if changed else None, missing)
+
+
+def _warm_up(dtype: torch.dtype) -> None:
+    """Call the op: the first call makes torch load a part of itself, which takes seconds."""
+    for trains in (False, True):
+        call = partial(_Block.sparse, trains=trains, max_density=1.0, max_candidates=0.0)
+        _Block(2 * FEW_ROWS, 64, 256, dtype).run(call, trains)
 
 
 def _asked(dtype: torch.dtype, threads: int) -> Iterator[Threshold]:
@@ -369,7 +377,9 @@ def _point(
     times = math.ceil(_LEAST_SECONDS / seconds)
     threads = torch.get_num_threads()
     runs = partial(blocks.run, one, times), partial(blocks.run, other, times)
-    return measure_point(density, lambda: timed(*runs, threads), threads, effort.point_seconds)
+    return measure_point(
+        density, lambda: timed(*runs, threads), threads, effort.point_seconds, time.thread_time
+    )
 
 
 def _steps(thresholds: Sequence[Threshold]) -> tuple[dict[int, Tables], Tables]:
