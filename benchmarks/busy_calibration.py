@@ -1,8 +1,9 @@
 """Calibrates beside busy programs: thresholds are those of a quiet machine, or the built-in ones.
 
 Calibrations with none, one, two and four busy child processes take turns. A row says of each number
-how many thresholds are as built in, how many were measured, and how far those are at most from what
-was measured beside none. `distance` is what that may be: the step between two densities.
+how many thresholds were measured, and how far they lie at most beyond both the built-in one and the
+one beside none: a calibration that is less sure stops between the two. `distance` is what that may
+be, the step between two densities. With one thread the processor's time is compared.
 
     python benchmarks/busy_calibration.py --json benchmarks/results/busy_calibration.json
 """
@@ -51,6 +52,12 @@ def busy(processes: int) -> Iterator[None]:
             child.join()
 
 
+def beyond(used: float, built_in: float, quiet: float) -> float:
+    """How far a threshold lies outside the range of two others."""
+    low, high = sorted([built_in, quiet])
+    return round(max(0.0, low - used, used - high), 3)
+
+
 def row(processes: int, found: Calibration, quiet: Calibration) -> dict[str, Any]:
     """What came of a calibration beside busy processes, against one beside none."""
     pairs = list(zip(found.thresholds, quiet.thresholds, strict=True))
@@ -65,8 +72,8 @@ def row(processes: int, found: Calibration, quiet: Calibration) -> dict[str, Any
         "out_of_time": found.missing,
         "rounds": counted,
         "rounds_left_out": left_out,
-        "largest_distance_to_quiet": max(
-            (round(abs(one.used - alone.used), 3) for one, alone in changed), default=0.0
+        "largest_distance": max(
+            (beyond(one.used, one.built_in, alone.used) for one, alone in changed), default=0.0
         ),
         "zero_where_built_in_is_not": sum(
             one.used == 0.0 and one.built_in > 0.0 for one, _ in pairs

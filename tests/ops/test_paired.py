@@ -157,6 +157,9 @@ def test_without_a_clear_point_the_default_stands(
         # Between neighbours it is where the medians cross GAIN, half way from 1.25 to 0.85.
         ([(0.2, FASTER), (0.4, SLOWER)], {0.0: 0.3, 0.25: 0.3, 1.0: 0.3}),
         ([(0.2, FASTER), (0.4, FASTER)], {0.0: 0.4, 0.3: 0.4, 1.0: 1.0}),
+        # At 1 nothing is clear, and there is nothing beyond it.
+        ([(0.5, FASTER), (1.0, (1.1, 0.9) * 6)], {0.0: 0.5, 0.7: 0.7, 1.0: 1.0}),
+        ([(0.5, FASTER), (1.0, (1.2, 0.98) * 6)], {0.0: 0.5, 0.7: 0.7, 1.0: 1.0}),
         ([(0.2, SLOWER)], {0.0: 0.0, 0.3: 0.0, 1.0: 0.0}),
     ],
 )
