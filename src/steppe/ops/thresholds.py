@@ -1,7 +1,7 @@
 """The built-in thresholds: up to which density the kernels, and the screen, are faster.
 
 They are less than what `benchmarks/crossover.py` measured on one core (its results are in
-``benchmarks/results/crossover.json``), module against module, so that everything a call costs is
+``benchmarks/results/crossover*.json``), module against module, so that everything a call costs is
 in them. A threshold is 0 where nothing is gained, and also where a block that is always too dense
 would lose more than a twentieth to finding that out at every training step. In inference a block
 that was too dense is not looked at for some calls, so there only the gain counts. Few tokens are
