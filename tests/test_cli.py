@@ -39,7 +39,7 @@ def message_of(result: subprocess.CompletedProcess[str]) -> str:
 def test_version_and_help_say_what_there_is() -> None:
     assert run("--version").stdout == "steppe 0.1.0\n"
     described = run("--help").stdout
-    for command in ("demo", "train", "measure", "report", "bench"):
+    for command in ("demo", "train", "measure", "report", "bench", "calibrate"):
         assert command in described
 
 
@@ -55,6 +55,9 @@ def test_version_and_help_say_what_there_is() -> None:
         (["report"], "RUN"),
         (["bench", "--threads", "0"], "--threads"),
         (["bench", "fast"], "fast"),
+        (["calibrate", "--threads", "0"], "--threads"),
+        (["calibrate", "--dtype", "float64"], "--dtype"),
+        (["calibrate", "now"], "now"),
         (["train", "text-gtp"], "steppe train text-gpt"),
         (["train", "text-gpt", "--data_dir", "./nowhere"], "there is no such file or folder"),
         (["train", "text-gpt", "--lerning_rate", "1"], "--learning_rate"),
@@ -233,6 +236,40 @@ def test_bench_refuses_a_place_where_it_cannot_write_before_it_times(tmp_path: P
         result = run("bench", "--quick", option, str(tmp_path / "file" / "rows"))
         assert "error: cannot write to" in message_of(result)
         assert result.stdout == ""
+
+
+def test_calibrate_refuses_a_place_where_it_cannot_write_before_it_measures(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    place = {**PLAIN, "XDG_CACHE_HOME": str(tmp_path / "file")}
+    result = subprocess.run(
+        [*COMMAND, "calibrate"], env=place, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert message_of(result).startswith("error: ")
+    assert "measured" not in result.stdout
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_interrupted_calibrate_ends_with_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    if steppe.kernels().name != "native":
+        pytest.skip(steppe.kernels().reason)
+    process = subprocess.Popen(
+        [*COMMAND, "calibrate", "--dtype", "float32", "--threads", "1"],
+        env={**PLAIN, "XDG_CACHE_HOME": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "steppe").exists():  # it is made before anything is measured
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted; the thresholds for float32 are as they were" in errors
+    assert "Traceback" not in errors
+    assert list((tmp_path / "steppe").iterdir()) == []
 
 
 def test_train_lists_its_recipes() -> None:

@@ -13,6 +13,7 @@ from steppe.ops.dispatch import MARGIN, Habit
 from steppe.ops.native import kernels
 from steppe.ops.packing import kept_screen
 from steppe.ops.registry import mlp
+from steppe.ops.thresholds import reached
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 TABLE = {False: {1: 0.25, 9: 0.0, 64: 0.5}, True: {64: 0.125}}
@@ -37,12 +38,10 @@ def test_the_threshold_is_that_of_the_most_rows_reached(
     share = dispatch.max_candidates_for
     assert share(rows, torch.float32, trains=False) == inference
     assert share(rows, torch.float32, trains=True) == training
-    defaults = dispatch.SCREENED_DEFAULTS
     for dtype, threads in ((torch.bfloat16, 1), (torch.float32, 2)):
         torch.set_num_threads(threads)
-        least = max((rows_ for rows_ in defaults[False] if rows >= rows_), default=None)
-        expected = 0.0 if least is None else defaults[False][least]
-        assert share(rows, dtype, trains=False) == expected
+        defaults = dispatch.screened_defaults_for(dtype, threads)
+        assert share(rows, dtype, trains=False) == reached(defaults[False], rows)
 
 
 def test_without_vnni_nothing_is_screened_unasked(monkeypatch: pytest.MonkeyPatch) -> None:

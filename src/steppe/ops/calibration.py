@@ -21,10 +21,12 @@ from torch import Tensor
 from steppe.errors import KernelError, OutputError
 from steppe.ops import cpu as cpu  # registers the kernels that are measured
 from steppe.ops import dispatch, remembered
-from steppe.ops.calls import DTYPES
+from steppe.ops.calls import DTYPES, scratch
+from steppe.ops.few import FewBlock
 from steppe.ops.native import kernels
 from steppe.ops.packing import kept_screen
 from steppe.ops.paired import Point, Round, Verdict, decide, measure_point, time_round
+from steppe.ops.reference import Rule, Weights, mlp_from
 from steppe.ops.registry import mlp
 from steppe.ops.screened import find_candidates, screen_of
 from steppe.ops.thresholds import FEW_ROWS, NEVER, Tables, overlaid, reached, tables_at
@@ -36,6 +38,7 @@ _MOST_ROWS = 512  # larger steps stand as they are: a round of theirs takes long
 _ALL_ACTIVE = 4.0  # a bias with which 1 of 30 000 Gaussian pre-activations is below zero
 _ALWAYS_DENSE, _TRIED = 0.9, 0.01  # density, and threshold, of a call that tries in vain
 _LEAST_MISSED = 0.95  # dense time / time of such a call that is still allowed in training
+_PATIENCE = 4  # times as long as on a quiet machine
 _LEAST_SECONDS = 0.002  # of one side of a round, as the clock and the first call are inexact
 _read: set[tuple[torch.dtype, int]] = set()
 
@@ -47,8 +50,9 @@ class Effort:
     """How much is measured.
 
     Attributes:
-        seconds: after which no point of a dtype begins any more.
-        point_seconds: after which no round of a point begins any more.
+        seconds: of the processor, after which no threshold is begun any more; nor is one after
+            four times as many by the clock.
+        point_seconds: of the processor, after which no round of a point begins any more.
         densities: at which the kernels are timed against dense torch.
         few_densities: the same for few rows.
         screened_densities: at which a screened block is timed against an unscreened one.
@@ -144,6 +148,7 @@ def calibrate(
     on_threshold: Callable[[int, int], None] | None = None,
     effort: Effort | None = None,
     timed: Timed = time_round,
+    path: Path | None = None,
 ) -> Calibration:
     """Measure the thresholds of this machine for the present number of threads, and keep them.
 
@@ -156,6 +161,7 @@ def calibrate(
         on_threshold: called with the number of thresholds that are done, and of all.
         effort: how much is measured.
         timed: makes a round of two calls.
+        path: the file to keep them in; by default that which `use_remembered` reads.
 
     Returns:
         The thresholds, and where they are kept.
@@ -170,16 +176,17 @@ def calibrate(
         raise KernelError(f"calibrate: expected float32 or bfloat16, got {dtype}")
     effort = effort or Effort()
     threads = torch.get_num_threads()
-    path = remembered.path_of(dtype, threads)
+    path = path or remembered.path_of(dtype, threads)
     remembered.prepare(path)
     asked = list(_asked(dtype, threads))
-    end = time.perf_counter() + effort.seconds
     thresholds: list[Threshold] = []
     missing = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        _warm_up(dtype)
+        own, end = time.thread_time(), time.perf_counter() + _PATIENCE * effort.seconds
         for threshold in asked:
-            if time.perf_counter() < end:
+            if time.thread_time() - own < effort.seconds and time.perf_counter() < end:
                 thresholds.append(_measured(threshold, dtype, effort, timed))
             else:
                 thresholds.append(threshold)
@@ -192,6 +199,13 @@ def calibrate(
         remembered.write(path, densities, candidates)
         _use(dtype, threads, densities, candidates, path)
     return Calibration(dtype, threads, tuple(thresholds), path if changed else None, missing)
+
+
+def _warm_up(dtype: torch.dtype) -> None:
+    """Call the op: the first call makes torch load a part of itself, which takes seconds."""
+    for trains in (False, True):
+        call = partial(_Block.sparse, trains=trains, max_density=1.0, max_candidates=0.0)
+        _Block(2 * FEW_ROWS, 64, 256, dtype).run(call, trains)
 
 
 def _asked(dtype: torch.dtype, threads: int) -> Iterator[Threshold]:
@@ -252,19 +266,23 @@ def _measured(threshold: Threshold, dtype: torch.dtype, effort: Effort, timed: T
             break  # denser ones gain less
     used = decide(threshold.built_in, points)
     if is_few and used not in (0.0, 1.0, threshold.built_in) and not misses_cheaply():
-        used = 0.0
+        used = threshold.built_in
     return replace(threshold, used=used, points=tuple(points))
 
 
 class _Block:
     """An MLP block with ReLU whose hidden layer has a given density."""
 
-    def __init__(self, rows: int, width: int, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rows: int, width: int, hidden: int, dtype: torch.dtype, is_few: bool = False
+    ) -> None:
+        self.is_few = is_few
         self.x = torch.randn(rows, width).to(dtype)
         self.up = (torch.randn(hidden, width) / width**0.5).to(dtype)
         self.up_bias = torch.zeros(hidden, dtype=dtype)
         self.down = (torch.randn(width, hidden) / hidden**0.5).to(dtype)
         self.grad = torch.randn(rows, width).to(dtype)
+        self._few: FewBlock | None = None
 
     def set_density(self, density: float) -> None:
         """Of Gaussian pre-activations, by one constant bias."""
@@ -279,10 +297,24 @@ class _Block:
 
     def sparse(self, trains: bool, max_density: float, max_candidates: float) -> Tensor:
         """As the kernels compute it."""
+        if self.is_few and not trains:
+            return self._decode(max_density, max_candidates)
         weights = (self.up, self.up_bias, None, None, self.down.T, None)
         rule = (1.0, 0.0, None, 0.0)
         z: Tensor = mlp(self.x, *weights, *rule, trains, max_density, max_candidates)[0]
         return z
+
+    def _decode(self, max_density: float, max_candidates: float) -> Tensor:
+        """As an accelerated block computes few rows: what it needs is laid out once."""
+        if self._few is None:
+            rows = self.down.T.contiguous()
+            weights = Weights(self.up, self.up_bias, None, None, rows, None)
+            self._few = FewBlock(weights, screens=not kernels().unscreened, stays=True)
+        z, r = torch.empty_like(self.x), scratch("r", (len(self.x), len(self.up)), self.x)
+        outputs = z, r, r
+        if self._few.run(self.x, (1.0, 0.0), max_density, max_candidates, outputs):
+            return z
+        return mlp_from(r, self.x, self._few.weights, Rule(1.0, 0.0, 0.0))[0]
 
     def run(self, call: Call, trains: bool) -> None:
         """A call, and its backward pass if it trains."""
@@ -310,7 +342,7 @@ class _Blocks:
                 width *= 2
         width //= effort.shrink
         rows = math.ceil(threshold.rows / effort.shrink)
-        first = _Block(rows, width, 4 * width, dtype)
+        first = _Block(rows, width, 4 * width, dtype, self.is_few)
         copies = effort.cold_bytes // (8 * width * width * dtype.itemsize) if self.is_few else 0
         self.blocks = [first, *(copy.deepcopy(first) for _ in range(copies))]
 
@@ -345,7 +377,9 @@ def _point(
     times = math.ceil(_LEAST_SECONDS / seconds)
     threads = torch.get_num_threads()
     runs = partial(blocks.run, one, times), partial(blocks.run, other, times)
-    return measure_point(density, lambda: timed(*runs, threads), threads, effort.point_seconds)
+    return measure_point(
+        density, lambda: timed(*runs, threads), threads, effort.point_seconds, time.thread_time
+    )
 
 
 def _steps(thresholds: Sequence[Threshold]) -> tuple[dict[int, Tables], Tables]:

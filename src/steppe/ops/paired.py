@@ -247,7 +247,8 @@ def decide(default: float, points: Sequence[Point]) -> float:
         if low == points[-1].share:
             return max(min(default, 1.0), low)
     for left, right in pairwise(points):
-        if left.share == low and right.share == high and left.verdict is Verdict.FASTER:
+        is_crossed = left.verdict is Verdict.FASTER and right.verdict is Verdict.SLOWER
+        if is_crossed and right.share == high:
             part = (left.median - GAIN) / (left.median - right.median)
             return round(low + part * (high - low), 3)
     return min(max(default, low), high)

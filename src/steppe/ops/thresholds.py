@@ -1,11 +1,11 @@
 """The built-in thresholds: up to which density the kernels, and the screen, are faster.
 
 They are less than what `benchmarks/crossover.py` measured on one core (its results are in
-``benchmarks/results/crossover.json``), module against module, so that everything a call costs is
+``benchmarks/results/crossover*.json``), module against module, so that everything a call costs is
 in them. A threshold is 0 where nothing is gained, and also where a block that is always too dense
 would lose more than a twentieth to finding that out at every training step. In inference a block
 that was too dense is not looked at for some calls, so there only the gain counts. Few tokens are
-looked at each time: their threshold is 1 where sparse is faster at any density, else 0.
+looked at each time: their threshold is 1 where sparse loses at no density, else 0.
 """
 
 from __future__ import annotations
@@ -27,26 +27,42 @@ NEVER: Tables = {False: {}, True: {}}
 # By dtype and by what multiplies, then by the width (d_model) from which on; narrower never.
 _DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
     (torch.float32, "avx512"): {
-        128: {False: {512: 0.1}, True: {}},
-        256: {False: {128: 0.2, 512: 0.35}, True: {1024: 0.35}},
+        128: {False: {512: 0.1, 1024: 0.15}, True: {}},
+        256: {False: {128: 0.15, 256: 0.2, 512: 0.35}, True: {1024: 0.35}},
         512: {
-            False: {1: 1.0, 2: 0.0, 32: 0.15, 128: 0.3, 512: 0.4},
-            True: {256: 0.35},
+            False: {1: 1.0, 2: 0.0, 4: 1.0, 9: 0.0, 32: 0.15, 128: 0.25, 256: 0.3, 512: 0.35},
+            True: {256: 0.35, 512: 0.4},
         },
     },
     (torch.float32, "avx2"): {
-        128: {False: {512: 0.1}, True: {}},
-        256: {False: {128: 0.2, 512: 0.35}, True: {512: 0.35}},
+        128: {False: {512: 0.1, 1024: 0.15}, True: {}},
+        256: {False: {128: 0.15, 256: 0.25, 512: 0.35}, True: {512: 0.35}},
         512: {
-            False: {1: 1.0, 2: 0.0, 32: 0.15, 128: 0.3, 512: 0.45},
-            True: {128: 0.3, 256: 0.4},
+            False: {1: 1.0, 5: 0.0, 32: 0.15, 128: 0.3, 256: 0.35, 512: 0.45},
+            True: {256: 0.4},
         },
     },
+    # Dense products on tiles of AMX are so fast that only reading the weights is worth saving.
     (torch.bfloat16, "amx"): {512: {False: {1: 1.0, 2: 0.0}, True: {}}},
+    (torch.bfloat16, "avx512+bf16"): {
+        512: {
+            False: {1: 1.0, 2: 0.0, 16: 0.2, 32: 0.3, 128: 0.4, 512: 0.45},
+            True: {256: 0.4, 512: 0.45},
+        },
+    },
+    (torch.bfloat16, "avx2"): {512: {False: {64: 0.35, 256: 0.4}, True: {64: 0.35, 256: 0.4}}},
 }
+# Of bfloat16 on AMX a screened first product is slower than the dense one.
 _CANDIDATES: dict[tuple[torch.dtype, str], Tables] = {
-    (torch.float32, "avx512"): {False: {1: 0.3, 9: 0.0, 64: 0.3}, True: {1024: 0.2}},
+    (torch.float32, "avx512"): {
+        False: {1: 0.3, 5: 0.2, 9: 0.0, 64: 0.15, 128: 0.2, 256: 0.25},
+        True: {1024: 0.15},
+    },
     (torch.bfloat16, "amx"): {False: {1: 0.3, 9: 0.0}, True: {}},
+    (torch.bfloat16, "avx512+bf16"): {
+        False: {1: 0.3, 9: 0.0, 64: 0.2, 128: 0.25},
+        True: {256: 0.1, 512: 0.2},
+    },
 }
 
 

@@ -68,7 +68,7 @@ def _block_name(threshold: Threshold) -> str:
     what = "training" if threshold.trains else "inference"
     if threshold.kind == CANDIDATES:
         return f"screen, {what}"
-    return f"{what}, d_model {threshold.width}+"
+    return f"{what}, d {threshold.width}+"
 
 
 def _evidence(threshold: Threshold) -> str:
