@@ -146,7 +146,8 @@ class Computation:
         if few is None or x.dtype != few.weights.down.dtype:
             return None
         rows = x.numel() // block.d_model
-        density, candidates = self._limits_of(route)
+        asked, candidates = self._limits_of(route)
+        density = asked
         if density is None:
             density = max_density_for(rows, block.d_model, x.dtype, trains=False)
         if density <= 0.0:
@@ -163,6 +164,8 @@ class Computation:
             self._few = None
             return None
         route.note(noted())
+        if asked is None:
+            self._habits[density].note(math.nan, done)
         if not done:
             flat = x.view(-1, block.d_model)
             return mlp_from(r, flat, few.weights, Rule(alpha, beta, 0.0))[0].view_as(x)

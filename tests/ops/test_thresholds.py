@@ -70,14 +70,11 @@ def test_all_thresholds_are_shares_at_sane_steps(dtype: torch.dtype, family: str
 
 
 @pytest.mark.parametrize(("dtype", "family"), FAMILIES)
-def test_of_few_rows_a_block_is_tried_at_any_density_or_never(
-    dtype: torch.dtype, family: str
-) -> None:
-    """Where each call is tried, those that are too dense would pay for it again and again."""
+def test_with_few_rows_no_training_step_is_tried(dtype: torch.dtype, family: str) -> None:
+    """Those that are too dense would pay for it again and again."""
     for threads in (1, 64):
         for width in WIDTHS:
             for rows in range(1, FEW_ROWS + 1):
-                assert most(dtype, family, threads, rows, width, trains=False) in (0.0, 1.0)
                 assert most(dtype, family, threads, rows, width, trains=True) == 0.0
 
 

@@ -24,7 +24,7 @@ from steppe.ops import dispatch, remembered
 from steppe.ops.calls import DTYPES, scratch
 from steppe.ops.few import FewBlock
 from steppe.ops.native import kernels
-from steppe.ops.packing import kept_screen
+from steppe.ops.packing import declare_final, kept_screen
 from steppe.ops.paired import Point, Round, Verdict, decide, measure_point, time_round
 from steppe.ops.reference import Rule, Weights, mlp_from
 from steppe.ops.registry import mlp
@@ -345,6 +345,9 @@ class _Blocks:
         first = _Block(rows, width, 4 * width, dtype, self.is_few)
         copies = effort.cold_bytes // (8 * width * width * dtype.itemsize) if self.is_few else 0
         self.blocks = [first, *(copy.deepcopy(first) for _ in range(copies))]
+        for block in self.blocks:  # nobody else has them
+            declare_final(block.up)
+            declare_final(block.down)
 
     def run(self, call: Call, times: int) -> None:
         """Call all blocks some times."""
@@ -355,8 +358,9 @@ class _Blocks:
     def candidates(self) -> float:
         """The share of candidates; of few rows it is what the last call has counted."""
         first = self.blocks[0]
-        if self.is_few:
-            return kept_screen(first.up).few.share
+        kept = kept_screen(first.up) if self.is_few else None
+        if kept is not None:
+            return kept.few.share
         with torch.no_grad():
             found = find_candidates(first.x, screen_of(first.up), first.up_bias)
         assert found is not None  # of any share

@@ -4,8 +4,7 @@ They are less than what `benchmarks/crossover.py` measured on one core (its resu
 ``benchmarks/results/crossover*.json``), module against module, so that everything a call costs is
 in them. A threshold is 0 where nothing is gained, and also where a block that is always too dense
 would lose more than a twentieth to finding that out at every training step. In inference a block
-that was too dense is not looked at for some calls, so there only the gain counts. Few tokens are
-looked at each time: their threshold is 1 where sparse loses at no density, else 0.
+that was too dense is not looked at for some calls, so there only the gain counts.
 """
 
 from __future__ import annotations
@@ -30,7 +29,17 @@ _DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
         128: {False: {512: 0.1, 1024: 0.15}, True: {}},
         256: {False: {128: 0.15, 256: 0.2, 512: 0.35}, True: {1024: 0.35}},
         512: {
-            False: {1: 1.0, 2: 0.0, 4: 1.0, 9: 0.0, 32: 0.15, 128: 0.25, 256: 0.3, 512: 0.35},
+            False: {
+                1: 1.0,
+                2: 0.4,
+                3: 0.3,
+                4: 1.0,
+                9: 0.0,
+                32: 0.15,
+                128: 0.25,
+                256: 0.3,
+                512: 0.35,
+            },
             True: {256: 0.35, 512: 0.4},
         },
     },
