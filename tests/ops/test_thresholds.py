@@ -20,8 +20,11 @@ from steppe.ops.thresholds import (
 )
 
 FAMILIES = [
-    *((torch.float32, family) for family in ("avx512", "avx2", "portable")),
-    *((torch.bfloat16, family) for family in ("amx", "avx512+bf16", "avx512", "avx2", "portable")),
+    *((torch.float32, family) for family in ("avx512", "zen4", "avx2", "portable")),
+    *(
+        (torch.bfloat16, family)
+        for family in ("amx", "zen4", "avx512+bf16", "avx512", "avx2", "portable")
+    ),
 ]
 ROWS = (1, 2, 4, 8, 9, 32, 100, 256, 1000, 1024, 5000, 20_000, 10**6)
 WIDTHS = (64, 127, 128, 255, 256, 512, 768, 1024, 2048, 4096, 8192)
@@ -55,6 +58,8 @@ def test_each_instruction_set_has_a_family(
     dtype: torch.dtype, isa: str, has_amx: bool, family: str
 ) -> None:
     assert family_of(dtype, isa, has_amx) == family
+    halves = family_of(dtype, isa, has_amx, is_zen4=True)
+    assert halves == ("zen4" if isa.startswith("avx512") and family != "amx" else family)
 
 
 @pytest.mark.parametrize(("dtype", "family"), FAMILIES)

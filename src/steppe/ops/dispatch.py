@@ -100,7 +100,7 @@ def defaults_for(dtype: torch.dtype, threads: int) -> Mapping[int, Tables]:
         dtype: of the blocks.
         threads: that torch uses.
     """
-    return density_tables(dtype, family_of(dtype, kernels().isa, _has_amx()), threads)
+    return density_tables(dtype, _family(dtype), threads)
 
 
 def screened_defaults_for(dtype: torch.dtype, threads: int) -> Tables:
@@ -110,7 +110,7 @@ def screened_defaults_for(dtype: torch.dtype, threads: int) -> Tables:
         dtype: of the blocks.
         threads: that torch uses.
     """
-    return candidate_tables(dtype, family_of(dtype, kernels().isa, _has_amx()), threads)
+    return candidate_tables(dtype, _family(dtype), threads)
 
 
 def source(dtype: torch.dtype, threads: int) -> str:
@@ -130,11 +130,27 @@ def source(dtype: torch.dtype, threads: int) -> str:
     return f"measured on this machine by `steppe calibrate`{where}"
 
 
+def _family(dtype: torch.dtype) -> str:
+    """Which of the built-in tables hold on this machine."""
+    described = _processor()
+    is_zen4 = "vendor_id: AuthenticAMD" in described and "cpu family: 25" in described
+    return family_of(dtype, kernels().isa, "amx_bf16" in described, is_zen4)
+
+
 @cache
-def _has_amx() -> bool:
-    """Whether the processor multiplies tiles of bfloat16, as far as the system tells."""
+def _processor() -> frozenset[str]:
+    """What the system tells of the first processor: its lines, and each flag."""
     information = Path("/proc/cpuinfo")
-    return information.is_file() and "amx_bf16" in information.read_text(errors="replace").split()
+    if not information.is_file():
+        return frozenset()
+    first = information.read_text(errors="replace").partition("\n\n")[0]
+    facts: set[str] = set()
+    for line in first.splitlines():
+        name, _, value = (part.strip() for part in line.partition(":"))
+        facts.add(f"{name}: {value}")
+        if name == "flags":
+            facts.update(value.split())
+    return frozenset(facts)
 
 
 @dataclass

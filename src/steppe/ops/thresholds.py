@@ -43,6 +43,23 @@ _DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
             True: {256: 0.35, 512: 0.4},
         },
     },
+    # Zen 4 takes an instruction of 512 bits in halves: dense products are half as fast beside what
+    # gathering takes, so sparse ones pay up to higher densities. At width 768 what
+    # mlp_cpu_zen4.json has, and less for fewer rows and narrower blocks.
+    (torch.float32, "zen4"): {
+        128: {False: {256: 0.1}, True: {256: 0.2}},
+        256: {
+            False: {1: 0.5, 9: 0.0, 32: 0.2, 128: 0.4, 256: 0.5},
+            True: {64: 0.2, 128: 0.4, 256: 0.5},
+        },
+        512: {
+            False: {1: 1.0, 2: 0.7, 5: 0.5, 9: 0.0, 32: 0.3, 128: 0.5, 256: 0.55},
+            True: {64: 0.2, 128: 0.5, 256: 0.55},
+        },
+    },
+    (torch.bfloat16, "zen4"): {
+        512: {False: {1: 0.5, 9: 0.0, 128: 0.15, 512: 0.25}, True: {}},
+    },
     (torch.float32, "avx2"): {
         128: {False: {512: 0.1, 1024: 0.15}, True: {}},
         256: {False: {128: 0.15, 256: 0.25, 512: 0.35}, True: {512: 0.35}},
@@ -67,6 +84,8 @@ _CANDIDATES: dict[tuple[torch.dtype, str], Tables] = {
         False: {1: 0.3, 5: 0.2, 9: 0.0, 64: 0.15, 128: 0.2, 256: 0.25},
         True: {1024: 0.15},
     },
+    (torch.float32, "zen4"): {False: {1: 0.3, 9: 0.0, 64: 0.3}, True: {256: 0.3}},
+    (torch.bfloat16, "zen4"): {False: {1: 0.3, 9: 0.0, 512: 0.25}, True: {}},
     (torch.bfloat16, "amx"): {False: {1: 0.3, 9: 0.0}, True: {}},
     (torch.bfloat16, "avx512+bf16"): {
         False: {1: 0.3, 9: 0.0, 64: 0.2, 128: 0.25},
@@ -75,7 +94,7 @@ _CANDIDATES: dict[tuple[torch.dtype, str], Tables] = {
 }
 
 
-def family_of(dtype: torch.dtype, isa: str, has_amx: bool) -> str:
+def family_of(dtype: torch.dtype, isa: str, has_amx: bool, is_zen4: bool = False) -> str:
     """Which tables hold.
 
     Args:
@@ -83,6 +102,7 @@ def family_of(dtype: torch.dtype, isa: str, has_amx: bool) -> str:
         isa: of the native kernels, as of `steppe.kernels`; empty for none.
         has_amx: whether the processor has AMX for bfloat16, on which dense products are several
             times as fast as on vectors, and sparse ones are not.
+        is_zen4: whether the processor takes instructions of 512 bits in halves.
 
     Example:
         >>> family_of(torch.bfloat16, "avx512+bf16", has_amx=True)
@@ -92,6 +112,8 @@ def family_of(dtype: torch.dtype, isa: str, has_amx: bool) -> str:
     """
     if dtype == torch.bfloat16 and has_amx:
         return "amx"
+    if is_zen4 and isa.startswith("avx512"):
+        return "zen4"
     if dtype == torch.bfloat16 and isa == "avx512+bf16":
         return isa
     return isa.partition("+")[0]
