@@ -71,7 +71,7 @@ def test_why_a_block_is_dense() -> None:
     steppe.restore_(fast)
     steppe.accelerate_(fast, patterns=PATTERNS)
     fast(torch.randn(4, 16))
-    assert explain_one(fast).reason == "4 tokens are too little to do"
+    assert explain_one(fast).reason == "these are too few tokens for so small a block"
 
 
 @native

@@ -27,6 +27,8 @@ from steppe.routing import Route
 from steppe.sigma import sigma_of
 from steppe.swapping import plain_class
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 class Computation:
     """Computes a block from its input.
@@ -47,36 +49,49 @@ class Computation:
         self.limits = max_density, max_candidates
         self._sigma = sigma_of(block)
         self._is_transposed = [is_conv1d(layer) for layer in layers_of(block)]
+        self._shape = block.d_model, block.d_hidden
+        self._held = [layer._parameters for layer in layers_of(block)]
         self._few: FewBlock | None = None
         self._unkept = ""  # why nothing can be laid out for few rows
         self._parameters: list[tuple[dict[str, Any], str, Tensor | None]] = []
         self._habits: defaultdict[float, Habit] = defaultdict(Habit)  # by threshold
 
-    def refuses(self, x: Tensor) -> str:
-        """Why a call is not possible or not worth the detour; empty if it is.
+    def has_too_little(self, x: Tensor) -> str:
+        """Why a call has too little to do for a detour; empty if it has enough or was asked for."""
+        if self.limits[0] is not None:
+            return ""
+        width, hidden = self._shape
+        if pays(x.numel() // width, width, hidden):
+            return ""
+        return "these are too few tokens for so small a block"
+
+    def refuses(self, x: Tensor, traced: bool) -> str:
+        """Why a call is not possible or gains nothing; empty if it does.
 
         In inference a block that was too dense runs its own modules for a while.
         """
-        block = self.block
-        reason = self._cannot(x)
+        is_cast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if is_cast else x.dtype
+        reason = self._cannot(x, dtype, is_cast, traced)
         if reason:
             return reason
-        if is_penalized(block):
+        if is_penalized(self.block):
             return "its loss has a penalty on the activations themselves"
-        rows = x.numel() // block.d_model
+        if self.limits[0] is not None or traced:
+            return ""  # a compiled op decides when it is called, not when it is traced
+        width = self._shape[0]
+        rows = x.numel() // width
         trains = torch.is_grad_enabled() and (
             x.requires_grad
-            or any(part.requires_grad for layer in layers_of(block) for part in layer.parameters())
+            or any(
+                part is not None and part.requires_grad
+                for held in self._held
+                for part in held.values()
+            )
         )
-        if self.limits[0] is not None:
-            return ""
-        if not pays(rows, block.d_model, block.d_hidden):
-            return f"{rows} tokens are too little to do"
-        if torch.compiler.is_compiling():
-            return ""  # the op decides when it is called, not when it is traced
         if self._unkept and rows <= DECODE_ROWS and not trains and self._are_the_same():
             return self._unkept
-        most = max_density_for(rows, block.d_model, _dtype(x), trains)
+        most = max_density_for(rows, width, dtype, trains)
         if most <= 0.0:
             return f"at {rows} tokens no density gains"
         if trains:
@@ -93,32 +108,38 @@ class Computation:
         for layer in layers_of(self.block):
             forget(linear_weight(layer))
 
-    def _cannot(self, x: Tensor) -> str:
-        """Why the kernels cannot take a call; empty if they can."""
-        if x.device.type != "cpu":
+    def _cannot(self, x: Tensor, dtype: torch.dtype, is_cast: bool, traced: bool) -> str:
+        """Why the kernels cannot take a call; empty if they can.
+
+        Args:
+            x: the block's input.
+            dtype: that it is computed in.
+            is_cast: whether autocast casts to that.
+            traced: whether torch.compile traces the call, which may be with tensors of its own.
+        """
+        if not x.is_cpu:
             return f"there are no kernels for {x.device.type}"
-        if type(x) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+        if type(x) not in _PLAIN and not traced:
             return f"its input is a {type(x).__name__}"
-        dtype = _dtype(x)
         if dtype not in DTYPES:
             return f"there are no kernels for {dtype}"
-        for layer in layers_of(self.block):
-            weight = layer._parameters.get("weight")
-            if weight is None:
+        for held in self._held:
+            weight = held.get("weight")
+            if weight is None:  # a parametrization makes it
                 continue
-            if type(weight) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
+            if type(weight) not in _PLAIN and not traced:
                 return f"a weight is a {type(weight).__name__}"
-            if weight.dtype != x.dtype and not torch.is_autocast_enabled("cpu"):
-                return f"its input is of {x.dtype}, a weight of {weight.dtype}"
-        return "" if torch.compiler.is_compiling() else self.unfit() or _transformed()
+            if weight.dtype != dtype and not is_cast:
+                return f"its input is of {dtype}, a weight of {weight.dtype}"
+        return "" if traced else self.unfit() or _transformed()
 
-    def __call__(self, route: Route, x: Tensor) -> Tensor:
+    def __call__(self, route: Route, x: Tensor, traced: bool) -> Tensor:
         """The block's output, and its support for whoever watches."""
-        if self._takes_few(route, x):
+        if not traced and self._takes_few(route, x):
             z = self._compute_few(route, x)
             if z is not None:
                 return z
-        return self._compute(route, x)
+        return self._compute(route, x, traced)
 
     def _limits_of(self, route: Route) -> tuple[float | None, float | None]:
         """The limits of a call; in a trial it runs sparse at any density."""
@@ -131,7 +152,8 @@ class Computation:
             not torch.is_grad_enabled()
             and x.numel() <= DECODE_ROWS * block.d_model
             and not route.observers
-            and _is_plain(x)
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
+            and type(x) is Tensor
             and x.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
             and not _dropout(block)
@@ -218,7 +240,7 @@ class Computation:
         bias = _bias(self.block.activated)
         return sources if bias is None else [*sources, bias]
 
-    def _compute(self, route: Route, x: Tensor) -> Tensor:
+    def _compute(self, route: Route, x: Tensor, traced: bool) -> Tensor:
         """A block from its input, and its support for whoever watches."""
         block = route.block
         weights = self._weights()
@@ -233,11 +255,11 @@ class Computation:
         if threshold is not None and block.activated.training and not route.trial:
             threshold.see_x(flat, weights.activated, _bias(block.activated))
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        goes_past = not trains and _is_plain(x)
+        goes_past = not trains and not traced and _is_plain(x)
         op = cpu.mlp if goes_past else mlp
         limits = self._limits_of(route)
         z, r, up, _, index, offsets = op(*tensors, alpha, beta, mix, dropout, trains, *limits)
-        if not torch.compiler.is_compiling():
+        if not traced:
             route.note(noted())
         if goes_past and limits[0] is None and len(flat) > DECODE_ROWS:
             most = max_density_for(len(flat), block.d_model, z.dtype, trains=False)
@@ -285,13 +307,6 @@ def is_conv1d(layer: nn.Module) -> bool:
     return definer.__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "nx")
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """What a block is computed in."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
 def _transformed() -> str:
     """Why a call inside a transform of torch.func runs the block's own modules; empty outside."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -304,10 +319,7 @@ def _transformed() -> str:
 def _is_plain(x: Tensor) -> bool:
     """Whether a call without gradients may go past the dispatcher, a tenth of a decoding step."""
     return (
-        type(x) is Tensor
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
+        type(x) is Tensor and x.is_cpu and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
     )
 
 

@@ -35,7 +35,7 @@ from steppe.wiring import Witness
 
 _ROUTES = "_steppe_routes"  # on each part and each owner: the routes that it belongs to
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+_GLOBAL_HOOKS = tuple(getattr(global_hooks, f"_global{name}") for name in HOOKS)
 
 
 class SupportObserver(Protocol):
@@ -70,11 +70,20 @@ def observers_of(down: nn.Module) -> list[SupportObserver]:
 class RoutedComputation(Protocol):
     """What computes a block in a routed call."""
 
-    def __call__(self, route: Route, x: Tensor) -> Tensor:
-        """The block's output ``[*, D]`` from its input ``[*, D]``; tells the route's observers."""
+    def __call__(self, route: Route, x: Tensor, traced: bool) -> Tensor:
+        """The block's output ``[*, D]`` from its input ``[*, D]``; tells the route's observers.
 
-    def refuses(self, x: Tensor) -> str:
-        """Why a call is not worth it, or not possible; empty if it is."""
+        Args:
+            route: of the block.
+            x: the input.
+            traced: whether torch.compile traces the call.
+        """
+
+    def has_too_little(self, x: Tensor) -> str:
+        """Why a call has too little to do; empty if it has enough."""
+
+    def refuses(self, x: Tensor, traced: bool) -> str:
+        """Why a call is not worth it, or not possible; empty if it is. Asked once a call."""
 
     def unfit(self) -> str:
         """Why no call is possible now, whatever its input; empty if calls are."""
@@ -94,9 +103,10 @@ class _Part(NamedTuple):
     """A module of a routed block, and what it has to be for its calls to be led around it."""
 
     module: nn.Module
-    parent: nn.Module
     name: str  # of the module in its parent
-    forward: Callable[..., Any]  # of its class, as accelerate_ has left it
+    siblings: dict[str, nn.Module | None]  # of the parent
+    kind: type[nn.Module]  # its class, as accelerate_ has left it
+    forward: Callable[..., Any]  # of that class
     plain: type[nn.Module]  # the class that it had before
     plain_forward: Callable[..., Any]
 
@@ -112,7 +122,7 @@ class _Part(NamedTuple):
             return f"{self.name} was made a {type(self.module).__name__}"
         if self.plain.forward is not self.plain_forward:
             return f"{self.plain.__name__}.forward was replaced"
-        if self.parent._modules.get(self.name) is not self.module:
+        if self.siblings.get(self.name) is not self.module:
             return f"another module stands in the place of {self.name}"
         return ""
 
@@ -172,6 +182,7 @@ class Route:
         self.trial: Trial | None = None
         self.computation = computation
         self._parts: list[_Part] = []
+        self._modes = block.down.__dict__  # has the mode without a look-up by nn.Module
         self._number = next(_numbers)
         _by_number[self._number] = self
 
@@ -183,27 +194,39 @@ class Route:
             call: that the part belongs to; None while torch.compile traces.
         """
         if call is None:
-            return not self._refusal(x)
+            return not self._refusal(x, traced=True)
         if call.is_routed is None:
-            reason = "" if self.trial else self._refusal(x)
-            is_known = self.block.down.training in self.unfit
-            if self.trial is Trial.WITNESSED or not (self.trial or reason or is_known):
-                reason = "its wiring is looked at in this call"
+            if self.trial is None:
+                reason = self._refusal(x, traced=False)
+                if not reason and self._modes["training"] not in self.unfit:
+                    reason = "its wiring is looked at in this call"
+                    call.witness = Witness(self.block)
+            elif self.trial is Trial.WITNESSED:
+                reason = "a trial"
                 call.witness = Witness(self.block)
+            else:
+                reason = ""
             call.is_routed = not reason
-            if reason and not self.trial:
-                rows = x.numel() // max(x.shape[-1], 1) if x.dim() else 0
-                trains = torch.is_grad_enabled()
-                self.note(Outcome(OWN_MODULES, rows, trains=trains, reason=reason))
+            if reason and self.trial is None:
+                self._note_own(x, reason)
         return call.is_routed
+
+    def _note_own(self, x: Tensor, reason: str) -> None:
+        """Take down that the block's own modules run; the same again is not made anew."""
+        rows = x.numel() // max(x.shape[-1], 1) if x.dim() else 0
+        trains = torch.is_grad_enabled()
+        last = self.last
+        if (
+            last is None
+            or last[:1] != (OWN_MODULES,)
+            or last[1:] != (*(rows, last.density, last.candidates, trains, False, reason),)
+        ):
+            last = Outcome(OWN_MODULES, rows, trains=trains, reason=reason)
+        self.note(last)
 
     def is_routed(self, tensor: Tensor) -> bool:
         """Whether what a part after `up` gets, while it is traced, belongs to a routed call."""
         return tensor.dim() > 0 and tensor.shape[-1] == self.block.d_model
-
-    def compute(self, x: Tensor) -> Tensor:
-        """The block's output ``[*, D]``."""
-        return self.computation(self, x)
 
     def note(self, outcome: Outcome | None) -> None:
         """Take down how a call ran."""
@@ -217,30 +240,45 @@ class Route:
 
     def foreign(self) -> str:
         """Why the block's own modules must run: what others have done to it; empty for nothing."""
-        for name in _GLOBAL_HOOKS:
-            hooks = getattr(global_hooks, name)
+        for hooks in _GLOBAL_HOOKS:
             if hooks and not all(map(is_own_hook, hooks.values())):
                 return "a hook for all modules is not steppe's"
         for part in self._parts:
-            reason = part.foreign()
-            if reason:
-                return reason
+            module, name, siblings, kind, forward, plain, plain_forward = part
+            own = module.__dict__
+            # What there is nothing to be said of, written out: it is looked at in each call.
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+                or type(module) is not kind
+                or kind.forward is not forward
+                or plain.forward is not plain_forward
+                or siblings.get(name) is not module
+            ):
+                reason = part.foreign()
+                if reason:
+                    return reason
         return ""
 
-    def _refusal(self, x: Tensor) -> str:
+    def _refusal(self, x: Tensor, traced: bool) -> str:
         """Why this call runs the block's own modules; empty if it does not."""
         if self.dense_holds:
             return "the block's own modules were asked for"
         for observer in self.observers:
             if observer.needs_dense:
                 return "watch(gradients=True) measures the block's own modules"
-        if torch.compiler.is_compiling():
-            return _reason_when_traced(self._number) or self.computation.refuses(x)
-        return (
-            self.foreign()
-            or self.unfit.get(self.block.down.training, "")
-            or self.computation.refuses(x)
-        )
+        computation = self.computation
+        reason = computation.has_too_little(x)
+        if reason:
+            return reason
+        if traced:
+            reason = _reason_when_traced(self._number)
+        else:
+            reason = self.foreign() or self.unfit.get(self._modes["training"], "")
+        return reason or computation.refuses(x, traced)
 
     def lay(self, root: nn.Module, journal: Journal) -> None:
         """Put the route into the model.
@@ -270,8 +308,11 @@ class Route:
             parent, name = places.get(id(module), (root, ""))
             if not name:  # an activation that was a function
                 parent, name = block.act_slot.module, block.act_slot.name
+            kind = type(module)
             self._parts.append(
-                _Part(module, parent, name, type(module).forward, plain, plain.forward)
+                _Part(
+                    *(module, name, parent._modules, kind, kind.forward, plain, plain.forward),
+                )
             )
         self._join(self.owner, Owning, journal)
 
@@ -360,7 +401,8 @@ class Owning(nn.Module):
             return super().forward(*args, **kwargs)
         stack = _calls.stack
         depth = len(stack)
-        stack.extend([_Call(route) for route in routes if route.owner is self])
+        for route in routes:
+            stack.append(_Call(route))
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -372,8 +414,8 @@ class Entering(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``[*, D]`` if routed, else ``[*, F]``."""
-        x = _only(args, kwargs)
         call = _call_with(self)
+        x = _only(args, kwargs) if call is not None or torch.compiler.is_compiling() else None
         if x is not None and _begins(self, x, call):
             return x
         p: Tensor = super().forward(*args, **kwargs)
@@ -387,8 +429,8 @@ class Multiplying(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``[]`` if routed, else ``[*, F]``."""
-        x = _only(args, kwargs)
         call = _call_with(self)
+        x = _only(args, kwargs) if call is not None or torch.compiler.is_compiling() else None
         if x is not None and _begins(self, x, call):
             return x.new_ones(())
         up: Tensor = super().forward(*args, **kwargs)
@@ -402,8 +444,8 @@ class Passing(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``[*, D]`` if routed, else ``[*, F]``."""
-        x = _only(args, kwargs)
         call = _call_with(self)
+        x = _only(args, kwargs) if call is not None or torch.compiler.is_compiling() else None
         if x is not None and _goes_on(self, x, call):
             return x
         witness = None if call is None or x is None else call.witness
@@ -425,13 +467,14 @@ class Arriving(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``[*, D]``."""
-        x = _only(args, kwargs)
         call = _call_with(self)
+        x = _only(args, kwargs) if call is not None or torch.compiler.is_compiling() else None
         if x is not None and _goes_on(self, x, call):
-            route = routes_of(self)[0] if call is None else call.route
-            if call is not None:
-                call.is_routed = None  # the owner may run the block again
-            return route.compute(x)
+            if call is None:
+                route = routes_of(self)[0]
+                return route.computation(route, x, traced=True)
+            call.is_routed = None  # the owner may run the block again
+            return call.route.computation(call.route, x, traced=False)
         if call is not None:
             if call.witness is not None and x is not None:
                 call.witness.see_down(x)
@@ -443,9 +486,12 @@ class Arriving(nn.Module):
 
 def _only(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The one tensor that a part is called with, under whatever name; None in any other call."""
-    if len(args) + len(kwargs) != 1:
+    if len(args) == 1 and not kwargs:
+        x = args[0]
+    elif len(kwargs) == 1 and not args:
+        (x,) = kwargs.values()
+    else:
         return None
-    x = args[0] if args else next(iter(kwargs.values()))
     return x if isinstance(x, Tensor) else None
 
 
@@ -457,6 +503,8 @@ def _call_with(module: nn.Module) -> _Call | None:
     routes = module.__dict__.get(_ROUTES) if stack else None
     if not routes:
         return None
+    if len(routes) == 1 and stack[-1].route is routes[0]:  # as a rule
+        return stack[-1]
     waiting = None
     for call in reversed(stack):
         if call.route in routes:
@@ -469,9 +517,8 @@ def _call_with(module: nn.Module) -> _Call | None:
 def _begins(module: nn.Module, x: Tensor, call: _Call | None) -> bool:
     """Whether the part that gets a block's input is led around."""
     if call is not None:
-        return call.route.leads_around(x, call)
-    if not torch.compiler.is_compiling():
-        return False
+        routed = call.is_routed
+        return call.route.leads_around(x, call) if routed is None else routed
     return any(route.leads_around(x, None) for route in routes_of(module))
 
 
@@ -479,8 +526,6 @@ def _goes_on(module: nn.Module, x: Tensor, call: _Call | None) -> bool:
     """Whether a later part gets what belongs to a routed call."""
     if call is not None:
         return call.is_routed is True
-    if not torch.compiler.is_compiling():
-        return False
     return any(route.is_routed(x) for route in routes_of(module))
 
 

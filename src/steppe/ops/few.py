@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from steppe.ops.calls import (
 )
 from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
 from steppe.ops.packing import (
+    is_final,
     kept_rows,
     kept_screen,
     marks_of,
@@ -114,14 +116,20 @@ class FewBlock:
             if stays and weight is not None
         ]
         given += derived[0]
-        self._state = [(weight, weight.data_ptr(), _version(weight)) for weight in given]
+        self._addresses = [(weight, weight.data_ptr()) for weight in given]
+        # Writes to the others are seen by the mark, or what is read is the weight itself.
+        self._versions = [
+            (weight, weight._version)
+            for weight in given
+            if is_final(weight) and not weight.is_inference()
+        ]
 
     def holds(self) -> bool:
-        """Whether the weights are where they were, and no version of theirs has changed."""
-        for weight, address, version in self._state:
-            if weight.data_ptr() != address or _version(weight) != version:
+        """Whether the weights are where they were, and final ones of the same version."""
+        for weight, address in self._addresses:
+            if weight.data_ptr() != address:
                 return False
-        return True
+        return all(weight._version == version for weight, version in self._versions)
 
     def run(
         self,
@@ -179,9 +187,10 @@ class FewBlock:
             reason = f"more than {max_density:.0%} of the entries are active"
             note(Outcome(DENSE, rows, is_few=True, reason=reason))
         else:
-            share = float("nan") if candidates.value < 0 else candidates.value / max(entries, 1)
-            how = SPARSE if candidates.value < 0 or candidates.value > most_candidates else SCREENED
-            note(Outcome(how, rows, active / max(entries, 1), share, is_few=True))
+            found = candidates.value
+            share = math.nan if found < 0 else found / max(entries, 1)
+            how = SCREENED if 0 <= found <= most_candidates else SPARSE
+            note(Outcome(how, rows, active / max(entries, 1), share, False, True))
         if habit is not None and most_candidates:
             habit.note(candidates.value / max(entries, 1), candidates.value <= most_candidates)
         return bool(active != _TOO_MANY)
@@ -218,11 +227,6 @@ def _copied(weights: Weights, screens: bool) -> list[Tensor]:
     if screens and rows_are_contiguous(weights.activated):
         copied.append(weights.activated)
     return copied
-
-
-def _version(tensor: Tensor) -> int:
-    """A tensor's version; one made under inference_mode has none."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _check(weights: Weights) -> None:
