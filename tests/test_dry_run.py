@@ -331,3 +331,16 @@ def test_a_shifted_rectifier_moves_the_bias(with_bias: bool) -> None:
         model(x).square().sum().backward()
     for one, two in zip(plain.parameters(), fast.parameters(), strict=True):
         assert torch.allclose(one.grad, two.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_an_activation_whose_settings_change_is_computed() -> None:
+    plain = Block(WIDTH, HIDDEN, nn.Threshold(0.0, 0.0))
+    fast = copy.deepcopy(plain)
+    steppe.accelerate_(fast, patterns=PATTERNS, max_density=1.0)
+    x = torch.randn(12, WIDTH)
+    assert torch.allclose(fast(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert steppe.explain(fast).blocks[0].is_sparse
+    for model in (plain, fast):
+        model.act.threshold = 0.7
+    assert torch.equal(fast(x), plain(x))
+    assert "settings" in steppe.explain(fast).blocks[0].reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from steppe.blocks import MLPBlock, linear_weight
 from steppe.ops import cpu
 from steppe.ops.calls import DECODE_ROWS, DTYPES, scratch
-from steppe.ops.dispatch import Habit, max_density_for, pays
+from steppe.ops.dispatch import Habit, generation, max_density_for, pays
 from steppe.ops.few import FewBlock, why_not_laid_out
 from steppe.ops.native import kernels
 from steppe.ops.outcome import noted
@@ -28,6 +28,19 @@ from steppe.sigma import sigma_of
 from steppe.swapping import plain_class
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+class _Step(NamedTuple):
+    """How a call with few rows is computed; good for others like it."""
+
+    few: FewBlock
+    dtype: torch.dtype
+    numel: int
+    hidden: tuple[int, int]  # rows, d_hidden
+    coefficients: tuple[float, float]  # α, β
+    limits: tuple[float, float]  # of the density, of candidates
+    habit: Habit
+    context: tuple[int, int]  # number of threads, generation of the thresholds
 
 
 class Computation:
@@ -52,9 +65,34 @@ class Computation:
         self._shape = block.d_model, block.d_hidden
         self._held = [layer._parameters for layer in layers_of(block)]
         self._few: FewBlock | None = None
+        self._last: _Step | None = None
         self._unkept = ""  # why nothing can be laid out for few rows
         self._parameters: list[tuple[dict[str, Any], str, Tensor | None]] = []
         self._habits: defaultdict[float, Habit] = defaultdict(Habit)  # by threshold
+
+    def is_again(self, x: Tensor) -> bool:
+        """Whether a call is a decoding step like the last one, of which all was looked at."""
+        last = self._last
+        return (
+            last is not None
+            and type(x) is Tensor
+            and x.dtype is last.dtype
+            and x.numel() == last.numel
+            and x.is_contiguous()
+            and last.habit.held
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and last.context == (torch.get_num_threads(), generation())
+            and self._are_the_same()
+            and last.few.holds()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
+            and not _transformed()
+        )
+
+    def run_again(self, route: Route, x: Tensor) -> Tensor | None:
+        """The output of such a call; None where the weights have changed since."""
+        last = self._last
+        return None if last is None else self._run_few(route, x, last)
 
     def has_too_little(self, x: Tensor) -> str:
         """Why a call has too little to do for a detour; empty if it has enough or was asked for."""
@@ -104,7 +142,8 @@ class Computation:
 
     def forget(self) -> None:
         """Free what was laid out for few rows, and the copies of weights."""
-        self._few, self._parameters = None, []
+        self._few = self._last = None
+        self._parameters = []
         for layer in layers_of(self.block):
             forget(linear_weight(layer))
 
@@ -164,6 +203,7 @@ class Computation:
         """The output; None where the parameters are not those of the last call, or do not fit."""
         block, few = route.block, self._few
         if few is None or not self._are_the_same() or not few.holds():
+            self._last = None
             few = self._few = self._lay_out(x)
         if few is None or x.dtype != few.weights.down.dtype:
             return None
@@ -178,20 +218,37 @@ class Computation:
         alpha, beta, mix = self._sigma.coefficients()
         if mix is not None:
             beta *= float(mix)
+        step = _Step(
+            few,
+            x.dtype,
+            x.numel(),
+            (rows, block.d_hidden),
+            (alpha, beta),
+            (density, candidates),
+            Habit() if asked is not None else self._habits[density],
+            (torch.get_num_threads(), generation()),
+        )
+        lasts = not (route.trial or block.dropout or threshold_of(block)) and self._sigma.is_fixed
+        self._last = step if lasts and not block.down.training else None
+        return self._run_few(route, x, step)
+
+    def _run_few(self, route: Route, x: Tensor, step: _Step) -> Tensor | None:
+        """The output; None where the weights have changed."""
         z = torch.empty_like(x)
-        r = scratch("r", (rows, block.d_hidden), x)
-        up_values = r if block.gate is None else scratch("up", (rows, block.d_hidden), x)
-        done = few.run(x, (alpha, beta), density, candidates, (z, r, up_values))
+        r = scratch("r", step.hidden, x)
+        up_values = r if self.block.gate is None else scratch("up", step.hidden, x)
+        few = step.few
+        done = few.run(x, step.coefficients, *step.limits, (z, r, up_values))
         if done is None:
-            self._few = None
+            self._few = self._last = None
             return None
         route.note(noted())
-        if asked is None:
-            self._habits[density].note(math.nan, done)
-        if not done:
-            flat = x.view(-1, block.d_model)
-            return mlp_from(r, flat, few.weights, Rule(alpha, beta, 0.0))[0].view_as(x)
-        return z
+        if step.habit.held is not done:
+            step.habit.note(math.nan, done)
+        if done:
+            return z
+        flat = x.view(-1, self._shape[0])
+        return mlp_from(r, flat, few.weights, Rule(*step.coefficients, 0.0))[0].view_as(x)
 
     def _are_the_same(self) -> bool:
         """Whether the block's parameters are those of the last call."""

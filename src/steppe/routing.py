@@ -79,6 +79,12 @@ class RoutedComputation(Protocol):
             traced: whether torch.compile traces the call.
         """
 
+    def is_again(self, x: Tensor) -> bool:
+        """Whether a call is like the last one, of which all was looked at but for foreign hooks."""
+
+    def run_again(self, route: Route, x: Tensor) -> Tensor | None:
+        """The output of such a call; None where the weights have changed since."""
+
     def has_too_little(self, x: Tensor) -> str:
         """Why a call has too little to do; empty if it has enough."""
 
@@ -130,11 +136,12 @@ class _Part(NamedTuple):
 class _Call:
     """The call of a block that a thread is in."""
 
-    __slots__ = ("is_routed", "route", "witness")
+    __slots__ = ("is_again", "is_routed", "route", "witness")
 
     def __init__(self, route: Route) -> None:
         self.route = route
         self.is_routed: bool | None = None  # None: no part has run yet
+        self.is_again = False  # a decoding step like the last one
         self.witness: Witness | None = None
 
 
@@ -196,6 +203,9 @@ class Route:
         if call is None:
             return not self._refusal(x, traced=True)
         if call.is_routed is None:
+            if self.trial is None and self._is_again(x):
+                call.is_again = call.is_routed = True
+                return True
             if self.trial is None:
                 reason = self._refusal(x, traced=False)
                 if not reason and self._modes["training"] not in self.unfit:
@@ -262,6 +272,16 @@ class Route:
                 if reason:
                     return reason
         return ""
+
+    def _is_again(self, x: Tensor) -> bool:
+        """Whether a call is a decoding step like the last one: little need be looked at then."""
+        return (
+            self.computation.is_again(x)
+            and not self.dense_holds
+            and not self.observers
+            and not self.foreign()
+            and self.unfit.get(self._modes["training"]) == ""
+        )
 
     def _refusal(self, x: Tensor, traced: bool) -> str:
         """Why this call runs the block's own modules; empty if it does not."""
@@ -473,8 +493,10 @@ class Arriving(nn.Module):
             if call is None:
                 route = routes_of(self)[0]
                 return route.computation(route, x, traced=True)
-            call.is_routed = None  # the owner may run the block again
-            return call.route.computation(call.route, x, traced=False)
+            route = call.route
+            z = route.computation.run_again(route, x) if call.is_again else None
+            call.is_routed, call.is_again = None, False  # the owner may run the block once more
+            return route.computation(route, x, traced=False) if z is None else z
         if call is not None:
             if call.witness is not None and x is not None:
                 call.witness.see_down(x)

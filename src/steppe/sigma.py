@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from steppe.activations import Activation, Rectifier, is_relu, name_of
 from steppe.blocks import MLPBlock
@@ -18,9 +18,11 @@ class Sigma(ABC):
 
     Attributes:
         shift: of the pre-activations.
+        is_fixed: whether it stays as it is.
     """
 
     shift: float = 0.0
+    is_fixed: bool = False
 
     @abstractmethod
     def coefficients(self) -> tuple[float, float, Tensor | None]:
@@ -51,7 +53,7 @@ def sigma_of(block: MLPBlock) -> Sigma:
             return blend
     recognised = recognise(act)
     if isinstance(recognised, Recognised):
-        return _Fixed(recognised)
+        return _Fixed(act, recognised)
     raise AccelerationError(
         f"{block.name}: accelerate_ needs an activation α r + β r² with r = max(p, 0), such as"
         f" ReLU; {name_of(act)} {recognised}. Train or finetune the model with ReLU, or to the end"
@@ -95,11 +97,29 @@ class _OfBlend(Sigma):
 
 
 class _Fixed(Sigma):
-    """An activation that was recognised by evaluating it."""
+    """An activation that was recognised by evaluating it, and that nobody has set anew since."""
 
-    def __init__(self, of: Recognised) -> None:
+    def __init__(self, act: Activation, of: Recognised) -> None:
+        self._act = act
         self._of = of
+        self._settings = _settings_of(act)
         self.shift = of.shift
+        self.is_fixed = not self._settings
 
     def coefficients(self) -> tuple[float, float, Tensor | None]:
         return self._of.alpha, self._of.beta, None
+
+    def unfit(self) -> str:
+        changed = self._settings and _settings_of(self._act) != self._settings
+        return "the settings of its activation were changed" if changed else ""
+
+
+def _settings_of(act: Activation) -> dict[str, object]:
+    """The numbers that an activation has as attributes, which it may compute with."""
+    if not isinstance(act, nn.Module):
+        return {}
+    return {
+        name: value
+        for name, value in vars(act).items()
+        if isinstance(value, int | float) and name not in ("training", "inplace", "call_super_init")
+    }

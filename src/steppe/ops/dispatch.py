@@ -40,6 +40,7 @@ _screened: dict[tuple[torch.dtype, int], Tables] = {}
 _files: dict[tuple[torch.dtype, int], Path] = {}
 _found: dict[tuple[object, ...], float] = {}  # what was looked up in these
 _MOST_FOUND = 4096
+_generation = 0
 
 
 def pays(rows: int, d_model: int, d_hidden: int) -> bool:
@@ -101,6 +102,11 @@ def max_candidates_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
         tables = _screened.get((dtype, threads)) or screened_defaults_for(dtype, threads)
         most = _remember(key, reached(tables[trains], rows))
     return most
+
+
+def generation() -> int:
+    """How often the thresholds were changed so far."""
+    return _generation
 
 
 def _remember(key: tuple[object, ...], found: float) -> float:
@@ -234,6 +240,8 @@ def use(
         candidates: of shares of candidates.
         path: the file that they are from.
     """
+    global _generation
+    _generation += 1
     _found.clear()
     _measured[dtype, threads] = densities
     _screened[dtype, threads] = candidates
