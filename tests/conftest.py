@@ -14,6 +14,8 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="steppe-tests-")
 import pytest
 import torch
 
+collect_ignore_glob = ["versions/*"]  # programs for other environments
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -20,6 +20,7 @@ from steppe.bench import DECODE, PREFILL, TRAINING, Setting
 from steppe.errors import AccelerationError, OutputError
 from steppe.ops import dispatch
 from steppe.report import bench_table, plot_bench
+from steppe.routing import routes_of
 
 D, F, T = 48, 96, 32
 KEYS = [
@@ -143,7 +144,7 @@ def test_both_blocks_compute_the_same_and_one_is_routed(monkeypatch: pytest.Monk
     train = bench._train
 
     def note(blocks: torch.nn.ModuleList, inputs: list[torch.Tensor]) -> float:
-        routed = hasattr(blocks[0].down, "_steppe_route")
+        routed = bool(routes_of(blocks[0].down))
         outputs.append((routed, blocks[0](inputs[0]).detach()))
         return train(blocks, inputs)
 

@@ -62,7 +62,10 @@ def test_version_and_help_say_what_there_is() -> None:
         (["train", "text-gpt", "--data_dir", "./nowhere"], "there is no such file or folder"),
         (["train", "text-gpt", "--lerning_rate", "1"], "--learning_rate"),
         (["train", "text-gpt"], "--data_dir FOLDER"),
-        (["train", "fashion-mnist-vit", "--data_dir", "tests"], "images or IDX files, found none"),
+        (
+            ["train", "fashion-mnist-vit", "--data_dir", "tests/native"],
+            "images or IDX files, found none",
+        ),
     ],
 )
 def test_wrong_arguments_exit_with_2_and_are_named(arguments: list[str], named: str) -> None:

@@ -68,7 +68,11 @@ def faults_of(source: str) -> list[str]:
 
 
 def is_registration(function: ast.expr) -> bool:
-    return isinstance(function, ast.Attribute) and function.attr.startswith("register_")
+    return (
+        isinstance(function, ast.Attribute)
+        and function.attr.startswith("register_")
+        and ast.unparse(function.value) != "os"
+    )
 
 
 def imports_of(tree: ast.AST) -> dict[str, str]:

@@ -204,7 +204,7 @@ class Computation:
         block, few = route.block, self._few
         if few is None or not self._are_the_same() or not few.holds():
             self._last = None
-            few = self._few = self._lay_out(x)
+            few = self._few = self._lay_out(route, x)
         if few is None or x.dtype != few.weights.down.dtype:
             return None
         rows = x.numel() // block.d_model
@@ -257,7 +257,7 @@ class Computation:
                 return False
         return bool(self._parameters)
 
-    def _lay_out(self, x: Tensor) -> FewBlock | None:
+    def _lay_out(self, route: Route, x: Tensor) -> FewBlock | None:
         """The block for few rows, if its parameters are those of the last call."""
         block = self.block
         if not self._are_the_same():
@@ -276,7 +276,7 @@ class Computation:
         layers: list[Any] = layers_of(block)
         actual = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
         known = [parameter for _, _, parameter in self._parameters]
-        weights = self._weights()
+        weights = self._weights(with_threshold=not route.trial)
         if (
             not all(map(operator.is_, known, actual))  # a parametrization makes them anew each time
             or not cpu.runs(x, *weights)
@@ -300,7 +300,8 @@ class Computation:
     def _compute(self, route: Route, x: Tensor, traced: bool) -> Tensor:
         """A block from its input, and its support for whoever watches."""
         block = route.block
-        weights = self._weights()
+        # A trial runs without hooks, by which the block's own modules have the threshold.
+        weights = self._weights(with_threshold=not route.trial)
         alpha, beta, mix = self._sigma.coefficients()
         dropout = _dropout(block)
         flat = x.reshape(-1, block.d_model)
@@ -329,7 +330,7 @@ class Computation:
                 observer.see_support(x, active.view(shape), slopes.view(shape))
         return z.view(*x.shape[:-1], block.d_model)
 
-    def _weights(self) -> Weights:
+    def _weights(self, with_threshold: bool) -> Weights:
         """The block's parameters as the op takes them, each ``[F, D]``."""
         block, shift = self.block, self._sigma.shift
         layers = zip(layers_of(block), self._is_transposed, strict=True)
@@ -337,7 +338,8 @@ class Computation:
             w.T if turned else w for w, turned in ((linear_weight(a), b) for a, b in layers)
         ]
         up = None if block.gate is None else block.up
-        weight, bias = matrices[0], activated_bias(block)
+        weight = matrices[0]
+        bias = activated_bias(block) if with_threshold else _bias(block.activated)
         if shift:
             bias = weight.new_full((len(weight),), -shift) if bias is None else bias - shift
         return Weights(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from steppe.blocks import linear_weight
@@ -20,6 +19,9 @@ from steppe.ops.outcome import SCREENED, SPARSE, Outcome
 from steppe.ops.writes import unseen
 from steppe.routing import Route
 from steppe.runtime import acceleration_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NEVER = "not yet"
 _ASKED = "accelerate_'s argument"
@@ -82,6 +84,8 @@ class Explanation:
 
     def __rich__(self) -> Table:
         """The table."""
+        from rich.table import Table  # loading it takes longer than all of steppe
+
         table = Table(title="How each block ran last", caption=self._caption(), caption_style="")
         table.add_column("block", no_wrap=True)
         for name in ("ran", "calls", "tokens", "density", "up to", "candidates", "up to"):
@@ -109,6 +113,8 @@ class Explanation:
 
     def __str__(self) -> str:
         """The table as text."""
+        from rich.console import Console
+
         text = io.StringIO()
         Console(file=text, width=_WIDE).print(self)
         return text.getvalue()

@@ -351,7 +351,6 @@ _by_number: weakref.WeakValueDictionary[int, Route] = weakref.WeakValueDictionar
 _numbers = itertools.count()
 
 
-@torch.compiler.assume_constant_result
 def _reason_when_traced(number: int) -> str:
     """Why a block that torch.compile traces runs its own modules; empty if it need not.
 
@@ -361,6 +360,10 @@ def _reason_when_traced(number: int) -> str:
     unknown = "its wiring was not looked at yet: call the model once before torch.compile"
     unfit = route.unfit.get(route.block.down.training, unknown)
     return route.foreign() or unfit or route.computation.unfit()
+
+
+# As torch.compiler.assume_constant_result does, which loads torch._dynamo, for seconds.
+_reason_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def routes_of(module: nn.Module) -> list[Route]:

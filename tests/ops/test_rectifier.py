@@ -110,10 +110,11 @@ def test_backward_from_the_output_alone_equals_the_loop(alpha: float, beta: floa
     torch.testing.assert_close(gradient, expected, rtol=1e-15, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("alpha", "beta"), FAMILY)
 def test_gradcheck_and_gradgradcheck_away_from_zero(alpha: float, beta: float) -> None:
     p = away_from_zero(3, 4)
-    assert torch.autograd.gradcheck(lambda q: rectifier(q, alpha, beta), p)
+    assert torch.autograd.gradcheck(lambda q: rectifier(q, alpha, beta), p, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda q: rectifier(q, alpha, beta), p)
 
 

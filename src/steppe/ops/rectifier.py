@@ -31,6 +31,21 @@ class _Rectifier(torch.autograd.Function):
         """Keep a, and the coefficients."""
         _, ctx.alpha, ctx.beta = inputs
         ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """∂ℓ/∂p = ∂ℓ/∂a · σ′."""
+        (a,) = ctx.saved_tensors
+        return grad * _slope_from_output(a, ctx.alpha, ctx.beta), None, None
+
+
+class _ForwardRectifier(_Rectifier):
+    """The same, also in forward mode, which torch.compile refuses to trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep a for both modes."""
+        _Rectifier.setup_context(ctx, inputs, output)
         ctx.save_for_forward(output)
 
     @staticmethod
@@ -38,12 +53,6 @@ class _Rectifier(torch.autograd.Function):
         """The tangent of a: that of p times σ′."""
         (a,) = ctx.saved_tensors
         return tangent * _slope_from_output(a, ctx.alpha, ctx.beta)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """∂ℓ/∂p = ∂ℓ/∂a · σ′."""
-        (a,) = ctx.saved_tensors
-        return grad * _slope_from_output(a, ctx.alpha, ctx.beta), None, None
 
 
 def rectifier(p: Tensor, alpha: Coefficient = 1.0, beta: Coefficient = 0.0) -> Tensor:
@@ -65,7 +74,8 @@ def rectifier(p: Tensor, alpha: Coefficient = 1.0, beta: Coefficient = 0.0) -> T
     """
     if not isinstance(alpha, Tensor) and not isinstance(beta, Tensor) and (alpha, beta) == (1, 0):
         return torch.relu(p)  # which keeps its output only, too
-    out: Tensor = _Rectifier.apply(p, _as_dtype(alpha, p), _as_dtype(beta, p))
+    function = _Rectifier if torch.compiler.is_compiling() else _ForwardRectifier
+    out: Tensor = function.apply(p, _as_dtype(alpha, p), _as_dtype(beta, p))
     return out
 
 
