@@ -29,17 +29,7 @@ _DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
         128: {False: {512: 0.1, 1024: 0.15}, True: {}},
         256: {False: {128: 0.15, 256: 0.2, 512: 0.35}, True: {1024: 0.35}},
         512: {
-            False: {
-                1: 1.0,
-                2: 0.4,
-                3: 0.3,
-                4: 1.0,
-                9: 0.0,
-                32: 0.15,
-                128: 0.25,
-                256: 0.3,
-                512: 0.35,
-            },
+            False: {1: 1.0, 2: 0.4, 3: 0.3, 4: 1.0, 9: 0.25, 32: 0.3, 512: 0.35},
             True: {256: 0.35, 512: 0.4},
         },
     },
@@ -81,8 +71,8 @@ _DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
 # Of bfloat16 on AMX a screened first product is slower than the dense one.
 _CANDIDATES: dict[tuple[torch.dtype, str], Tables] = {
     (torch.float32, "avx512"): {
-        False: {1: 0.3, 5: 0.2, 9: 0.0, 64: 0.15, 128: 0.2, 256: 0.25},
-        True: {1024: 0.15},
+        False: {1: 0.3, 5: 0.2, 9: 0.25, 512: 0.28},
+        True: {512: 0.2, 1024: 0.25},
     },
     (torch.float32, "zen4"): {False: {1: 0.3, 9: 0.0, 64: 0.3}, True: {256: 0.3}},
     (torch.bfloat16, "zen4"): {False: {1: 0.3, 9: 0.0, 512: 0.25}, True: {}},
