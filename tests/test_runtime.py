@@ -498,3 +498,16 @@ def test_where_no_density_pays_a_call_is_not_routed(low_threshold: None) -> None
     assert how_each_ran(block, 11, 2) == 2 * [OWN]
     with torch.no_grad():
         assert how_each_ran(block, 11, 2) == 2 * [OWN]
+
+
+@native
+def test_a_first_call_before_copies_are_kept_does_not_count_as_too_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "_LEAST_WORK", 0)
+    monkeypatch.setattr(dispatch, "_measured", {})
+    table = {False: {1: 1.0}, True: {}}
+    dispatch.use(torch.float32, torch.get_num_threads(), {0: table}, {False: {}, True: {}})
+    block = steppe.accelerate_(half_dense_block(), patterns=PATTERNS)
+    with torch.no_grad():
+        assert how_each_ran(block, 12, 4)[1:] == 3 * [SPARSE]

@@ -321,7 +321,10 @@ class Computation:
             route.note(noted())
         if goes_past and limits[0] is None and len(flat) > DECODE_ROWS:
             most = max_density_for(len(flat), block.d_model, z.dtype, trains=False)
-            self._habits[most].note(math.nan, bool(offsets.numel()))
+            outcome = noted()
+            is_too_dense = outcome is not None and outcome.is_too_dense
+            if offsets.numel() or is_too_dense:  # not a first call, before copies are kept
+                self._habits[most].note(math.nan, not is_too_dense)
         if route.observers and not route.trial:
             listed = r, up, index, offsets
             active, slopes = _support(listed, block, rule_of(alpha, beta, mix, 0.0), len(flat))

@@ -151,14 +151,24 @@ def mlp(
         p = reference.linear(x, activated, activated_bias, calls.scratch("p", (rows, columns), x))
         listed = calls.compact(p, most)
         if listed is None:
-            note(Outcome(DENSE, rows, trains=trains, reason=_too_many(most)))
+            note(Outcome(DENSE, rows, trains=trains, reason=_too_many(most), is_too_dense=True))
             return *reference.mlp_from(p, x, weights, rule), *no_list(x.device)
     else:
         panels_x = calls.pack(x, "x")
         listed = compact_product(panels_x, _gathered(activated, makes_all), activated_bias, found)
         if listed[1].entries > most * rows * columns:
             density = listed[1].entries / (rows * columns)
-            note(Outcome(DENSE, rows, density, found.share, trains, reason=_too_many(most)))
+            note(
+                Outcome(
+                    DENSE,
+                    rows,
+                    density,
+                    found.share,
+                    trains,
+                    reason=_too_many(most),
+                    is_too_dense=True,
+                )
+            )
             return *reference.mlp(x, weights, rule), *no_list(x.device)
     r, support = listed
     up_values = r.new_empty(0)

@@ -185,7 +185,7 @@ class FewBlock:
             return None
         if active == _TOO_MANY:
             reason = f"more than {max_density:.0%} of the entries are active"
-            note(Outcome(DENSE, rows, is_few=True, reason=reason))
+            note(Outcome(DENSE, rows, is_few=True, reason=reason, is_too_dense=True))
         else:
             found = candidates.value
             share = math.nan if found < 0 else found / max(entries, 1)

@@ -20,6 +20,7 @@ class Outcome(NamedTuple):
         trains: whether a backward pass could follow.
         is_few: whether it was computed in one call for few rows.
         reason: why it was not sparse; empty if it was.
+        is_too_dense: whether that was because of how many entries are active.
     """
 
     how: str
@@ -29,6 +30,7 @@ class Outcome(NamedTuple):
     trains: bool = False
     is_few: bool = False
     reason: str = ""
+    is_too_dense: bool = False
 
 
 class _Last(threading.local):
