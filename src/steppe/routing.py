@@ -222,17 +222,10 @@ class Route:
         return call.is_routed
 
     def _note_own(self, x: Tensor, reason: str) -> None:
-        """Take down that the block's own modules run; the same again is not made anew."""
+        """Take down that the block's own modules run."""
         rows = x.numel() // max(x.shape[-1], 1) if x.dim() else 0
         trains = torch.is_grad_enabled()
-        last = self.last
-        if (
-            last is None
-            or last[:1] != (OWN_MODULES,)
-            or last[1:] != (*(rows, last.density, last.candidates, trains, False, reason),)
-        ):
-            last = Outcome(OWN_MODULES, rows, trains=trains, reason=reason)
-        self.note(last)
+        self.note(Outcome(OWN_MODULES, rows, trains=trains, reason=reason))
 
     def is_routed(self, tensor: Tensor) -> bool:
         """Whether what a part after `up` gets, while it is traced, belongs to a routed call."""
