@@ -49,6 +49,7 @@ struct Pages {
 };
 
 inline bool edges_hold(const steppe_watch &watch, const Pages &pages) {
+  if (watch.bytes == 0) return true;  // there may be no address
   const char *from = static_cast<const char *>(watch.start);
   const char *saved = static_cast<const char *>(watch.edges);
   return std::memcmp(from, saved, size_t(pages.head())) == 0 &&
@@ -57,6 +58,7 @@ inline bool edges_hold(const steppe_watch &watch, const Pages &pages) {
 }
 
 inline void save_edges(const steppe_watch &watch, const Pages &pages) {
+  if (watch.bytes == 0) return;
   const char *from = static_cast<const char *>(watch.start);
   char *to = static_cast<char *>(watch.edges);
   std::memcpy(to, from, size_t(pages.head()));
