@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,3 +160,19 @@ def test_a_copy_is_accelerated_as_its_original(way: str) -> None:
     steppe.restore_(model)
     kinds = [type(module) for module in model.modules()]
     assert [type(module) for module in replica.modules()] == kinds
+
+
+@native
+@pytest.mark.skipif(bool(writes.unseen()), reason=writes.unseen() or "writes are seen")
+def test_a_model_that_transformers_has_loaded_decodes_sparse(tmp_path: Path) -> None:
+    """Its weights are mapped from the file."""
+    models.opt().save_pretrained(tmp_path)
+    model = type(models.opt()).from_pretrained(tmp_path).eval()
+    plain = copy.deepcopy(model)
+    steppe.accelerate_(model, max_density=1.0)
+    ids = models.token_ids(1, 4)
+    with torch.no_grad():
+        for _ in range(4):
+            got, expected = model(input_ids=ids).logits, plain(input_ids=ids).logits
+            assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert all(block.is_sparse and block.is_few for block in steppe.explain(model).blocks)

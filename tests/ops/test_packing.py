@@ -136,10 +136,31 @@ def test_nothing_is_kept_where_writes_are_not_seen(unseen: None) -> None:
 def test_memory_that_others_may_write_to_is_not_copied(tmp_path: Path) -> None:
     shared = torch.randn(300, 128).share_memory_()
     np.zeros((300, 128), dtype=np.float32).tofile(tmp_path / "weight")
-    of_file = torch.from_file(str(tmp_path / "weight"), size=300 * 128).view(300, 128)
+    path = str(tmp_path / "weight")
+    of_file = torch.from_file(path, shared=True, size=300 * 128).view(300, 128)
     for weight in (shared, of_file):
         assert kept_panels(weight) is None
         assert "others may write" in why_not_kept(weight)
+
+
+@seen
+def test_a_weight_that_is_mapped_from_a_file_becomes_the_process_own(tmp_path: Path) -> None:
+    """As Transformers loads safetensors: what is written to the file later, nobody sees."""
+    path = tmp_path / "weight"
+    np.arange(300 * 128, dtype=np.float32).tofile(path)
+    weight = torch.from_file(str(path), size=300 * 128).view(300, 128)
+    before = weight.clone()
+    rows = kept_rows(weight.T)
+    assert rows is not None
+    assert torch.equal(rows, before.T)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(weight, before)
+    assert kept_rows(weight.T) is rows
+    weight.numpy()[7, 7] = -1.0
+    again = kept_rows(weight.T)
+    assert again is not None
+    assert torch.equal(again, weight.T)
 
 
 @seen

@@ -7,10 +7,12 @@
 // and its last page, which other data may share, are compared with a copy of them instead.
 //
 // Writes that do not go through this process's page tables would be missed: by another process to
-// shared memory, by whoever writes to a mapped file, by a device that has pinned the pages. Such memory
-// is not watched: it has to be private and anonymous.
+// shared memory, which is not watched, by a device that has pinned the pages, by whoever writes to a file
+// that is mapped. Of a private mapping, as safetensors makes them, the pages are therefore made this
+// process's own first: what is written to the file from then on, it does not see at all.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -122,7 +124,10 @@ inline bool were_written(const Pages &pages) {
   return ioctl(files().pages, kPagemapScan, &request) != 0;
 }
 
-// Whether a range is private and anonymous memory; false where that cannot be found out.
+constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE of Linux 5.14
+
+// Whether nobody else can write to a range, after its pages were made this process's own; false where
+// that cannot be found out.
 inline bool is_private(const Pages &pages) {
   FILE *maps = std::fopen("/proc/self/maps", "re");
   if (maps == nullptr) return false;
@@ -134,7 +139,10 @@ inline bool is_private(const Pages &pages) {
     const bool whole = std::strchr(line, '\n') != nullptr;
     const int read = std::sscanf(line, "%lx-%lx %7s %*x %*x:%*x %lu", &first, &last, permissions, &inode);
     if (read == 4 && first <= known && known < last) {
-      is_private = permissions[3] == 'p' && inode == 0;
+      const uintptr_t from = known / kPage * kPage, to = round_up(std::min<uintptr_t>(last, pages.end));
+      is_private = permissions[3] == 'p' &&
+                   (inode == 0 ||
+                    madvise(reinterpret_cast<void *>(from), to - from, kPopulateWrite) == 0);
       known = last;
     }
     for (int c = whole ? '\n' : 0; c != '\n' && c != EOF;) c = std::fgetc(maps);
