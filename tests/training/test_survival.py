@@ -66,9 +66,9 @@ def history_of(run: Path) -> list[dict]:
     return state["stateful_callbacks"]["SteppeCallback"]["attributes"]["history"]
 
 
-# Beside other busy programs it has ended 1e-6 apart, on one processor and as long ago as 88ee55a: a
-# resume that a kill at some moment spoils. Uninterrupted runs are the same bits there. Until that is
-# found it runs with the slow tests, on a machine of its own.
+# Beside other busy programs it has ended 1e-6 apart, on one processor and as long ago as 88ee55a:
+# a kill at some moment spoils the resume. Uninterrupted runs are the same bits there. Until that is
+# found it runs with the slow tests.
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_as_if_it_had_not_been(
     processes, place: Path, whole: Path
