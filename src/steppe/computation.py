@@ -13,9 +13,9 @@ from torch.autograd import forward_ad
 
 from steppe.blocks import MLPBlock, linear_weight
 from steppe.ops import cpu
-from steppe.ops.calls import DECODE_ROWS, DTYPES, scratch
+from steppe.ops.calls import DECODE_ROWS, DTYPES, scratch, threads
 from steppe.ops.dispatch import Habit, generation, max_density_for, pays
-from steppe.ops.few import FewBlock, why_not_laid_out
+from steppe.ops.few import FewBlock, FewCall, why_not_laid_out
 from steppe.ops.native import kernels
 from steppe.ops.outcome import noted
 from steppe.ops.packing import forget, marks_of, why_not_kept
@@ -31,15 +31,13 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class _Step(NamedTuple):
-    """How a call with few rows is computed; good for others like it."""
+    """A call with few rows that ran sparse; good for others like it."""
 
+    call: FewCall
     few: FewBlock
     dtype: torch.dtype
-    numel: int
-    hidden: tuple[int, int]  # rows, d_hidden
-    coefficients: tuple[float, float]  # α, β
-    limits: tuple[float, float]  # of the density, of candidates
-    habit: Habit
+    shape: torch.Size  # of the input
+    habits: tuple[Habit, Habit]  # of the block, and of its screen
     context: tuple[int, int]  # number of threads, generation of the thresholds
 
 
@@ -66,33 +64,63 @@ class Computation:
         self._held = [layer._parameters for layer in layers_of(block)]
         self._few: FewBlock | None = None
         self._last: _Step | None = None
+        self._stock: FewCall | None = None  # the last call that may be made again
         self._unkept = ""  # why nothing can be laid out for few rows
         self._parameters: list[tuple[dict[str, Any], str, Tensor | None]] = []
         self._habits: defaultdict[float, Habit] = defaultdict(Habit)  # by threshold
 
     def is_again(self, x: Tensor) -> bool:
-        """Whether a call is a decoding step like the last one, of which all was looked at."""
+        """Whether a call is a decoding step like the last one, of which all was looked at.
+
+        Nothing is asked twice, and no function called that can be done without: of a decoding step
+        each costs what its code takes to come from memory.
+        """
         last = self._last
-        return (
-            last is not None
-            and type(x) is Tensor
-            and x.dtype is last.dtype
-            and x.numel() == last.numel
-            and x.is_contiguous()
-            and last.habit.held
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and last.context == (torch.get_num_threads(), generation())
-            and self._are_the_same()
-            and last.few.holds()
-            and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
-            and not _transformed()
-        )
+        if (
+            last is None
+            or type(x) is not Tensor
+            or x.dtype is not last.dtype
+            or x.shape != last.shape
+            or not x.is_contiguous()
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch._C._is_tracing()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or forward_ad._current_level >= 0
+            or last.context != (threads(), generation())
+        ):
+            return False
+        for habit in last.habits:
+            if not habit.held:
+                return False
+        for held, name, parameter in self._parameters:
+            if held.get(name) is not parameter:
+                return False
+        for weight, address in last.few.addresses:
+            if weight.data_ptr() != address:
+                return False
+        return not last.few.versions or last.few.holds()
 
     def run_again(self, route: Route, x: Tensor) -> Tensor | None:
-        """The output of such a call; None where the weights have changed since."""
+        """The output of such a call; None where it did not end as the last one."""
         last = self._last
-        return None if last is None else self._run_few(route, x, last)
+        if last is None:
+            return None
+        call, z = last.call, torch.empty_like(x)
+        told = call.function(call.reference, x.data_ptr(), None, None, z.data_ptr())
+        if 0 <= told < call.end:
+            call.told = told
+            call.times += 1
+            return z
+        self._last = None
+        return None
+
+    def take_stock(self, route: Route) -> None:
+        """Tell a route of the calls like the last one that were made since it was told."""
+        call = self._stock
+        if call is not None and call.times:
+            times, call.times = call.times, 0
+            route.note(call.outcome(), times)
 
     def has_too_little(self, x: Tensor) -> str:
         """Why a call has too little to do for a detour; empty if it has enough or was asked for."""
@@ -142,7 +170,7 @@ class Computation:
 
     def forget(self) -> None:
         """Free what was laid out for few rows, and the copies of weights."""
-        self._few = self._last = None
+        self._few = self._last = self._stock = None
         self._parameters = []
         for layer in layers_of(self.block):
             forget(linear_weight(layer))
@@ -218,37 +246,29 @@ class Computation:
         alpha, beta, mix = self._sigma.coefficients()
         if mix is not None:
             beta *= float(mix)
-        step = _Step(
-            few,
-            x.dtype,
-            x.numel(),
-            (rows, block.d_hidden),
-            (alpha, beta),
-            (density, candidates),
-            Habit() if asked is not None else self._habits[density],
-            (torch.get_num_threads(), generation()),
-        )
-        lasts = not (route.trial or block.dropout or threshold_of(block)) and self._sigma.is_fixed
-        self._last = step if lasts and not block.down.training else None
-        return self._run_few(route, x, step)
-
-    def _run_few(self, route: Route, x: Tensor, step: _Step) -> Tensor | None:
-        """The output; None where the weights have changed."""
+        self._last = None
+        call = FewCall(few, rows, (alpha, beta), density, few.limit_of_candidates(candidates))
         z = torch.empty_like(x)
-        r = scratch("r", step.hidden, x)
-        up_values = r if self.block.gate is None else scratch("up", step.hidden, x)
-        few = step.few
-        done = few.run(x, step.coefficients, *step.limits, (z, r, up_values))
+        hidden = rows, block.d_hidden
+        r = scratch("r", hidden, x)
+        up_values = r if block.gate is None else scratch("up", hidden, x)
+        done = call.run(x, (z, r, up_values))
         if done is None:
-            self._few = self._last = None
+            self._few = None
             return None
         route.note(noted())
-        if step.habit.held is not done:
-            step.habit.note(math.nan, done)
-        if done:
-            return z
-        flat = x.view(-1, self._shape[0])
-        return mlp_from(r, flat, few.weights, Rule(*step.coefficients, 0.0))[0].view_as(x)
+        habit = Habit() if asked is not None else self._habits[density]
+        if habit.held is not done:
+            habit.note(math.nan, done)
+        if not done:
+            flat = x.view(-1, block.d_model)
+            return mlp_from(r, flat, few.weights, Rule(alpha, beta, 0.0))[0].view_as(x)
+        if not (route.trial or block.dropout or threshold_of(block)) and self._sigma.is_fixed:
+            screens = Habit() if few.habit is None else few.habit
+            context = threads(), generation()
+            self._last = _Step(call, few, x.dtype, x.shape, (habit, screens), context)
+            self._stock = call
+        return z
 
     def _are_the_same(self) -> bool:
         """Whether the block's parameters are those of the last call."""

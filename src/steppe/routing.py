@@ -83,7 +83,10 @@ class RoutedComputation(Protocol):
         """Whether a call is like the last one, of which all was looked at but for foreign hooks."""
 
     def run_again(self, route: Route, x: Tensor) -> Tensor | None:
-        """The output of such a call; None where the weights have changed since."""
+        """The output of such a call; None where it did not end as the last one."""
+
+    def take_stock(self, route: Route) -> None:
+        """Tell a route of the calls like the last one that were made since it was told."""
 
     def has_too_little(self, x: Tensor) -> str:
         """Why a call has too little to do; empty if it has enough."""
@@ -168,8 +171,6 @@ class Route:
         dense_holds: how many want the block's own modules to run.
         unfit: by mode (training or not), why the block's wiring is not that of its pattern; empty
             if it is; no entry while nobody has looked.
-        last: how the block ran last, or None.
-        calls: number of calls so far, by how they ran.
         trial: how the next calls are to run, whatever it costs; for `steppe.dry_run` alone.
     """
 
@@ -184,8 +185,8 @@ class Route:
         self.observers = observers_of(block.down)
         self.dense_holds = 0
         self.unfit: dict[bool, str] = {}
-        self.last: Outcome | None = None
-        self.calls: Counter[str] = Counter()
+        self._last: Outcome | None = None
+        self._calls: Counter[str] = Counter()
         self.trial: Trial | None = None
         self.computation = computation
         self._parts: list[_Part] = []
@@ -231,11 +232,24 @@ class Route:
         """Whether what a part after `up` gets, while it is traced, belongs to a routed call."""
         return tensor.dim() > 0 and tensor.shape[-1] == self.block.d_model
 
-    def note(self, outcome: Outcome | None) -> None:
-        """Take down how a call ran."""
+    @property
+    def last(self) -> Outcome | None:
+        """How the block ran last, or None."""
+        self.computation.take_stock(self)
+        return self._last
+
+    @property
+    def calls(self) -> Counter[str]:
+        """Number of calls so far, by how they ran."""
+        self.computation.take_stock(self)
+        return self._calls
+
+    def note(self, outcome: Outcome | None, times: int = 1) -> None:
+        """Take down how a call ran, or several calls."""
         if outcome is not None and self.trial is None:
-            self.last = outcome
-            self.calls[outcome.how] += 1
+            self.computation.take_stock(self)  # of earlier ones
+            self._last = outcome
+            self._calls[outcome.how] += times
 
     def note_wiring(self, witness: Witness) -> None:
         """Take down what a witness of a whole call has seen."""

@@ -41,8 +41,12 @@ struct Block {
   bool is_gated() const { return block.up != nullptr; }
   int64_t run(int64_t most_candidates, int64_t most, int64_t *candidates, E *r, E *up_values,
               E *out, int threads) const {
-    return steppe_decode_mlp(&block, x.data(), T, alpha, beta, most_candidates, most, candidates, r,
-                             is_gated() ? up_values : nullptr, out, threads);
+    const steppe_few_call call{&block, T, most_candidates, most, alpha, beta, threads};
+    const int64_t told =
+        steppe_decode_mlp(&call, x.data(), r, is_gated() ? up_values : nullptr, out);
+    if (told == STEPPE_CHANGED) return told;
+    *candidates = told >= 0 ? (told >> 32) - 1 : STEPPE_TOO_MANY - told - 1;
+    return told >= 0 ? told & 0xffffffff : STEPPE_TOO_MANY;
   }
 };
 
@@ -114,10 +118,14 @@ void test_decode_mlp(int64_t T, int64_t F, int64_t D, bool gated, float alpha, f
             what + kind + ": active entries");
     });
     check_block(block, p, r, up_values, out, what + kind);
+    Output<E> alone(T * D);
+    check(block.run(most_candidates, active, &candidates, nullptr, nullptr, alone.data(), 2) == active,
+          what + kind + ": active entries, r not wanted");
+    check(alone == out, what + kind + ": the same where r is not wanted");
     if (active == 0) return candidates;
     Output<E> untouched(T * D), blank(T * D), same_r(T * F), some_up(ups), no_up(ups);
     check(block.run(most_candidates, active - 1, &candidates, same_r.data(), some_up.data(),
-                    untouched.data(), 2) == -1,
+                    untouched.data(), 2) == STEPPE_TOO_MANY,
           what + kind + ": more than the most");
     check(untouched == blank && some_up == no_up && same_r == r,
           what + kind + ": r alone is written");
@@ -140,7 +148,7 @@ void test_decode_mlp(int64_t T, int64_t F, int64_t D, bool gated, float alpha, f
   const auto check_refused = [&](const std::string &why) {
     Output<E> r(T * F), up_values(ups), out(T * D), blank_r(T * F), blank(T * D), blank_up(ups);
     int64_t count = -2;
-    check(block.run(most, most, &count, r.data(), up_values.data(), out.data(), 2) == -3,
+    check(block.run(most, most, &count, r.data(), up_values.data(), out.data(), 2) == STEPPE_CHANGED,
           what + why);
     check(r == blank_r && out == blank && up_values == blank_up && count == -2,
           what + why + ": nothing is written");

@@ -276,13 +276,14 @@ void test_few(const Case<E> &of) {
       block.bounds = screened ? screen.bounds->data() : nullptr;
       same_for_threads("decode_mlp" + of.what + (gated ? " gated" : "") + (screened ? " screened" : ""),
                        {bytes_of<E>(T * F), bytes_of<E>(gated ? T * F : 0), bytes_of<E>(T * D),
-                        bytes_of<int64_t>(2)},
+                        bytes_of<int64_t>(1)},
                        [&](const Memories &to, int threads) {
                          int64_t *told = to[3].as<int64_t>();
-                         told[1] = steppe_decode_mlp(
-                             &block, of.x.data(), T, 1, 0.5f, screened ? T * F : 0, T * F, told,
-                             to[0].as<E>(), gated ? to[1].as<E>() : nullptr, to[2].as<E>(), threads);
-                         check(told[1] >= 0, "decode_mlp" + of.what + ": status");
+                         const steppe_few_call call{&block, T, screened ? T * F : 0, T * F, 1, 0.5f,
+                                                    threads};
+                         told[0] = steppe_decode_mlp(&call, of.x.data(), to[0].as<E>(),
+                                                     gated ? to[1].as<E>() : nullptr, to[2].as<E>());
+                         check(told[0] >= 0, "decode_mlp" + of.what + ": status");
                        });
     }
   }

@@ -68,7 +68,7 @@ using steppe::kernels;
 
 extern "C" {
 
-int steppe_abi_version(void) { return 4; }
+int steppe_abi_version(void) { return 5; }
 
 const char *steppe_isa(void) { return steppe::target().name; }
 
@@ -225,14 +225,12 @@ void steppe_sift(const void *values, const int16_t *index, const int64_t *offset
                       threads);
 }
 
-int64_t steppe_decode_mlp(const steppe_block *block, const void *x, int64_t T, float alpha,
-                          float beta, int64_t most_candidates, int64_t most, int64_t *candidates,
-                          void *r, void *up_values, void *out, int threads) {
+int64_t steppe_decode_mlp(const steppe_few_call *call, const void *x, void *r, void *up_values,
+                          void *out) {
   try {
-    return kernels(block->dtype).decode_mlp(*block, x, T, alpha, beta, most_candidates, most,
-                                            candidates, r, up_values, out, threads);
+    return kernels(call->block->dtype).decode_mlp(*call, x, r, up_values, out);
   } catch (const std::bad_alloc &) {
-    return -2;
+    return STEPPE_NO_MEMORY;
   }
 }
 

@@ -36,10 +36,10 @@ struct FewList {
 // A call of a block.
 template <typename E>
 struct FewBlock {
-  FewBlock(const steppe_block &of, const E *x, int64_t T, float alpha, float beta, int threads)
-      : of(of), x(x), w(in(of.w)), w_bias(in(of.w_bias)), up(in(of.up)), up_bias(in(of.up_bias)),
-        v(in(of.v)), v_bias(in(of.v_bias)), T(T), D(of.D), F(of.F), alpha(alpha), beta(beta),
-        threads(threads) {}
+  FewBlock(const steppe_few_call &call, const E *x)
+      : of(*call.block), x(x), w(in(of.w)), w_bias(in(of.w_bias)), up(in(of.up)),
+        up_bias(in(of.up_bias)), v(in(of.v)), v_bias(in(of.v_bias)), T(call.T), D(of.D), F(of.F),
+        alpha(call.alpha), beta(call.beta), threads(call.threads) {}
   static const E *in(const void *p) { return static_cast<const E *>(p); }
   const steppe_block &of;
   const E *x, *w, *w_bias, *up, *up_bias, *v, *v_bias;
@@ -48,10 +48,12 @@ struct FewBlock {
   int threads;
 };
 
-// r [T, F] in full, and its list.
+// The list of r, and where r [T, F] is wanted it in full.
 template <typename E>
-void list_all(const FewBlock<E> &block, FewList<E> &list, E *r) {
+void list_all(const FewBlock<E> &block, FewList<E> &list, E *wanted) {
   const int64_t T = block.T, F = block.F;
+  std::vector<E> own(wanted == nullptr ? T * F : 0);
+  E *const r = wanted == nullptr ? own.data() : wanted;
   matvec(block.x, T, block.D, block.w, block.of.w_stride, block.w_bias, F, r, block.threads);
   list.resize(T * F);
   int64_t active = 0;
@@ -67,6 +69,7 @@ void list_all(const FewBlock<E> &block, FewList<E> &list, E *r) {
   }
   list.offsets[list.tiles * T] = active;
   list.resize(active);
+  if (wanted == nullptr) return;
   for (int64_t i = 0; i < T * F; ++i) {
     if (!is_active(to_float(r[i]))) r[i] = E{};
   }
@@ -98,13 +101,13 @@ int64_t list_candidates(const FewBlock<E> &block, int64_t most, FewList<E> &list
   return found;
 }
 
-// The values of the candidates, of which those that are not <= 0 stay listed; r [T, F].
+// The values of the candidates, of which those that are not <= 0 stay listed; r [T, F] if wanted.
 template <typename E>
 void keep_active_few(const FewBlock<E> &block, FewList<E> &list, E *r) {
   const int64_t T = block.T, F = block.F, lists = list.tiles * T;
   decode_sampled(list.index.data(), list.offsets.data(), T, F, list.tile, block.x, block.w,
                  block.of.w_stride, block.D, block.w_bias, list.values.data(), block.threads);
-  std::fill(r, r + T * F, E{});
+  if (r != nullptr) std::fill(r, r + T * F, E{});
   int64_t active = 0, first = 0;
   for (int64_t at = 0; at < lists; ++at) {
     const int64_t last = list.offsets[at + 1];
@@ -112,7 +115,8 @@ void keep_active_few(const FewBlock<E> &block, FewList<E> &list, E *r) {
     for (int64_t i = first; i < last; ++i) {
       const E value = list.values[i];
       if (!is_active(to_float(value))) continue;
-      r[at % T * F + at / T * list.tile + list.index[i]] = list.values[active] = value;
+      if (r != nullptr) r[at % T * F + at / T * list.tile + list.index[i]] = value;
+      list.values[active] = value;
       list.index[active++] = list.index[i];
     }
     first = last;
@@ -130,14 +134,16 @@ void finish_few(const FewBlock<E> &block, FewList<E> &list, E *up_values, E *out
     multipliers.resize(list.values.size());
     decode_sampled(list.index.data(), list.offsets.data(), T, F, list.tile, block.x, block.up,
                    block.of.up_stride, block.D, block.up_bias, multipliers.data(), block.threads);
-    std::fill(up_values, up_values + T * F, E{});
+    if (up_values != nullptr) std::fill(up_values, up_values + T * F, E{});
   }
   for (int64_t at = 0; at < list.tiles * T; ++at) {
     for (int64_t i = list.offsets[at]; i < list.offsets[at + 1]; ++i) {
       const float p = to_float(list.values[i]);
       float a = block.alpha == 1 && block.beta == 0 ? p : p * (block.alpha + block.beta * p);
       if (block.up != nullptr) {
-        up_values[at % T * F + at / T * list.tile + list.index[i]] = multipliers[i];
+        if (up_values != nullptr) {
+          up_values[at % T * F + at / T * list.tile + list.index[i]] = multipliers[i];
+        }
         a *= to_float(multipliers[i]);
       }
       store(a, &list.values[i]);
@@ -148,21 +154,21 @@ void finish_few(const FewBlock<E> &block, FewList<E> &list, E *up_values, E *out
 }
 
 template <typename E>
-int64_t decode_mlp(const FewBlock<E> &block, int64_t most_candidates, int64_t most,
-                   int64_t *candidates, E *r, E *up_values, E *out) {
-  if (!writes::copies_hold(block.of.copies, block.of.copy_count)) return -3;
+int64_t decode_mlp(const FewBlock<E> &block, int64_t most_candidates, int64_t most, E *r,
+                   E *up_values, E *out) {
+  if (!writes::copies_hold(block.of.copies, block.of.copy_count)) return STEPPE_CHANGED;
   FewList<E> list(block.T, block.F);
   const bool screens = block.of.bytes != nullptr && most_candidates > 0;
-  *candidates = screens ? list_candidates(block, most_candidates, list) : -1;
-  if (screens && *candidates <= most_candidates) {
+  const int64_t candidates = screens ? list_candidates(block, most_candidates, list) : -1;
+  if (screens && candidates <= most_candidates) {
     keep_active_few(block, list, r);
   } else {
     list_all(block, list, r);
   }
   const int64_t active = int64_t(list.values.size());
-  if (active > most) return -1;
+  if (active > most) return STEPPE_TOO_MANY - (candidates + 1);
   finish_few(block, list, up_values, out);
-  return active;
+  return active + ((candidates + 1) << 32);
 }
 
 }  // namespace STEPPE_TARGET

@@ -27,8 +27,7 @@ struct Kernels {
                  const void *, int64_t, int64_t, const void *, void *, int);
   void (*decode_sampled)(const int16_t *, const int64_t *, int64_t, int64_t, int64_t, const void *,
                          const void *, int64_t, int64_t, const void *, void *, int);
-  int64_t (*decode_mlp)(const steppe_block &, const void *, int64_t, float, float, int64_t,
-                        int64_t, int64_t *, void *, void *, void *, int);
+  int64_t (*decode_mlp)(const steppe_few_call &, const void *, void *, void *, void *);
   int (*screen_weight)(const void *, int64_t, int64_t, int64_t, int64_t, uint8_t *, double *, int);
   int (*screen_tokens)(const void *, int64_t, int64_t, int64_t, int8_t *, void *, int);
   int64_t (*screen)(const int8_t *, const void *, int64_t, int64_t, const uint8_t *,

@@ -195,17 +195,25 @@ typedef struct {
   int dtype;
 } steppe_block;
 
+/* What a call with few rows is to do, the same for as many calls as are alike. T <= 8. */
+typedef struct {
+  const steppe_block *block;
+  int64_t T, most_candidates, most;
+  float alpha, beta;
+  int threads;
+} steppe_few_call;
+
 /* A whole block for few rows: p = x Wᵀ + w_bias, r = max(p, 0), a = alpha r + beta r², times
- * x Uᵀ + up_bias in a gated block, out = a V + v_bias; x and out [T, D] with T <= 8. r [T, F] is
- * written, and up_values [T, F] of a gated block where r is active, elsewhere 0. Where there are
- * `bytes` and `most_candidates` > 0 the first product is screened, with x on grids of 16 bits;
- * `candidates` tells how many there are, or -1; if more than `most_candidates`, all is computed.
- * Returns the number of active entries; -1, with r alone written, if there are more than `most`; -2
- * without memory; -3, with nothing written, if a copy is no longer true. */
-STEPPE_API int64_t steppe_decode_mlp(const steppe_block *block, const void *x, int64_t T,
-                                     float alpha, float beta, int64_t most_candidates,
-                                     int64_t most, int64_t *candidates, void *r, void *up_values,
-                                     void *out, int threads);
+ * x Uᵀ + up_bias in a gated block, out = a V + v_bias; x and out [T, D]. r [T, F] is written, and
+ * up_values [T, F] of a gated block where r is active, elsewhere 0; where r is NULL, neither. Where
+ * there are `bytes` and `most_candidates` > 0 the first product is screened, with x on grids of 16
+ * bits; if more than `most_candidates` are candidates, all is computed.
+ * Returns n + (c + 1) 2³², with n the number of active entries and c of candidates, -1 without
+ * screening; or STEPPE_NO_MEMORY; STEPPE_CHANGED, with nothing written, if a copy is no longer true;
+ * STEPPE_TOO_MANY - (c + 1), with r alone written, if n is more than `most`. */
+enum { STEPPE_NO_MEMORY = -1, STEPPE_CHANGED = -2, STEPPE_TOO_MANY = -3 };
+STEPPE_API int64_t steppe_decode_mlp(const steppe_few_call *call, const void *x, void *r,
+                                     void *up_values, void *out);
 
 #ifdef __cplusplus
 }

@@ -75,13 +75,10 @@ struct Typed {
                                   out(values), threads);
   }
 
-  static int64_t decode_mlp(const steppe_block &block, const void *x, int64_t T, float alpha,
-                            float beta, int64_t most_candidates, int64_t most,
-                            int64_t *candidates, void *r, void *up_values, void *to,
-                            int threads) {
-    return STEPPE_TARGET::decode_mlp(FewBlock<E>(block, in(x), T, alpha, beta, threads),
-                                     most_candidates, most, candidates, out(r), out(up_values),
-                                     out(to));
+  static int64_t decode_mlp(const steppe_few_call &call, const void *x, void *r, void *up_values,
+                            void *to) {
+    return STEPPE_TARGET::decode_mlp(FewBlock<E>(call, in(x)), call.most_candidates, call.most,
+                                     out(r), out(up_values), out(to));
   }
   static int screen_weight(const void *w, int64_t F, int64_t D, int64_t row_stride,
                            int64_t panel_stride, uint8_t *bytes, double *bounds, int threads) {

@@ -32,7 +32,7 @@ from steppe.ops.reference import Weights
 from steppe.ops.writes import Mark
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
-_TOO_MANY, _NO_MEMORY, _CHANGED = -1, -2, -3
+_NO_MEMORY, _CHANGED, _TOO_MANY = -1, -2, -3  # of steppe_native.h
 
 
 class _Structure(ctypes.Structure):
@@ -45,6 +45,92 @@ class _Structure(ctypes.Structure):
         ("copy_count", _SIZE),
         ("dtype", ctypes.c_int),
     )
+
+
+class _CallStructure(ctypes.Structure):
+    """``steppe_few_call`` of steppe_native.h."""
+
+    _fields_ = (
+        ("block", _POINTER),
+        *((name, _SIZE) for name in ("rows", "most_candidates", "most")),
+        *((name, ctypes.c_float) for name in ("alpha", "beta")),
+        ("threads", ctypes.c_int),
+    )
+
+
+class FewCall:
+    """A call of a `FewBlock`, as it may be made again and again.
+
+    Args:
+        few: the block.
+        rows: T.
+        coefficients: α and β of the activation.
+        max_density: of the entries of r.
+        max_candidates: up to which share of candidates screening pays; 0 for no screening.
+
+    Attributes:
+        reference: what `function` takes first.
+        function: computes the block, see ``steppe_decode_mlp`` in steppe_native.h.
+        told: what it gave last, by which `outcome` goes; `usual` gives it.
+        times: how often it was usual, since that was last set to 0.
+    """
+
+    def __init__(
+        self,
+        few: FewBlock,
+        rows: int,
+        coefficients: tuple[float, float],
+        max_density: float,
+        max_candidates: float,
+    ) -> None:
+        self._few, self._rows = few, rows
+        self._entries = rows * few.hidden
+        self._max_density = max_density
+        self._most_candidates = int(max_candidates * self._entries) if few.habit else 0
+        self._structure = _CallStructure(
+            few.address,
+            rows,
+            self._most_candidates,
+            int(max_density * self._entries),
+            *coefficients,
+            threads(),
+        )
+        self.reference = ctypes.byref(self._structure)
+        self.function = library().steppe_decode_mlp
+        # Of a usual call: either no candidates are counted, or not more than so many.
+        self.end = (self._most_candidates + 2 if self._most_candidates else 1) << 32
+        self.told, self.times = 0, 0
+
+    def run(self, x: Tensor, outputs: tuple[Tensor, Tensor, Tensor]) -> bool | None:
+        """Compute the block, see `FewBlock.run`, and take down what came of it."""
+        z, r, up_values = outputs
+        self.told = told = self.function(
+            self.reference, x.data_ptr(), r.data_ptr(), up_values.data_ptr(), z.data_ptr()
+        )
+        if told == _NO_MEMORY:
+            raise MemoryError("decode_mlp: no memory for the list")
+        if told == _CHANGED:
+            return None
+        note(self.outcome())
+        habit = self._few.habit
+        if habit is not None and self._most_candidates:
+            candidates = self._candidates()
+            habit.note(candidates / max(self._entries, 1), candidates <= self._most_candidates)
+        return bool(told >= 0)
+
+    def outcome(self) -> Outcome:
+        """How it ran last."""
+        if self.told < 0:
+            reason = f"more than {self._max_density:.0%} of the entries are active"
+            return Outcome(DENSE, self._rows, is_few=True, reason=reason, is_too_dense=True)
+        active, candidates = self.told & 0xFFFFFFFF, self._candidates()
+        share = math.nan if candidates < 0 else candidates / max(self._entries, 1)
+        how = SCREENED if 0 <= candidates <= self._most_candidates else SPARSE
+        return Outcome(how, self._rows, active / max(self._entries, 1), share, is_few=True)
+
+    def _candidates(self) -> int:
+        """How many there were; -1 if they were not counted."""
+        return int(_TOO_MANY - self.told if self.told < 0 else self.told >> 32) - 1
 
 
 class FewBlock:
@@ -62,6 +148,12 @@ class FewBlock:
 
     Attributes:
         weights: the same.
+        hidden: F.
+        width: D.
+        habit: whether screening has paid; None for a block that is not screened.
+        address: of what the native function reads.
+        addresses: the weights that may be given other memory, and where they were.
+        versions: those whose writes PyTorch's counter alone tells, and its state.
     """
 
     def __init__(
@@ -87,8 +179,8 @@ class FewBlock:
         kept = None
         if screens:
             kept = kept_screen(weights.activated)
-        self._habit = None if kept is None else kept.few
-        self._hidden, self._width = hidden, width
+        self.habit = None if kept is None else kept.few
+        self.hidden, self.width = hidden, width
         self._keeps_alive = laid_out, kept, mark
         self._structure = _Structure(
             w=laid_out.activated.data_ptr(),
@@ -108,7 +200,7 @@ class FewBlock:
             copy_count=len(mark.copies),
             dtype=dtype_code(weights.down),
         )
-        self._reference = ctypes.byref(self._structure)
+        self.address = ctypes.addressof(self._structure)
         # Of a transposed parameter it is the parameter that counts: other ``.data`` moves it alone.
         given = [
             weight if weight._base is None else weight._base
@@ -116,9 +208,9 @@ class FewBlock:
             if stays and weight is not None
         ]
         given += derived[0]
-        self._addresses = [(weight, weight.data_ptr()) for weight in given]
+        self.addresses = [(weight, weight.data_ptr()) for weight in given]
         # Writes to the others are seen by the mark, or what is read is the weight itself.
-        self._versions = [
+        self.versions = [
             (weight, weight._version)
             for weight in given
             if is_final(weight) and not weight.is_inference()
@@ -126,10 +218,10 @@ class FewBlock:
 
     def holds(self) -> bool:
         """Whether the weights are where they were, and final ones of the same version."""
-        for weight, address in self._addresses:
+        for weight, address in self.addresses:
             if weight.data_ptr() != address:
                 return False
-        return all(weight._version == version for weight, version in self._versions)
+        return all(weight._version == version for weight, version in self.versions)
 
     def run(
         self,
@@ -153,47 +245,24 @@ class FewBlock:
             True; False where more are active, and r alone is written; None where the weights have
             changed, and nothing is.
         """
-        rows = x.numel() // self._width
+        rows = x.numel() // self.width
         if rows > DECODE_ROWS or x.dtype != self.weights.down.dtype or not x.is_contiguous():
             refuse(
                 f"at most {DECODE_ROWS} contiguous rows of {self.weights.down.dtype},"
                 f" got {tuple(x.shape)} of {x.dtype}"
             )
-        entries = rows * self._hidden
-        habit = self._habit
-        most_candidates = 0
-        if habit is not None and max_candidates > 0.0:
-            most_candidates = int(habit.limit(max_candidates) * entries)
-        z, r, up_values = outputs
-        candidates = _SIZE(-1)
-        active = library().steppe_decode_mlp(
-            self._reference,
-            x.data_ptr(),
-            rows,
-            *coefficients,
-            most_candidates,
-            int(max_density * entries),
-            ctypes.byref(candidates),
-            r.data_ptr(),
-            up_values.data_ptr(),
-            z.data_ptr(),
-            threads(),
-        )
-        if active == _NO_MEMORY:
-            raise MemoryError("decode_mlp: no memory for the list")
-        if active == _CHANGED:
-            return None
-        if active == _TOO_MANY:
-            reason = f"more than {max_density:.0%} of the entries are active"
-            note(Outcome(DENSE, rows, is_few=True, reason=reason, is_too_dense=True))
-        else:
-            found = candidates.value
-            share = math.nan if found < 0 else found / max(entries, 1)
-            how = SCREENED if 0 <= found <= most_candidates else SPARSE
-            note(Outcome(how, rows, active / max(entries, 1), share, False, True))
-        if habit is not None and most_candidates:
-            habit.note(candidates.value / max(entries, 1), candidates.value <= most_candidates)
-        return bool(active != _TOO_MANY)
+        screened = self.limit_of_candidates(max_candidates)
+        return FewCall(self, rows, coefficients, max_density, screened).run(x, outputs)
+
+    def limit_of_candidates(self, max_candidates: float) -> float:
+        """Up to which share of candidates the next call is screened; 0 for not at all.
+
+        Args:
+            max_candidates: up to which it pays.
+        """
+        if self.habit is None or max_candidates <= 0.0:
+            return 0.0
+        return self.habit.limit(max_candidates)
 
 
 def why_not_laid_out(weights: Weights) -> str:

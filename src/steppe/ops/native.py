@@ -14,7 +14,7 @@ from pathlib import Path
 
 from steppe.errors import KernelError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 _VNNI = ("avx512+bf16", "avx512+vnni")
 _FILE = "libsteppe_native.so"
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -37,7 +37,7 @@ _SIGNATURES = {
     "sampled": ("ppinnppppi", _INT),
     "transpose": ("ppppinnnnppppi", None),
     "row_sums": ("ppinnpi", None),
-    "decode_mlp": ("ppnffnnppppi", _SIZE),
+    "decode_mlp": ("ppppp", _SIZE),
     "screen_weight": ("pinnnnppi", _INT),
     "screen_tokens": ("pinnnppi", _INT),
     "screen": ("ppinnpppnnppi", _SIZE),
