@@ -103,7 +103,8 @@ def test_with_more_threads_it_takes_the_more_work_in_proportion(
                         (w for w in density_tables(dtype, family, 1) if w <= width), default=0
                     )
                     if together > 0.0:
-                        work_rows = rows * (width / base) ** 2 / threads
+                        factor = threads / 2 if base >= 512 else threads
+                        work_rows = rows * (width / base) ** 2 / factor
                         assert together <= most(
                             dtype, family, 1, math.ceil(min(work_rows, rows)), base, trains
                         )

@@ -50,6 +50,43 @@ class Support:
     rows: int
     columns: int
 
+    @classmethod
+    def made(cls, offsets: Tensor, entries: int, rows: int, columns: int, tile: int) -> Support:
+        """One with offsets that a kernel has written, and an index that is to be written.
+
+        Args:
+            offsets: int64 ``[tiles · T + 1]``.
+            entries: their last.
+            rows: T.
+            columns: F.
+            tile: columns per tile, which goes with the number of offsets.
+        """
+        support = cls(
+            torch.empty(entries, dtype=torch.int16, device="cpu"), offsets, rows, columns
+        )
+        # Reading a number out of a tensor takes 10 µs where the code for it is not in a cache.
+        support.__dict__.update(entries=entries, tile=tile, is_checked=True)
+        return support
+
+    @cached_property
+    def is_checked(self) -> bool:
+        """That the parts go together; its numbers are our own and are trusted.
+
+        Raises:
+            KernelError: they do not.
+        """
+        index, offsets = self.index, self.offsets
+        if index.dtype != torch.int16 or not index.is_contiguous():
+            refuse(f"a contiguous index of int16, got {index.dtype}")
+        if offsets.dtype != torch.int64 or not offsets.is_contiguous():
+            refuse(f"contiguous offsets of int64, got {offsets.dtype}")
+        tiles = max(ceil_div(self.columns, self.tile), 1) if self.rows else 0
+        if self.rows and offsets.numel() != tiles * self.rows + 1:
+            refuse(f"{tiles * self.rows + 1} offsets, got {offsets.numel()}")
+        if self.entries != index.numel():
+            refuse(f"{self.entries} entries, got {index.numel()}")
+        return True
+
     @cached_property
     def entries(self) -> int:
         """Number of entries, as the offsets tell it."""
@@ -189,7 +226,7 @@ def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | Non
     tiles = ceil_div(blocks * TILE_UNIT, tile)
     offsets = torch.empty(tiles * rows + 1, dtype=torch.int64, device="cpu")
     entries = library().steppe_offsets(counts.data_ptr(), rows, columns, tile, offsets.data_ptr())
-    support = Support(torch.empty(entries, dtype=torch.int16, device="cpu"), offsets, rows, columns)
+    support = Support.made(offsets, entries, rows, columns, tile)
     values = p.new_empty(entries)
     library().steppe_fill(
         p.data_ptr(),
@@ -442,20 +479,9 @@ def dtype_code(tensor: Tensor) -> int:
 
 
 def _check_list(support: Support, values: Tensor | None) -> None:
-    """Refuse a list whose parts do not go together; its numbers are our own and are trusted."""
-    index, offsets = support.index, support.offsets
-    rows, columns = support.rows, support.columns
-    if index.dtype != torch.int16 or not index.is_contiguous():
-        refuse(f"a contiguous index of int16, got {index.dtype}")
-    if offsets.dtype != torch.int64 or not offsets.is_contiguous():
-        refuse(f"contiguous offsets of int64, got {offsets.dtype}")
-    tiles = max(ceil_div(columns, support.tile), 1) if rows else 0
-    if rows and offsets.numel() != tiles * rows + 1:
-        refuse(f"{tiles * rows + 1} offsets, got {offsets.numel()}")
-    if support.entries != index.numel():
-        refuse(f"{support.entries} entries, got {index.numel()}")
-    if values is not None:
-        check_vector(values, index.numel(), values)
+    """Refuse a list whose parts do not go together."""
+    if support.is_checked and values is not None:
+        check_vector(values, support.index.numel(), values)
 
 
 def check_vector(vector: Tensor, length: int, like: Tensor) -> None:

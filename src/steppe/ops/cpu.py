@@ -14,7 +14,7 @@ from steppe.ops.dispatch import MARGIN, max_candidates_for, max_density_for
 from steppe.ops.few import FewBlock, why_not_laid_out
 from steppe.ops.native import load
 from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
-from steppe.ops.packing import is_new, kept_panels, kept_screen, why_not_kept
+from steppe.ops.packing import keeps, kept_panels, kept_screen
 from steppe.ops.reference import Rule, Weights
 from steppe.ops.registry import Seven, no_list, only_needed, rule_of
 from steppe.ops.screened import (
@@ -123,11 +123,7 @@ def mlp(
     rows, columns = x.shape[0], down.shape[0]
     check_shapes(x, weights)
     # Where no copies may be kept, all is made in each call, as in training.
-    makes_all = (
-        trains
-        or any([is_new(activated), is_new(down)])
-        or any(why_not_kept(weight) for weight in (activated, down))
-    )
+    makes_all = trains or not all([keeps(activated), keeps(down)])
     most = max_density
     if most is None:
         most = max_density_for(rows, x.shape[1], x.dtype, makes_all)

@@ -18,7 +18,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from steppe.ops.calls import Panels, lasting, pack, rows_are_contiguous
 from steppe.ops.dispatch import Habit
 from steppe.ops.screened import Screen, screen_of
-from steppe.ops.writes import Mark, Watch, stop_watching, unseen, watch_of
+from steppe.ops.writes import (
+    Mark,
+    Watch,
+    is_watched,
+    mark_of,
+    stop_watching,
+    unseen,
+    watch_of,
+)
 
 _Copy = TypeVar("_Copy", Panels, Tensor, "KeptScreen")
 _Key = tuple[object, ...]
@@ -109,6 +117,13 @@ def is_new(weight: Tensor) -> bool:
     return True
 
 
+def keeps(weight: Tensor) -> bool:
+    """Whether copies of a weight are worth it, and may be kept: not of one that is met first."""
+    if is_watched(weight) and _is_dense(weight):
+        return True
+    return not is_new(weight) and not why_not_kept(weight)
+
+
 def why_not_kept(weight: Tensor) -> str:
     """Why nothing that is made of a weight may be kept; empty if it may."""
     if not _is_dense(weight):
@@ -127,7 +142,7 @@ def marks_of(weights: Sequence[Tensor]) -> Mark:
         weights: each of which `why_not_kept` has nothing against.
     """
     watches = [watch_of(weight) for weight in weights if not is_final(weight)]
-    return Mark([watch for watch in watches if watch is not None])
+    return mark_of([watch for watch in watches if watch is not None])
 
 
 def forget(weight: Tensor) -> None:
@@ -168,7 +183,7 @@ def _kept(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy
     watch: Watch | None = None if final else watch_of(weight)
     if not final and watch is None:
         return None
-    address, mark = weight.data_ptr(), None if watch is None else Mark([watch])  # before it is read
+    address, mark = weight.data_ptr(), None if watch is None else mark_of([watch])  # before it is read
     copy = make(weight)
     with _lock:
         for old in [old for old, entry in _entries.items() if entry.storage.expired()]:

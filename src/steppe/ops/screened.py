@@ -196,17 +196,17 @@ def compact_product(
     entries = library().steppe_offsets(
         found.counts.data_ptr(), rows, columns, tile, offsets.data_ptr()
     )
-    index = torch.empty(entries, dtype=torch.int16, device="cpu")
+    listed = Support.made(offsets, entries, rows, columns, tile)
     library().steppe_list_masks(
         found.masks.data_ptr(),
         rows,
         columns,
         tile,
         offsets.data_ptr(),
-        index.data_ptr(),
+        listed.index.data_ptr(),
         threads(),
     )
-    values = sampled(Support(index, offsets, rows, columns), x, weight, bias)
+    values = sampled(listed, x, weight, bias)
     kept_counts = scratch("kept counts", (tiles * rows,), _like(torch.int32))
     code = dtype_code(values)
     kept = library().steppe_count_listed(
@@ -220,16 +220,14 @@ def compact_product(
     merged = _merged(
         tile, tiles, blocks, tile_for(kept / max(rows * columns, 1), rows, values.dtype)
     )
-    support = Support(
-        torch.empty(kept, dtype=torch.int16, device="cpu"),
-        torch.empty(ceil_div(tiles, merged) * rows + 1, dtype=torch.int64, device="cpu"),
-        rows,
-        columns,
+    kept_offsets = torch.empty(
+        ceil_div(tiles, merged) * rows + 1, dtype=torch.int64, device="cpu"
     )
+    support = Support.made(kept_offsets, kept, rows, columns, merged * tile)
     kept_values = values.new_empty(kept)
     library().steppe_sift(
         values.data_ptr(),
-        index.data_ptr(),
+        listed.index.data_ptr(),
         offsets.data_ptr(),
         kept_counts.data_ptr(),
         code,

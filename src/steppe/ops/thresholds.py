@@ -22,6 +22,7 @@ Thresholds: TypeAlias = dict[int, float]
 Tables: TypeAlias = dict[bool, Thresholds]  # for inference, under False, and for training
 
 FEW_ROWS = 8  # up to so many, inference is another kernel, which reads each weight once
+_WIDE = 512  # from this width on two threads gain from as many rows on as one
 NEVER: Tables = {False: {}, True: {}}
 # By dtype and by what multiplies, then by the width (d_model) from which on; narrower never.
 _DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
@@ -29,7 +30,8 @@ _DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
         128: {False: {512: 0.1, 1024: 0.15}, True: {}},
         256: {False: {128: 0.15, 256: 0.2, 512: 0.35}, True: {1024: 0.35}},
         512: {
-            False: {1: 1.0, 2: 0.4, 3: 0.3, 4: 1.0, 9: 0.25, 32: 0.3, 512: 0.35},
+            # Weights from memory, as in a whole model: from 16 rows on dense products are fast.
+            False: {1: 1.0, 2: 0.4, 3: 0.3, 4: 1.0, 9: 0.1, 64: 0.15, 128: 0.25, 256: 0.3, 512: 0.35},
             True: {256: 0.35, 512: 0.4},
         },
     },
@@ -118,8 +120,10 @@ def density_tables(dtype: torch.dtype, family: str, threads: int) -> dict[int, T
     training step), so its share is t times as large. It is as in the table again where the call has
     t times the work: t times the rows, or of a block twice as wide, whose weights are four times as
     large, a quarter of that. So from the fewest rows of another kernel on, each step moves up by
-    this factor. What the table says of few rows holds for any t: there it is the size of the
-    weights alone that decides whether to call the kernels, see `steppe.ops.dispatch.pays`.
+    this factor; from a width of 512 on by half of it, as with two threads the steps are where they
+    are with one, by measurement. What the table says of few rows holds for any t: there it is the
+    size of the weights alone that decides whether to call the kernels, see
+    `steppe.ops.dispatch.pays`.
 
     Args:
         dtype: of the block.
@@ -133,7 +137,7 @@ def density_tables(dtype: torch.dtype, family: str, threads: int) -> dict[int, T
     tables: dict[int, Tables] = {}
     for width, end in pairwise([*sorted(widths), None]):
         assert width is not None
-        wide, factor = width, float(threads)
+        wide, factor = width, threads / (2 if width >= _WIDE else 1)
         tables[wide] = _for_team(widths[width], factor)
         while factor > 1.0 and (end is None or 2 * wide < end):
             wide, factor = 2 * wide, factor / 4
@@ -153,7 +157,7 @@ def candidate_tables(dtype: torch.dtype, family: str, threads: int) -> Tables:
     Returns:
         The tables. Not to be changed.
     """
-    return _for_team(_CANDIDATES.get((dtype, family), NEVER), float(threads))
+    return _for_team(_CANDIDATES.get((dtype, family), NEVER), threads / 2)
 
 
 def tables_at(widths: Mapping[int, Tables], width: int) -> Tables:

@@ -133,7 +133,7 @@ def unseen() -> str:
 
 
 def watch_of(weight: Tensor) -> Watch | None:
-    """The watch over a weight, with nothing written since the last copy was begun.
+    """The watch over a weight.
 
     Args:
         weight: on the CPU, without gaps in memory.
@@ -146,9 +146,13 @@ def watch_of(weight: Tensor) -> Watch | None:
         return None
     key = weight.data_ptr(), weight.nbytes
     with _lock:
-        _drop_dead()
         watch = _watches.get(key)
-        if watch is None or watch.storage_id != weight.untyped_storage()._cdata:
+        if (
+            watch is None
+            or watch.storage_id != weight.untyped_storage()._cdata
+            or watch.storage.expired()
+        ):
+            _drop_dead()
             prefer_large_pages(weight)
             watch = Watch(weight)
             others = (other for other in _watches.values() if other.is_active)
@@ -156,9 +160,30 @@ def watch_of(weight: Tensor) -> Watch | None:
             if not any(watch.overlaps(other) for other in others):
                 watch.begin()
             _watches[key] = watch
-        elif watch.is_active and not Mark([watch]).holds():
-            watch.begin(anew=True)
         return watch if watch.is_active else None
+
+
+def is_watched(weight: Tensor) -> bool:
+    """Whether writes to a weight are seen already, told with the least effort.
+
+    Args:
+        weight: of which `watch_of` says more.
+    """
+    watch = _watches.get((weight.data_ptr(), weight.nbytes))
+    return watch is not None and watch.is_active and not watch.storage.expired()
+
+
+def mark_of(watches: Sequence[Watch]) -> Mark:
+    """What copies that are made after this are to be checked by.
+
+    Args:
+        watches: over the weights that are about to be copied.
+    """
+    with _lock:
+        for watch in watches:
+            if not Mark([watch]).holds():
+                watch.begin(anew=True)
+        return Mark(watches)
 
 
 def stop_watching(weight: Tensor) -> None:
