@@ -3,6 +3,7 @@
 Each version times the same blocks against dense PyTorch with its own `steppe.bench`, in a process
 of its own; the two take turns, so that what slows the machine down for a while slows both. A row
 has the median ratio dense time / sparse time of each version over the turns, and their quotient.
+With `--busy` other programs run meanwhile, as they do beside a user.
 
     git worktree add ../before COMMIT && make -C ../before install
     python benchmarks/before_after.py --before ../before/.venv/bin/python \
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from busy_programs import busy
 
 from steppe.bench import surroundings
 from steppe.files import write_json
@@ -63,15 +65,17 @@ def main(
     turns: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 3,
     seconds: Annotated[float, typer.Option(help="Seconds a setting and turn.")] = 1.0,
     threads: Annotated[list[int], typer.Option(help="Numbers of threads.")] = [1, 2],  # noqa: B006
+    programs: Annotated[int, typer.Option("--busy", min=0, help="Busy programs beside.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Compare two versions."""
     rows: list[dict[str, Any]] = []
     for team in threads:
         runs: dict[str, list[list[float]]] = {before: [], after: []}
-        for turn in range(turns):
-            for python in (before, after) if turn % 2 else (after, before):
-                runs[python].append(ratios(python, team, seconds))
+        with busy(programs):
+            for turn in range(turns):
+                for python in (before, after) if turn % 2 else (after, before):
+                    runs[python].append(ratios(python, team, seconds))
         for place, (case, density, tokens, dtype) in enumerate(SETTINGS):
             old, new = (
                 statistics.median(run[place] for run in runs[python]) for python in (before, after)
@@ -80,7 +84,8 @@ def main(
             rows.append({**row, "threads": team, "before": old, "after": new, "change": new / old})
             print(*row.values(), team, f"{old:.2f} → {new:.2f}, {new / old:.2f}", flush=True)
     if json_file is not None:
-        write_json(json_file, {**surroundings(), "turns": turns, "rows": rows})
+        measured = {"turns": turns, "busy": programs, "rows": rows}
+        write_json(json_file, {**surroundings(), **measured})
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ be, the step between two densities. With one thread the processor's time is comp
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from busy_programs import busy
 
 from steppe.bench import surroundings
 from steppe.files import write_json
@@ -26,30 +24,6 @@ from steppe.ops.calibration import Calibration, Effort, calibrate
 
 BUSY = (0, 1, 2, 4)
 DISTANCE = 0.25  # the largest step of `Effort.densities`
-
-
-def spin() -> None:
-    """Keep a core busy, and some of the cache."""
-    torch.set_num_threads(1)
-    matrix = torch.randn(512, 512)
-    while True:
-        matrix = matrix @ matrix
-        matrix /= matrix.norm()
-
-
-@contextmanager
-def busy(processes: int) -> Iterator[None]:
-    """Some child processes that compute."""
-    context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=spin, daemon=True) for _ in range(processes)]
-    for child in children:
-        child.start()
-    try:
-        yield
-    finally:
-        for child in children:
-            child.kill()
-            child.join()
 
 
 def beyond(used: float, built_in: float, quiet: float) -> float:

@@ -183,7 +183,8 @@ def _kept(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy
     watch: Watch | None = None if final else watch_of(weight)
     if not final and watch is None:
         return None
-    address, mark = weight.data_ptr(), None if watch is None else mark_of([watch])  # before it is read
+    address = weight.data_ptr()
+    mark = None if watch is None else mark_of([watch])  # before the weight is read
     copy = make(weight)
     with _lock:
         for old in [old for old, entry in _entries.items() if entry.storage.expired()]:

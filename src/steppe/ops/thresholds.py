@@ -31,7 +31,10 @@ _DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
         256: {False: {128: 0.15, 256: 0.2, 512: 0.35}, True: {1024: 0.35}},
         512: {
             # Weights from memory, as in a whole model: from 16 rows on dense products are fast.
-            False: {1: 1.0, 2: 0.4, 3: 0.3, 4: 1.0, 9: 0.1, 64: 0.15, 128: 0.25, 256: 0.3, 512: 0.35},
+            False: {
+                **{1: 1.0, 2: 0.4, 3: 0.3, 4: 1.0},
+                **{9: 0.15, 64: 0.2, 128: 0.25, 256: 0.3, 512: 0.35, 1024: 0.45},
+            },
             True: {256: 0.35, 512: 0.4},
         },
     },
