@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from busy_programs import busy
 
+from busy_programs import busy
 from steppe.bench import surroundings
 from steppe.files import write_json
 

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from busy_programs import busy
 
+from busy_programs import busy
 from steppe.bench import surroundings
 from steppe.files import write_json
 from steppe.ops.calibration import Calibration, Effort, calibrate
