@@ -61,9 +61,7 @@ class Support:
             columns: F.
             tile: columns per tile, which goes with the number of offsets.
         """
-        support = cls(
-            torch.empty(entries, dtype=torch.int16, device="cpu"), offsets, rows, columns
-        )
+        support = cls(torch.empty(entries, dtype=torch.int16, device="cpu"), offsets, rows, columns)
         # Reading a number out of a tensor takes 10 µs where the code for it is not in a cache.
         support.__dict__.update(entries=entries, tile=tile, is_checked=True)
         return support

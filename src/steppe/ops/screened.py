@@ -220,9 +220,7 @@ def compact_product(
     merged = _merged(
         tile, tiles, blocks, tile_for(kept / max(rows * columns, 1), rows, values.dtype)
     )
-    kept_offsets = torch.empty(
-        ceil_div(tiles, merged) * rows + 1, dtype=torch.int64, device="cpu"
-    )
+    kept_offsets = torch.empty(ceil_div(tiles, merged) * rows + 1, dtype=torch.int64, device="cpu")
     support = Support.made(kept_offsets, kept, rows, columns, merged * tile)
     kept_values = values.new_empty(kept)
     library().steppe_sift(
