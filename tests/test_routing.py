@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import models
 import steppe
 from steppe.bench import PATTERNS, Block
+from steppe.errors import AccelerationError
 from steppe.ops.native import kernels
 
 pytestmark = [
@@ -457,3 +458,62 @@ def test_a_layer_that_two_blocks_share(x: Tensor) -> None:
 
     plain = Tied()
     assert_same(accelerate(copy.deepcopy(plain)), plain, x)
+
+
+# What an owner may do with its block by a flag, as nobody saw it do when it was looked at.
+OTHER_USES: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "its activation is not called": lambda m, x: m.down(m.up(x)),
+    "its last layer is not called": lambda m, x: m.act(m.up(x))[..., :WIDTH],
+    "its last layer is called a second time": lambda m, x: (lambda a: m.down(a) + m.down(2 * a))(
+        m.act(m.up(x))
+    ),
+    "its last layer does not get": lambda m, x: m.down(0.5 * m.act(m.up(x))),
+    "last layer does not get": lambda m, x: m.down(m.act(1.0 + m.up(x))),
+}
+FLAGGED_PATTERN = steppe.BlockPattern(family="flagged", up="up", act="act", down="down")
+
+
+class Flagged(Block):
+    """A block whose forward goes by a flag."""
+
+    use: Callable[[Block, Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.use is None else type(self).use(self, x)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("what", OTHER_USES)
+def test_an_owner_that_uses_its_block_otherwise_later_is_refused(
+    what: str, trains: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it did to the input it would have done to a hidden tensor: wrong, without a word."""
+    fast = Flagged(WIDTH, HIDDEN).train(trains)
+    plain = copy.deepcopy(fast)
+    steppe.accelerate_(fast, patterns=(FLAGGED_PATTERN,), max_density=1.0)
+    for _ in range(3):
+        fast(x)
+    monkeypatch.setattr(Flagged, "use", OTHER_USES[what])
+    with pytest.raises(AccelerationError, match=what), torch.set_grad_enabled(trains):
+        fast(x)
+    monkeypatch.setattr(Flagged, "use", None)
+    assert_same(fast, plain, x)
+    monkeypatch.setattr(Flagged, "use", OTHER_USES[what])
+    steppe.restore_(fast)  # as the message says
+    assert_same(fast, plain, x)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_block_may_be_handed_a_copy_of_what_it_was_handed(gated: bool, x: Tensor) -> None:
+    """As functional dropout with p = 0 does, also where something is NaN."""
+
+    class Copying(Block):
+        def hidden(self, x: Tensor) -> Tensor:
+            return super().hidden(x).clone()
+
+    plain = Copying(WIDTH, HIDDEN, gated=gated)
+    fast = accelerate(copy.deepcopy(plain))
+    assert_same(fast, plain, x)
+    assert last(fast).how == "sparse"
+    x[0, 0] = float("nan")
+    assert torch.equal(fast(x).isnan(), plain(x).isnan())

@@ -28,6 +28,7 @@ from torch.nn.modules import module as global_hooks
 
 from steppe.activations import Activation, is_relu
 from steppe.blocks import MLPBlock, Slot
+from steppe.errors import AccelerationError
 from steppe.ops.outcome import OWN_MODULES, Outcome
 from steppe.surgery import Journal
 from steppe.swapping import is_own_hook, plain_class
@@ -139,13 +140,30 @@ class _Part(NamedTuple):
 class _Call:
     """The call of a block that a thread is in."""
 
-    __slots__ = ("is_again", "is_routed", "route", "witness")
+    __slots__ = ("arrived", "is_again", "is_routed", "passed", "route", "witness", "x")
 
     def __init__(self, route: Route) -> None:
         self.route = route
         self.is_routed: bool | None = None  # None: no part has run yet
         self.is_again = False  # a decoding step like the last one
         self.witness: Witness | None = None
+        self.x: Tensor | None = None  # of a routed call, the block's input
+        self.passed = False  # the activation has let it pass
+        self.arrived = False  # a routed run of the block has ended before
+
+    def end(self) -> None:
+        """Be ready for the next one: an owner may run its block more than once."""
+        self.is_routed = self.x = self.witness = None
+        self.is_again = self.passed = False
+
+    def refuse_other(self, x: Tensor, part: str) -> None:
+        """Refuse what is not the block's input, where a routed call hands that around.
+
+        The owner's forward does something else than when `accelerate_` looked at it, as by a flag,
+        and what it has done to the input it would have done to a hidden tensor.
+        """
+        if x is not self.x and (self.x is None or not _are_equal(x, self.x)):
+            raise self.route.is_lost(f"{part} does not get what was handed to it")
 
 
 class _Calls(threading.local):
@@ -204,6 +222,7 @@ class Route:
         if call is None:
             return not self._refusal(x, traced=True)
         if call.is_routed is None:
+            call.x = x
             if self.trial is None and self._is_again(x):
                 call.is_again = call.is_routed = True
                 return True
@@ -218,6 +237,8 @@ class Route:
             else:
                 reason = ""
             call.is_routed = not reason
+            if reason:
+                call.x = None
             if reason and self.trial is None:
                 self._note_own(x, reason)
         return call.is_routed
@@ -227,6 +248,18 @@ class Route:
         rows = x.numel() // max(x.shape[-1], 1) if x.dim() else 0
         trains = torch.is_grad_enabled()
         self.note(Outcome(OWN_MODULES, rows, trains=trains, reason=reason))
+
+    def is_lost(self, what: str) -> AccelerationError:
+        """The error for a routed call in which the owner does not do what it did.
+
+        Args:
+            what: is different, a sentence.
+        """
+        return AccelerationError(
+            f"{self.block.name}: {type(self.owner).__name__}.forward does not use the block as it did"
+            f" when accelerate_ looked at it: {what}. Leave this block out: accelerate_(model,"
+            " where=...), or take it all back: restore_(model)"
+        )
 
     def is_routed(self, tensor: Tensor) -> bool:
         """Whether what a part after `up` gets, while it is traced, belongs to a routed call."""
@@ -434,7 +467,11 @@ class Owning(nn.Module):
         for route in routes:
             stack.append(_Call(route))
         try:
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
+            for call in stack[depth:]:
+                if call.is_routed:
+                    raise call.route.is_lost("its last layer is not called")
+            return output
         finally:
             del stack[depth:]
 
@@ -477,6 +514,8 @@ class Passing(nn.Module):
         call = _call_with(self)
         x = _only(args, kwargs) if call is not None or torch.compiler.is_compiling() else None
         if x is not None and _goes_on(self, x, call):
+            if call is not None and self is not call.route.block.dropout:
+                call.passed = True
             return x
         witness = None if call is None or x is None else call.witness
         if witness is None or call is None or x is None:
@@ -504,14 +543,21 @@ class Arriving(nn.Module):
                 route = routes_of(self)[0]
                 return route.computation(route, x, traced=True)
             route = call.route
+            if x is not call.x:  # of a gated block always, multiplied by one
+                call.refuse_other(x, "its last layer")
+            if not call.passed:
+                raise route.is_lost("its activation is not called")
             z = route.computation.run_again(route, x) if call.is_again else None
-            call.is_routed, call.is_again = None, False  # the owner may run the block once more
+            call.end()
+            call.arrived = True
             return route.computation(route, x, traced=False) if z is None else z
         if call is not None:
+            if call.arrived and x is not None and call.route.is_routed(x):
+                raise call.route.is_lost("its last layer is called a second time")
             if call.witness is not None and x is not None:
                 call.witness.see_down(x)
                 call.route.note_wiring(call.witness)
-            call.is_routed = call.witness = None
+            call.end()
         output: Tensor = super().forward(*args, **kwargs)
         return output
 
@@ -550,7 +596,11 @@ def _begins(module: nn.Module, x: Tensor, call: _Call | None) -> bool:
     """Whether the part that gets a block's input is led around."""
     if call is not None:
         routed = call.is_routed
-        return call.route.leads_around(x, call) if routed is None else routed
+        if routed is None:
+            return call.route.leads_around(x, call)
+        if routed and x is not call.x:
+            call.refuse_other(x, f"its {'up' if module is call.route.block.up else 'gate'}")
+        return routed
     return any(route.leads_around(x, None) for route in routes_of(module))
 
 
@@ -559,6 +609,13 @@ def _goes_on(module: nn.Module, x: Tensor, call: _Call | None) -> bool:
     if call is not None:
         return call.is_routed is True
     return any(route.is_routed(x) for route in routes_of(module))
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers; NaN is NaN."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 class _Applied(nn.Module):
