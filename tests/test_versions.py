@@ -49,6 +49,16 @@ def test_the_recorded_calls_are_those_of_the_oldest_torch() -> None:
     assert floor["torch"] == min((row["torch"] for row in ROWS), key=numbers)
 
 
+def test_no_pair_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each minor version of torch from the floor to the newest, and the ends with each Python."""
+    monkeypatch.syspath_prepend(ROOT / "tests/versions")  # a script, with another beside it
+    pairs = runpy.run_path(str(ROOT / "tests/versions/run.py"))["PAIRS"]
+    ran = {(row["python"], row["torch"]) for row in ROWS}
+    assert set(pairs) <= ran
+    minors = sorted({numbers(torch)[:2] for _, torch in pairs})
+    assert minors == [(2, minor) for minor in range(minors[0][1], minors[-1][1] + 1)]
+
+
 def test_the_sentence_names_only_what_ran() -> None:
     rows = [
         {"python": "3.9", "torch": "2.7.0", "verbs": {"import": "TypeError"}},

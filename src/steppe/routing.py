@@ -256,8 +256,8 @@ class Route:
             what: is different, a sentence.
         """
         return AccelerationError(
-            f"{self.block.name}: {type(self.owner).__name__}.forward does not use the block as it did"
-            f" when accelerate_ looked at it: {what}. Leave this block out: accelerate_(model,"
+            f"{self.block.name}: {type(self.owner).__name__}.forward does not use the block as it"
+            f" did when accelerate_ looked at it: {what}. Leave this block out: accelerate_(model,"
             " where=...), or take it all back: restore_(model)"
         )
 
