@@ -17,9 +17,11 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import models
 import steppe
-from steppe.ops import cpu, few, packing, screened
+from steppe.computation import Computation
+from steppe.ops import cpu, packing, screened
+from steppe.ops.few import FewCall
 from steppe.ops.native import kernels
-from steppe.ops.outcome import noted
+from steppe.routing import Route
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 pytestmark = [
@@ -75,7 +77,12 @@ def screen_(model: nn.Module) -> nn.Module:
 def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The share of candidates of each screened call, of many rows and of few."""
     SEEN.clear()
-    run = few.FewBlock.run
+    run, run_again = FewCall.run, Computation.run_again
+
+    def see(call: FewCall | None) -> None:
+        share = math.nan if call is None else call.outcome().candidates
+        if not math.isnan(share):
+            SEEN.append(share)
 
     def finding(*arguments: Any) -> Any:
         found = screened.find_candidates(*arguments)
@@ -83,15 +90,19 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             SEEN.append(found.share)
         return found
 
-    def running(block: few.FewBlock, x: Tensor, *arguments: Any) -> Any:
-        done = run(block, x, *arguments)
-        outcome = noted()
-        if done is not None and outcome is not None and not math.isnan(outcome.candidates):
-            SEEN.append(outcome.candidates)
+    def running(call: FewCall, *arguments: Any) -> Any:
+        done = run(call, *arguments)
+        see(None if done is None else call)
         return done
 
+    def running_again(computation: Computation, route: Route, x: Tensor) -> Tensor | None:
+        z = run_again(computation, route, x)
+        see(None if z is None else computation._stock)
+        return z
+
     monkeypatch.setattr(cpu, "find_candidates", finding)
-    monkeypatch.setattr(few.FewBlock, "run", running)
+    monkeypatch.setattr(FewCall, "run", running)
+    monkeypatch.setattr(Computation, "run_again", running_again)
     return SEEN
 
 
