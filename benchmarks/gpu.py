@@ -5,9 +5,9 @@
 Facts of the card, the device tests, kernels against float64, times of MLP blocks, the training of
 a small GPT with and without plug-ins, how tokens share active units, the CPU kernels; a table at
 the end. It needs torch with Triton, and what is in the repository: no network, no installation.
-The steps are in `gpu_steps/`, one file each. Each runs in a process of its own with a time limit, so
-that an error, a crash, a lack of memory or a hang in one leaves the others alone. A step for which
-too little time is left is skipped.
+The steps are in `gpu_steps/`, one file each. Each runs in a process of its own with a time limit,
+so that an error, a crash, a lack of memory or a hang in one leaves the others alone. A step that
+too little time is left for is skipped.
 
 Files in DIR: ``gpu.json``, written anew after each step; of each step a JSON file and a log. With
 ``--dry-run`` all steps run on the CPU with tiny sizes: numbers that mean nothing.
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class Running:
         step: the step.
         folder: for its results while it runs, and for what one step leaves to another.
         log: the file for what it prints.
+        seconds: what it is told that it may take.
         is_dry: whether it runs tiny, on the CPU.
     """
 
@@ -92,13 +94,16 @@ class Running:
         command = [sys.executable, "-u", "-m", "gpu_steps.step", step.module]
         command += ["--results", str(self._results), "--folder", str(folder)]
         command += ["--seconds", str(seconds), "--argument", step.argument]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        if is_dry:
+            environment["OMP_NUM_THREADS"] = "1"  # more threads only get in each other's way
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command + ["--dry-run"] * is_dry,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                env=environment,
                 start_new_session=True,
             )
 
@@ -120,10 +125,8 @@ class Running:
 
     def stop(self) -> None:
         """Kill the process and all that it has started."""
-        try:
+        with suppress(ProcessLookupError):  # all of them have ended
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all of them have ended
         self._process.wait()
 
     def results(self) -> dict[str, Any]:
@@ -164,11 +167,11 @@ def run_steps(
         running[step] = Running(step, folder, log, limit, is_dry)
 
     def write(step: Step, status: str, taken: float, results: dict[str, Any]) -> None:
-        row = {"status": status, "seconds": round(taken, 1), **results}
+        row = {"status": status, "seconds": round(results.pop("took_s", taken), 1), **results}
         whole["steps"][step.name] = row
         write_json(out / f"{steps.index(step):02}-{step.name}.json", row)
         write_json(out / "gpu.json", whole)
-        print(f"{step.name}: {status}, {taken:.0f} s", flush=True)
+        print(f"{step.name}: {status}, {row['seconds']:.0f} s", flush=True)
 
     try:
         for step in steps:

@@ -11,7 +11,7 @@ import torch
 import steppe
 from gpu_steps.native import LIBRARY, PROGRAMS, folder_of
 from gpu_steps.step import Context
-from steppe.bench import DECODE, PREFILL, TRAINING, Block, PATTERNS, Setting, time_block
+from steppe.bench import DECODE, PATTERNS, PREFILL, TRAINING, Block, Setting, time_block
 
 THREADS = (1, 4, 8, 16)
 
@@ -72,7 +72,7 @@ def errors(threads: int) -> dict[str, float]:
         x = torch.randn(tokens, 96)
         results = []
         for block in (exact, dense, sparse):
-            leaf = x.to(block.up.weight.dtype).requires_grad_()
+            leaf = x.to(block.up.weight.dtype, copy=True).requires_grad_()
             z = block(leaf)
             z.square().mean().backward()
             results.append((z.detach(), leaf.grad, block.up.weight.grad))
@@ -83,6 +83,7 @@ def errors(threads: int) -> dict[str, float]:
                 ((one - wanted).abs().max() / largest).item() for one in (by_sparse, by_dense)
             )
             found[f"{name}_{tokens}"] = error
+            assert usual < 1e-5, f"{name}: dense is off by {usual:.1e}"
             assert error <= 4 * usual + 1e-6, f"{name}, {tokens} tokens: {error:.1e}, {usual:.1e}"
     return found
 

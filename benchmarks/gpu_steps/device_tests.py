@@ -27,9 +27,7 @@ def run(context: Context) -> None:
             context.keep(outcomes=outcomes)
     bad = {name: text for name, text in outcomes.items() if text.startswith("failed")}
     skipped = sum(text.startswith("skipped") for text in outcomes.values())
-    context.keep(
-        passed=len(outcomes) - len(bad) - skipped, skipped=skipped, failed=sorted(bad)
-    )
+    context.keep(passed=len(outcomes) - len(bad) - skipped, skipped=skipped, failed=sorted(bad))
     if bad or not outcomes:
         context.errors.append(f"{len(bad)} of {len(outcomes)} tests failed")
 

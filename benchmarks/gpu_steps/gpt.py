@@ -11,9 +11,7 @@ from torch.nn import functional as F
 
 from steppe import BlockPattern
 
-PATTERNS = (
-    BlockPattern(family="GPT of gpu_steps", norm="norm2", up="up", act="act", down="down"),
-)
+PATTERNS = (BlockPattern(family="GPT of gpu_steps", norm="norm2", up="up", act="act", down="down"),)
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ ISAS = {
     "avx512_bf16": ("avx512+bf16", f"{_AVX512} -mavx512vnni -mavx512bf16 -mavx512vbmi2"),
 }
 _FLAGS = (
-    "-std=c++17 -fPIC -fopenmp -fvisibility=hidden -O3 -fno-math-errno -ffp-contract=fast -Wno-psabi"
-    " -fno-loop-unroll-and-jam -fno-loop-interchange -DSTEPPE_X86"
+    "-std=c++17 -fPIC -fopenmp -fvisibility=hidden -O3 -fno-math-errno -ffp-contract=fast"
+    " -Wno-psabi -fno-loop-unroll-and-jam -fno-loop-interchange -DSTEPPE_X86"
 )
 
 

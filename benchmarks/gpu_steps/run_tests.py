@@ -71,6 +71,7 @@ def main() -> int:
 
     mark = "gpu" if options.device == "cuda" else "not gpu"
     arguments = [f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-q", "-m", mark]
+    arguments += ["-W", "default"]  # versions that are not ours may warn of anything
     return pytest.main([*arguments, "-k", options.only, str(options.file)], plugins=[outcomes])
 
 

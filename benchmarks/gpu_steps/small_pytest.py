@@ -25,9 +25,7 @@ class Skipped(BaseException):
     """A test that cannot run here."""
 
 
-def run_file(
-    file: Path, device: str, only: str, note: Callable[[str, str], None]
-) -> int:
+def run_file(file: Path, device: str, only: str, note: Callable[[str, str], None]) -> int:
     """Run the tests of a file.
 
     Args:
@@ -113,7 +111,8 @@ def _raises(expected: Any, match: str = "") -> Iterator[None]:
     try:
         yield
     except expected as error:
-        assert re.search(match, str(error)), f"expected {match!r} in {error!r}"
+        if not re.search(match, str(error)):
+            raise AssertionError(f"expected {match!r} in {error!r}") from error
     else:
         raise AssertionError(f"no {expected.__name__} was raised")
 
@@ -131,7 +130,7 @@ def _importorskip(name: str, **_: Any) -> Any:
 
 def _module() -> ModuleType:
     module: Any = ModuleType("pytest")
-    module.mark = SimpleNamespace(parametrize=_parametrize)
+    module.mark = SimpleNamespace(parametrize=_parametrize, filterwarnings=lambda _: None)
     module.raises = _raises
     module.skip = _skip
     module.importorskip = _importorskip

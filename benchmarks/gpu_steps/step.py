@@ -54,7 +54,7 @@ class Context:
         self.found.update(found)
         write_json(self.results, self.found)
         for name, value in found.items():
-            print(f"{name}: {value}", flush=True)
+            print(f"{name}: {str(value)[:300]}", flush=True)
 
     def attempt(self, name: str, measure: Callable[[], Any], needs: float = 0.0) -> None:
         """Keep what a function finds under a name, or how it failed, and go on.
@@ -99,6 +99,7 @@ def main() -> int:
     except Exception as error:
         traceback.print_exc()
         context.errors.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    context.keep(took_s=time.monotonic() - context.started)
     if context.errors:
         context.keep(error="; ".join(context.errors))
     return 1 if context.errors else 0

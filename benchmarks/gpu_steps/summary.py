@@ -57,7 +57,9 @@ def _flat(key: str, value: Any) -> Iterator[str]:
     if isinstance(value, Mapping) and "us" in value:
         speedup = value.get("speedup")
         beside = "" if speedup is None else f", {speedup:.2f}×"
-        rate = next((f", {value[k]:.0f} {k}" for k in ("tflop_per_s", "gb_per_s") if k in value), "")
+        rate = next(
+            (f", {value[k]:.0f} {k}" for k in ("tflop_per_s", "gb_per_s") if k in value), ""
+        )
         yield f"{key}: {value['us']:.1f} us{beside}{rate}"
     elif isinstance(value, Mapping) and "density" in value and "sorted" in value:
         by_tile = ", ".join(

@@ -60,7 +60,5 @@ def batch_of(text: Tensor, rows: int, tokens: int, generator: torch.Generator) -
     Returns:
         int64 ``[B, T]`` on that device.
     """
-    starts = torch.randint(
-        len(text) - tokens, (rows, 1), generator=generator, device=text.device
-    )
+    starts = torch.randint(len(text) - tokens, (rows, 1), generator=generator, device=text.device)
     return text[starts + torch.arange(tokens, device=text.device)].long()

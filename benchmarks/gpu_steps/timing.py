@@ -49,8 +49,7 @@ def time_turns(
             break
         shift = number % len(names)
         clocks = {
-            name: _clock(runs[name], device, calls, sweep)
-            for name in names[shift:] + names[:shift]
+            name: _clock(runs[name], device, calls, sweep) for name in names[shift:] + names[:shift]
         }
         if device == "cuda":
             torch.cuda.synchronize()

@@ -252,5 +252,3 @@ def load(arm: str, folder: Path, sizes: Sizes) -> GPT:
     vector = torch.from_file(str(weights_file(folder, arm)), size=size, dtype=torch.float32)
     torch.nn.utils.vector_to_parameters(vector, model.parameters())
     return model.eval()
-
-

@@ -58,7 +58,7 @@ def of_model(context: Context, model: training.GPT, sizes: Sizes) -> list[dict[s
         generator.manual_seed(4)
         try:
             # Half of the tokens say which directions are principal, the other half are sorted.
-            for _ in range(2 if context.is_dry else 16):
+            for _ in range(8 if context.is_dry else 16):
                 ids = batch_of(held_out, 2, sizes.tokens, generator)
                 with torch.no_grad(), torch.autocast(context.device, torch.bfloat16):
                     model(ids)
@@ -91,7 +91,7 @@ def by_signs(known: Tensor, x: Tensor) -> Tensor:
 
 
 def shares(active: Tensor, order: Tensor) -> dict[str, Any]:
-    """Shares of the units in the unions of tiles, and what they would be if tokens were independent.
+    """Shares of the units in the unions of tiles, and those of independent tokens.
 
     Args:
         active: bool ``[T, F]``.
@@ -105,9 +105,7 @@ def shares(active: Tensor, order: Tensor) -> dict[str, Any]:
         "density": frequency.mean().item(),
         "in_sequence": {tile: union(active, tile) for tile in TILES},
         "sorted": {tile: union(active[order], tile) for tile in TILES},
-        "independent": {
-            tile: (1.0 - (1.0 - frequency).pow(tile)).mean().item() for tile in TILES
-        },
+        "independent": {tile: (1.0 - (1.0 - frequency).pow(tile)).mean().item() for tile in TILES},
     }
 
 
