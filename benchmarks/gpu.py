@@ -239,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := sorted(set(wanted) - set(names)):
         parser.error(f"--steps: expected some of {', '.join(names)}; got {', '.join(unknown)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for sent in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
+        signal.signal(sent, signal.default_int_handler)
     steps = [step for step in STEPS if step.name in wanted]
     try:
         whole = run_steps(steps, options.out, options.seconds, options.dry_run)

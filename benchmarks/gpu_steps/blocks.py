@@ -32,7 +32,8 @@ def run(context: Context) -> None:
 def times(context: Context, width: int, tokens: int, case: str) -> dict[str, Any]:
     """Times of a block; of training, forward and backward to weights and input."""
     torch.manual_seed(0)
-    block = Block(width, 4 * width).to(context.device, torch.bfloat16)
+    with torch.device(context.device):
+        block = Block(width, 4 * width).to(torch.bfloat16)
     x = torch.randn(tokens, width, device=context.device, dtype=torch.bfloat16)
     variants: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {"eager": block}
     if not context.is_dry:

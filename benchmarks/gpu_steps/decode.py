@@ -35,8 +35,9 @@ def run(context: Context) -> None:
 def times(context: Context, width: int, tokens: int) -> dict[str, Any]:
     """Times of a block, and the speed at which weights are read."""
     torch.manual_seed(0)
-    blocks = nn.Sequential(*(Block(width, 4 * width) for _ in range(BLOCKS)))
-    blocks = blocks.to(context.device, torch.bfloat16).requires_grad_(False)
+    with torch.device(context.device):
+        blocks = nn.Sequential(*(Block(width, 4 * width).bfloat16() for _ in range(BLOCKS)))
+    blocks.requires_grad_(False)
     x = torch.randn(tokens, width, device=context.device, dtype=torch.bfloat16)
     runs: dict[str, Callable[[], object]] = {"eager": lambda: blocks(x)}
     if context.device == "cuda":

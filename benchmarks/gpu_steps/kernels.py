@@ -89,11 +89,13 @@ def odd_values(context: Context) -> str:
     assert a[0, 0].isnan(), a
     assert packed.starts.tolist() == [0, 3], packed.starts
     p = torch.ones(4, 40, device=context.device)
-    _, packed = pack.act_pack(p, one, 100)
-    grad_p, _ = pack.unpack_grad(torch.ones_like(p), packed, one)
+    jumping = torch.tensor([1.0, 0.5], device=context.device)
+    _, packed = pack.act_pack(p, jumping, 100)
+    grad_p, a = pack.unpack_grad(torch.ones_like(p), packed, jumping)
     assert packed.starts[-1].item() == 160, packed.starts
-    assert grad_p[:2].equal(p[:2]), "a row that fits was lost"
+    assert grad_p[:2].equal(2.0 * p[:2]), "a row that fits was lost"
     assert grad_p[2:].isnan().all(), "a row that was not kept gave a gradient"
+    assert a[2:].isnan().all(), "a row that was not kept gave activations"
     return "as defined"
 
 
