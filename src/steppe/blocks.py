@@ -1,9 +1,4 @@
-"""Find the MLP blocks of a Transformer: the only file that knows foreign architectures.
-
-One declarative table, `PATTERNS`, says for each family where the parts of a block hang below the
-module that owns them. A new architecture is a new row; a user's own row goes in through
-``find_blocks(model, patterns=[...])``.
-"""
+"""Find the MLP blocks of a Transformer, by the table of `steppe.patterns`."""
 
 from __future__ import annotations
 
@@ -15,45 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from steppe.errors import BlocksNotFoundError
+from steppe.patterns import PATTERNS, BlockPattern
 
 # Wrappers that hold one inner module under a name of their own, and leave its behaviour alone.
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-
-
-@dataclass(frozen=True)
-class BlockPattern:
-    """Where the parts of an MLP block hang, as dotted paths below the module that owns them.
-
-    Attributes:
-        family: the name that errors and listings show.
-        up: path of the first linear layer (for gated blocks, of the one that is not activated).
-        act: path of the activation, a module or a plain function.
-        down: path of the second linear layer.
-        norm: path of the norm whose output the block reads, or None.
-        gate: path of the activated linear layer of a gated block, or None.
-        dropout: path of the dropout between activation and second layer, or None.
-        norm_is_shared: others (the residual stream, attention) read the norm's output too.
-        when: further condition on the owner, for families that differ by a flag only.
-        sequence_first: says of the owner that tokens are dimension 0 of its input, not 1.
-        act_flags: attributes of the owner that describe `act`, with what they must be when it
-            changes.
-    """
-
-    family: str
-    up: str
-    act: str
-    down: str
-    norm: str | None = None
-    gate: str | None = None
-    dropout: str | None = None
-    norm_is_shared: bool = False
-    when: Callable[[Any], bool] | None = None
-    sequence_first: Callable[[Any], bool] | None = None
-    act_flags: tuple[tuple[str, object], ...] = ()
-
-    def paths(self) -> list[str]:
-        """Every path that must exist for the pattern to match."""
-        return [p for p in (self.norm, self.gate, self.up, self.act, self.down) if p is not None]
 
 
 @dataclass(frozen=True)
@@ -108,165 +68,6 @@ class MLPBlock:
     def activated(self) -> nn.Module:
         """The linear layer whose output the activation reads: `gate`, or `up` if there is none."""
         return self.up if self.gate is None else self.gate
-
-
-# nn.TransformerEncoderLayer decides by this attribute whether it may run its fused kernel;
-# nn.TransformerDecoderLayer, whose norms have other places, does not have it.
-_FUSED_FLAG = "activation_relu_or_gelu"
-_ENCODER_LAYER_FLAGS = ((_FUSED_FLAG, 0),)
-
-
-def _norm_first(layer: Any) -> bool:
-    return hasattr(layer, _FUSED_FLAG) and layer.norm_first
-
-
-def _norm_last(layer: Any) -> bool:
-    return hasattr(layer, _FUSED_FLAG) and not layer.norm_first
-
-
-def _sequence_first(layer: Any) -> bool:
-    return not layer.self_attn.batch_first
-
-
-def _opt_norm_first(layer: Any) -> bool:
-    # BART and its kin have the same parts in another order, and no such flag.
-    return getattr(layer, "do_layer_norm_before", None) is True
-
-
-def _opt_norm_last(layer: Any) -> bool:
-    return getattr(layer, "do_layer_norm_before", None) is False
-
-
-# Where a layer has one of these, its post_attention_layernorm is not what the MLP reads (Gemma 2,
-# OLMo 2, AFMoE) or not by the MLP alone (nomic-bert).
-_OTHER_MLP_NORMS = (
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    "pre_mlp_layernorm",
-    "post_mlp_layernorm",
-)
-
-
-def _reads_post_attention_norm(layer: Any) -> bool:
-    return hasattr(layer, "input_layernorm") and not any(
-        hasattr(layer, name) for name in _OTHER_MLP_NORMS
-    )
-
-
-PATTERNS: tuple[BlockPattern, ...] = (
-    BlockPattern(
-        family="T5",
-        norm="layer_norm",
-        up="DenseReluDense.wi",
-        act="DenseReluDense.act",
-        down="DenseReluDense.wo",
-        dropout="DenseReluDense.dropout",
-    ),
-    BlockPattern(
-        family="T5 v1.1 (gated)",
-        norm="layer_norm",
-        gate="DenseReluDense.wi_0",
-        up="DenseReluDense.wi_1",
-        act="DenseReluDense.act",
-        down="DenseReluDense.wo",
-        dropout="DenseReluDense.dropout",
-    ),
-    BlockPattern(
-        family="ViT, I-JEPA",
-        norm="layernorm_after",
-        up="mlp.fc1",
-        act="mlp.activation_fn",
-        down="mlp.fc2",
-    ),
-    BlockPattern(
-        family="ViT (Transformers 4)",
-        norm="layernorm_after",
-        up="intermediate.dense",
-        act="intermediate.intermediate_act_fn",
-        down="output.dense",
-    ),
-    BlockPattern(
-        family="BERT (post-norm)",
-        norm="attention.output.LayerNorm",
-        norm_is_shared=True,
-        up="intermediate.dense",
-        act="intermediate.intermediate_act_fn",
-        down="output.dense",
-    ),
-    BlockPattern(
-        family="OPT",
-        norm="final_layer_norm",
-        up="fc1",
-        act="activation_fn",
-        down="fc2",
-        when=_opt_norm_first,
-    ),
-    BlockPattern(
-        family="OPT (post-norm)",
-        norm="self_attn_layer_norm",
-        norm_is_shared=True,
-        up="fc1",
-        act="activation_fn",
-        down="fc2",
-        when=_opt_norm_last,
-    ),
-    BlockPattern(family="GPT-2", norm="ln_2", up="mlp.c_fc", act="mlp.act", down="mlp.c_proj"),
-    BlockPattern(
-        family="GPT-NeoX",
-        norm="post_attention_layernorm",
-        up="mlp.dense_h_to_4h",
-        act="mlp.act",
-        down="mlp.dense_4h_to_h",
-    ),
-    BlockPattern(
-        family="Llama, Qwen, Mistral (gated)",
-        norm="post_attention_layernorm",
-        gate="mlp.gate_proj",
-        up="mlp.up_proj",
-        act="mlp.act_fn",
-        down="mlp.down_proj",
-        when=_reads_post_attention_norm,
-    ),
-    BlockPattern(
-        family="nn.TransformerEncoderLayer (norm first)",
-        norm="norm2",
-        up="linear1",
-        act="activation",
-        down="linear2",
-        dropout="dropout",
-        when=_norm_first,
-        sequence_first=_sequence_first,
-        act_flags=_ENCODER_LAYER_FLAGS,
-    ),
-    BlockPattern(
-        family="nn.TransformerEncoderLayer (post-norm)",
-        norm="norm1",
-        norm_is_shared=True,
-        up="linear1",
-        act="activation",
-        down="linear2",
-        dropout="dropout",
-        when=_norm_last,
-        sequence_first=_sequence_first,
-        act_flags=_ENCODER_LAYER_FLAGS,
-    ),
-    BlockPattern(
-        family="timm ViT",
-        norm="norm2",
-        up="mlp.fc1",
-        act="mlp.act",
-        down="mlp.fc2",
-        dropout="mlp.drop1",
-    ),
-    BlockPattern(
-        family="torchvision ViT",
-        norm="ln_2",
-        up="mlp.0",
-        act="mlp.1",
-        down="mlp.3",
-        dropout="mlp.2",
-    ),
-)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
