@@ -35,12 +35,11 @@ from steppe.blocks import (
     find_blocks,
     find_nested_tensor_encoders,
     forward_parameters,
-    linear_shape,
-    linear_weight,
     max_tokens_of,
     unwrap,
 )
 from steppe.errors import BlocksNotFoundError
+from steppe.linear import linear_shape, linear_weight
 
 
 class TimmMlp(nn.Module):

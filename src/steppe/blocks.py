@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.errors import BlocksNotFoundError
+from steppe.candidates import Candidate, candidates, listed, share_of
+from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning
+from steppe.linear import linear_shape
 from steppe.patterns import PATTERNS, BlockPattern
 
 # Wrappers that hold one inner module under a name of their own, and leave its behaviour alone.
@@ -65,6 +68,11 @@ class MLPBlock:
     stack: nn.Module | None = field(repr=False)
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The linear layers: `gate` if there is one, `up`, `down`."""
+        return [layer for layer in (self.gate, self.up, self.down) if layer is not None]
+
+    @property
     def activated(self) -> nn.Module:
         """The linear layer whose output the activation reads: `gate`, or `up` if there is none."""
         return self.up if self.gate is None else self.gate
@@ -92,27 +100,63 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """What of a model its blocks cover.
+
+    Attributes:
+        blocks: the blocks, in forward order; empty if there are none.
+        left: what looks like an MLP and is in no block.
+        share: of the parameters of both that are in blocks, in [0, 1].
+    """
+
+    blocks: list[MLPBlock]
+    left: list[Candidate]
+    share: float
+
+
+def coverage(model: nn.Module, patterns: Sequence[BlockPattern] = ()) -> Coverage:
+    """Which MLPs of a model are found, and which are not; also of a model on the meta device.
+
+    Args:
+        model: as of `find_blocks`.
+        patterns: likewise.
+
+    Example:
+        >>> coverage(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))).left[0].pattern()
+        "BlockPattern(family='mine', up='0', act='1', down='2')"
+    """
+    root = unwrap(model)
+    blocks = _all_blocks(root, (*patterns, *PATTERNS))
+    layers = [layer for block in blocks for layer in block.layers]
+    left = candidates(root, layers)
+    return Coverage(blocks, left, share_of(layers, left))
+
+
 def find_blocks(
     model: nn.Module,
     where: Callable[[MLPBlock], bool] | None = None,
     patterns: Sequence[BlockPattern] = (),
+    strict: bool = False,
 ) -> list[MLPBlock]:
     """Every MLP block of a model, in forward order.
 
     Sees through ``torch.compile``, DDP, PEFT and checkpoint wrappers. Names are those of the
-    unwrapped model.
+    unwrapped model. Warns of what looks like an MLP and is not among them.
 
     Args:
         model: T5, ViT, I-JEPA, OPT, GPT-2, BERT, GPT-NeoX, Llama/Qwen, ``nn.TransformerEncoder``,
             timm's or torchvision's ViT, or anything of the same shape.
         where: keeps the blocks for which it is true; all by default.
         patterns: patterns of your own, tried before the built-in ones.
+        strict: refuse a model of which a part is not found, instead of warning.
 
     Returns:
         The blocks. Never empty.
 
     Raises:
-        BlocksNotFoundError: no module matches any pattern, or `where` refused all that do.
+        BlocksNotFoundError: no module matches any pattern, or `where` refused all that do, or with
+            `strict` something that looks like an MLP is not found.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, 2, 32, norm_first=True, batch_first=True)
@@ -120,27 +164,19 @@ def find_blocks(
         [(8, 32)]
     """
     root = unwrap(model)
-    tried = (*patterns, *PATTERNS)
-    blocks: list[MLPBlock] = []
-    seen: set[int] = set()
-    for name, owner in root.named_modules():
-        if _wrapped(owner) is not None:
-            continue
-        for pattern in tried:
-            block = _match(root, name, owner, pattern)
-            if block is not None and id(block.up) not in seen:
-                seen.add(id(block.up))
-                blocks.append(block)
-                break
+    found = coverage(root, patterns)
+    blocks, left = found.blocks, found.left
     if not blocks:
-        looked_for = "\n".join(f"  {p.family}: {', '.join(p.paths())}" for p in tried)
-        raise BlocksNotFoundError(
-            f"no MLP block found in {type(root).__name__}. Looked for modules with these parts:\n"
-            f"{looked_for}\n"
-            "If your model names them otherwise, say so:\n"
-            "  find_blocks(model, patterns=[BlockPattern(family='mine', norm='norm', up='fc_in',"
-            " act='act', down='fc_out')])"
+        raise BlocksNotFoundError(_nothing_found(root, patterns, left))
+    if left:
+        partly = (
+            f"find_blocks: {found.share:.0%} of the MLP parameters of {type(root).__name__} are in"
+            f" the {len(blocks)} blocks that were found. Not covered:\n{listed(left)}\n"
+            f"To cover what a pattern can name:\n{listed(left, Candidate.pattern)}"
         )
+        if strict:
+            raise BlocksNotFoundError(partly)
+        warnings.warn(partly, IncompleteCoverageWarning, stacklevel=2)
     kept = [block for block in blocks if where is None or where(block)]
     if not kept:
         names = ", ".join(block.name for block in blocks)
@@ -148,6 +184,66 @@ def find_blocks(
             f"`where` refused all {len(blocks)} MLP blocks of {type(root).__name__}: {names}"
         )
     return kept
+
+
+def _all_blocks(root: nn.Module, patterns: Sequence[BlockPattern]) -> list[MLPBlock]:
+    """Every block that a pattern names, in forward order."""
+    blocks: list[MLPBlock] = []
+    seen: set[int] = set()
+    for name, owner in root.named_modules():
+        if _wrapped(owner) is not None:
+            continue
+        for pattern in patterns:
+            block = _match(root, name, owner, pattern)
+            if block is not None and id(block.up) not in seen:
+                seen.add(id(block.up))
+                blocks.append(block)
+                break
+    return blocks
+
+
+def _nothing_found(
+    root: nn.Module, patterns: Sequence[BlockPattern], left: Sequence[Candidate]
+) -> str:
+    """The message where no pattern matches: what there is, and what to type."""
+    own = "".join(f"\n  your pattern {one.family!r}: {_missing(root, one)}" for one in patterns)
+    if own:
+        own = f" None of your patterns matched:{own}"
+    found = f"no MLP block found in {type(root).__name__}.{own}"
+    if not left:
+        return (
+            f"{found}\nNothing in it looks like an MLP: a linear layer D → F and one F → D, with"
+            " F > D, in one module or in two of one module. If it has one, name it:\n"
+            "  find_blocks(model, patterns=[BlockPattern(family='mine', up='fc_in', act='act',"
+            " down='fc_out')])"
+        )
+    return (
+        f"{found}\nThese look like MLPs:\n{listed(left)}\n"
+        f"If they are, find_blocks(model, patterns=[...]) with\n{listed(left, Candidate.pattern)}\n"
+        "and norm='...', the path of the norm whose output it reads, for RestrictedNorm."
+    )
+
+
+def _missing(root: nn.Module, pattern: BlockPattern) -> str:
+    """Why a pattern matches nowhere: the part that the owner which has most of them lacks."""
+    paths = pattern.paths()
+    best, name = max(
+        (
+            (sum(_slot(owner, path) is not None for path in paths), -depth, name)
+            for depth, (name, owner) in enumerate(root.named_modules())
+        ),
+    )[::2]
+    owner = root.get_submodule(name)
+    where = name or "the model itself"
+    if best == 0:
+        return f"no module has any of {', '.join(paths)}"
+    lacking = [path for path in paths if _slot(owner, path) is None]
+    if lacking:
+        return f"{where} has no {', '.join(lacking)}"
+    if pattern.when is not None and not pattern.when(owner):
+        return f"{where} has all parts, but `when` says no"
+    shapes = {path: linear_shape(_part(owner, path)) for path in (pattern.up, pattern.down)}
+    return f"in {where}, up and down are no D → F and F → D: {shapes}"
 
 
 def find_nested_tensor_encoders(model: nn.Module) -> list[nn.Module]:
@@ -167,30 +263,6 @@ def find_nested_tensor_encoders(model: nn.Module) -> list[nn.Module]:
         for module in unwrap(model).modules()
         if isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor")
     ]
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Input and output width of a linear layer.
-
-    Args:
-        module: ``nn.Linear``, Transformers' ``Conv1D``, or a PEFT layer around one of them.
-
-    Returns:
-        ``(in, out)``, or None if the module is no linear layer.
-    """
-    base: Any = getattr(module, "base_layer", module)
-    if hasattr(base, "in_features") and hasattr(base, "out_features"):
-        return int(base.in_features), int(base.out_features)
-    if hasattr(base, "nx") and hasattr(base, "nf"):
-        return int(base.nx), int(base.nf)
-    return None
-
-
-def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer, below a PEFT layer if there is one."""
-    weight = getattr(module, "base_layer", module).weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def max_tokens_of(model: nn.Module) -> int | None:

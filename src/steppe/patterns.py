@@ -175,7 +175,9 @@ def _has_nothing_between(layer: Any) -> bool:
 
 
 def _reads_norms_around(layer: Any) -> bool:
-    return not _has(layer, "pre_feedforward_layernorm") and _has(layer, "post_feedforward_layernorm")
+    return not _has(layer, "pre_feedforward_layernorm") and _has(
+        layer, "post_feedforward_layernorm"
+    )
 
 
 def _is_ungated(layer: Any) -> bool:

@@ -11,14 +11,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from steppe.activations import Activation, is_relu
-from steppe.blocks import (
-    BlockPattern,
-    MLPBlock,
-    find_blocks,
-    linear_weight,
-    unwrap,
-)
+from steppe.blocks import BlockPattern, MLPBlock, find_blocks, unwrap
 from steppe.errors import LossError
+from steppe.linear import linear_weight
 from steppe.measures.density import (
     COUNTERS,
     SAMPLE_COUNTERS,

@@ -1,0 +1,31 @@
+"""Linear layers, whoever made them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a linear layer.
+
+    Args:
+        module: ``nn.Linear``, Transformers' ``Conv1D``, or a PEFT layer around one of them.
+
+    Returns:
+        ``(in, out)``, or None if the module is no linear layer.
+    """
+    base: Any = getattr(module, "base_layer", module)
+    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+        return int(base.in_features), int(base.out_features)
+    if hasattr(base, "nx") and hasattr(base, "nf"):
+        return int(base.nx), int(base.nf)
+    return None
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer, below a PEFT layer if there is one."""
+    weight = getattr(module, "base_layer", module).weight
+    assert isinstance(weight, Tensor)
+    return weight
