@@ -3,7 +3,7 @@
 from steppe.activations import Rectifier, SShapedSquaredReLU
 from steppe.blocks import BlockPattern, MLPBlock, find_blocks
 from steppe.checkpoints import load_pretrained
-from steppe.errors import SteppeError
+from steppe.errors import IncompleteCoverageWarning, SteppeError
 from steppe.explain import BlockExplanation, Explanation, explain
 from steppe.measures import BlockCurvature, BlockReport, Monitor, Report, measure, watch
 from steppe.ops.native import Kernels, kernels
@@ -33,6 +33,7 @@ __all__ = [
     "BlockPattern",
     "BlockReport",
     "Explanation",
+    "IncompleteCoverageWarning",
     "JumpingSquaredReLU",
     "Kernels",
     "MLPBlock",

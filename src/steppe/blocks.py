@@ -19,6 +19,11 @@ from steppe.patterns import PATTERNS, BlockPattern
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
+# Parameters of the forward of what is told about tokens, and of a tower that makes its own.
+_TOKENS = {"input_ids", "inputs_embeds", "src_key_padding_mask"}
+_OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}
+
+
 @dataclass(frozen=True)
 class Slot:
     """An attribute of a module that holds a part of a block and can be given another value."""
@@ -352,11 +357,13 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
 
 
 def _stack_of(root: nn.Module, name: str) -> nn.Module | None:
-    """The deepest ancestor of a block whose forward is told about tokens."""
+    """The deepest ancestor of a block whose forward is told about tokens; None in other towers."""
     for ancestor in _ancestors(root, name):
-        told = forward_parameters(ancestor)
-        if {"input_ids", "inputs_embeds", "src_key_padding_mask"} & set(told):
+        told = set(forward_parameters(ancestor))
+        if _TOKENS & told:
             return ancestor
+        if _OTHER_INPUTS & told:
+            return None  # the text and the padding that modules above are told of are not its own
     return None
 
 

@@ -24,6 +24,19 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def is_linear(kind: type[nn.Module]) -> bool:
+    """Whether a class computes x Wᵀ + b and nothing else: ``nn.Linear``, not a subclass of it.
+
+    Transformers' ``FalconLinear`` adds the bias after the product, with a forward of its own.
+
+    Args:
+        kind: the class.
+    """
+    return kind is nn.Linear or (
+        kind.__name__ == "FalconLinear" and kind.__module__.startswith("transformers.")
+    )
+
+
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer, below a PEFT layer if there is one."""
     weight = getattr(module, "base_layer", module).weight

@@ -14,7 +14,7 @@ from steppe.blocks import BlockPattern, MLPBlock, Slot, find_blocks, unwrap
 from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
-from steppe.linear import linear_weight
+from steppe.linear import is_linear, linear_weight
 from steppe.ops.calibration import use_remembered
 from steppe.ops.packing import declare_final
 from steppe.plugins.sparsify import sparsification_of
@@ -238,7 +238,7 @@ def _check(block: MLPBlock) -> None:
             f" both. {leave_out}"
         )
     for layer in block.layers:
-        if plain_class(type(layer)) is not nn.Linear and not is_conv1d(layer):
+        if not is_linear(plain_class(type(layer))) and not is_conv1d(layer):
             raise AccelerationError(
                 f"{block.name}: expected nn.Linear or Conv1D, got {_described(layer)}, which may"
                 " compute something else. Of a PEFT model merge the adapters first: model ="
