@@ -13,37 +13,23 @@ from torch import Tensor, nn
 VOCABULARY, WIDTH, HIDDEN, LONGEST = 64, 16, 40, 64
 Batch = dict[str, Tensor]
 # By whatever names configs have for them.
+_NAMES: tuple[tuple[str, Any], ...] = (
+    ("hidden_size d_model n_embd dim word_embed_proj_dim embed_dim embedding_size", WIDTH),
+    ("intermediate_size d_ff ffn_dim n_inner encoder_ffn_dim decoder_ffn_dim hidden_dim", HIDDEN),
+    ("ffn_hidden_size", HIDDEN),
+    ("num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers", 2),
+    ("num_decoder_layers", 2),
+    ("num_attention_heads n_head n_heads num_heads encoder_attention_heads", 4),
+    ("decoder_attention_heads attention_heads head_dim d_kv", 4),
+    ("max_position_embeddings n_positions n_ctx max_seq_len max_source_positions", LONGEST),
+    ("max_target_positions seq_length", LONGEST),
+    ("hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout", 0.0),
+    ("activation_dropout dropout_rate resid_pdrop embd_pdrop attn_pdrop resid_dropout", 0.0),
+    ("embed_dropout hidden_dropout layerdrop encoder_layerdrop decoder_layerdrop", 0.0),
+    ("drop_path_rate feat_proj_dropout residual_dropout embedding_dropout", 0.0),
+)
 _SIZES: dict[str, Any] = {
-    **dict.fromkeys(
-        "hidden_size d_model n_embd dim word_embed_proj_dim embed_dim embedding_size".split(), WIDTH
-    ),
-    **dict.fromkeys(
-        "intermediate_size d_ff ffn_dim n_inner encoder_ffn_dim decoder_ffn_dim hidden_dim"
-        " ffn_hidden_size".split(),
-        HIDDEN,
-    ),
-    **dict.fromkeys(
-        "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers"
-        " num_decoder_layers".split(),
-        2,
-    ),
-    **dict.fromkeys(
-        "num_attention_heads n_head n_heads num_heads encoder_attention_heads"
-        " decoder_attention_heads attention_heads head_dim d_kv".split(),
-        4,
-    ),
-    **dict.fromkeys(
-        "max_position_embeddings n_positions n_ctx max_seq_len max_source_positions"
-        " max_target_positions seq_length".split(),
-        LONGEST,
-    ),
-    **dict.fromkeys(
-        "hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout"
-        " activation_dropout dropout_rate resid_pdrop embd_pdrop attn_pdrop resid_dropout"
-        " embed_dropout hidden_dropout layerdrop encoder_layerdrop decoder_layerdrop"
-        " drop_path_rate feat_proj_dropout residual_dropout embedding_dropout".split(),
-        0.0,
-    ),
+    **{name: value for names, value in _NAMES for name in names.split()},
     "num_key_value_heads": 2,
     "mlp_ratio": 2.5,
     "vocab_size": VOCABULARY,

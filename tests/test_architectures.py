@@ -137,11 +137,11 @@ def test_plug_ins_change_nothing_at_first_and_come_off_again(one: Architecture) 
     batch = one.batch(0)
     with torch.no_grad():
         before = tensors_of(model(**batch))
-        for plugins in PLUGINS.values():
+        for name, plugins in PLUGINS.items():
             try:
                 steppe.sparsify_(model, plugins())
-            except UnfitBlockError as error:
-                assert "norm" in str(error)  # none, or one that has no scale
+            except UnfitBlockError:
+                assert name == "norm"  # a block has none, or one that has no scale
                 continue
             during = tensors_of(model(**batch))
             steppe.restore_(model)

@@ -146,7 +146,7 @@ def _without_attention(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _above(name: str) -> list[str]:
     """The names of the modules above one, nearest first, as many as are looked at."""
-    names = []
+    names: list[str] = []
     while name and len(names) < _LEVELS:
         name = name.rpartition(".")[0]
         names.append(name)

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from steppe import plugins
-from steppe.blocks import BlockPattern, MLPBlock, Slot, find_blocks, unwrap
+from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
 from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
 from steppe.linear import is_linear, linear_weight
 from steppe.ops.calibration import use_remembered
 from steppe.ops.packing import declare_final
+from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
 from steppe.routing import Route, owners_of
 from steppe.surgery import Journal, forget_compiled_code
