@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from steppe.blocks import MLPBlock, linear_weight
+from steppe.blocks import MLPBlock
+from steppe.linear import linear_weight
 from steppe.ops import cpu
 from steppe.ops.calls import DECODE_ROWS, DTYPES, scratch, threads
 from steppe.ops.dispatch import Habit, generation, max_density_for, pays
@@ -59,9 +60,9 @@ class Computation:
         self.block = block
         self.limits = max_density, max_candidates
         self._sigma = sigma_of(block)
-        self._is_transposed = [is_conv1d(layer) for layer in layers_of(block)]
+        self._is_transposed = [is_conv1d(layer) for layer in block.layers]
         self._shape = block.d_model, block.d_hidden
-        self._held = [layer._parameters for layer in layers_of(block)]
+        self._held = [layer._parameters for layer in block.layers]
         self._few: FewBlock | None = None
         self._last: _Step | None = None
         self._stock: FewCall | None = None  # the last call that may be made again
@@ -172,7 +173,7 @@ class Computation:
         """Free what was laid out for few rows, and the copies of weights."""
         self._few = self._last = self._stock = None
         self._parameters = []
-        for layer in layers_of(self.block):
+        for layer in self.block.layers:
             forget(linear_weight(layer))
 
     def _cannot(self, x: Tensor, dtype: torch.dtype, is_cast: bool, traced: bool) -> str:
@@ -284,7 +285,7 @@ class Computation:
             self._unkept = ""
             self._parameters = [
                 (layer._parameters, name, layer._parameters.get(name))
-                for layer in layers_of(block)
+                for layer in block.layers
                 for name in ("weight", "bias")
             ]
             return None
@@ -293,7 +294,7 @@ class Computation:
         if self._unkept:
             return None
         mark = marks_of(sources)  # before the bias is made of them
-        layers: list[Any] = layers_of(block)
+        layers: list[Any] = block.layers
         actual = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
         known = [parameter for _, _, parameter in self._parameters]
         weights = self._weights(with_threshold=not route.trial)
@@ -356,7 +357,7 @@ class Computation:
     def _weights(self, with_threshold: bool) -> Weights:
         """The block's parameters as the op takes them, each ``[F, D]``."""
         block, shift = self.block, self._sigma.shift
-        layers = zip(layers_of(block), self._is_transposed, strict=True)
+        layers = zip(block.layers, self._is_transposed, strict=True)
         matrices = [
             w.T if turned else w for w, turned in ((linear_weight(a), b) for a, b in layers)
         ]
@@ -373,11 +374,6 @@ class Computation:
             down=matrices[-1].T,
             down_bias=_bias(block.down),
         )
-
-
-def layers_of(block: MLPBlock) -> list[nn.Module]:
-    """A block's linear layers."""
-    return [block.up, block.down] if block.gate is None else [block.gate, block.up, block.down]
 
 
 def is_conv1d(layer: nn.Module) -> bool:

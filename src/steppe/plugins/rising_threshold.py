@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from steppe.blocks import MLPBlock, Slot, linear_weight
+from steppe.blocks import MLPBlock, Slot
 from steppe.errors import UnfitBlockError
+from steppe.linear import linear_weight
 from steppe.plugins.base import Constraint, Plugin, ramp_progress
 from steppe.surgery import Journal
 from steppe.tokens import TokenContext, listen
