@@ -15,6 +15,8 @@ import pytest
 import torch
 
 collect_ignore_glob = ["versions/*"]  # programs for other environments
+if "STEPPE_FAKE_DEVICE" not in os.environ:
+    collect_ignore_glob.append("fake/*")  # for a process of their own, see test_fake_device.py
 
 
 @pytest.fixture(autouse=True)

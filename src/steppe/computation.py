@@ -21,7 +21,7 @@ from steppe.ops.native import kernels
 from steppe.ops.outcome import noted
 from steppe.ops.packing import forget, marks_of, why_not_kept
 from steppe.ops.reference import Rule, Weights, mlp_from
-from steppe.ops.registry import mlp, rule_of, scatter
+from steppe.ops.registry import mlp, support
 from steppe.plugins.penalty import is_penalized
 from steppe.plugins.rising_threshold import activated_bias, threshold_of
 from steppe.routing import Route
@@ -80,6 +80,7 @@ class Computation:
         if (
             last is None
             or type(x) is not Tensor
+            or not x.is_cpu
             or x.dtype is not last.dtype
             or x.shape != last.shape
             or not x.is_contiguous()
@@ -125,6 +126,8 @@ class Computation:
 
     def has_too_little(self, x: Tensor) -> str:
         """Why a call has too little to do for a detour; empty if it has enough or was asked for."""
+        if not x.is_cpu:
+            return f"there are no kernels for {x.device.type}"
         if self.limits[0] is not None:
             return ""
         width, hidden = self._shape
@@ -185,8 +188,6 @@ class Computation:
             is_cast: whether autocast casts to that.
             traced: whether torch.compile traces the call, which may be with tensors of its own.
         """
-        if not x.is_cpu:
-            return f"there are no kernels for {x.device.type}"
         if type(x) not in _PLAIN and not traced:
             return f"its input is a {type(x).__name__}"
         if dtype not in DTYPES:
@@ -347,8 +348,8 @@ class Computation:
             if offsets.numel() or is_too_dense:  # not a first call, before copies are kept
                 self._habits[most].note(math.nan, not is_too_dense)
         if route.observers and not route.trial:
-            listed = r, up, index, offsets
-            active, slopes = _support(listed, block, rule_of(alpha, beta, mix, 0.0), len(flat))
+            listed = [tensor.detach() for tensor in (r, up, index, offsets)]
+            active, slopes = support(*listed, len(flat), block.d_hidden, alpha, beta, mix)
             shape = (*x.shape[:-1], block.d_hidden)
             for observer in route.observers:
                 observer.see_support(x, active.view(shape), slopes.view(shape))
@@ -398,23 +399,6 @@ def _is_plain(x: Tensor) -> bool:
     """Whether a call without gradients may go past the dispatcher, a tenth of a decoding step."""
     return (
         type(x) is Tensor and x.is_cpu and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
-    )
-
-
-def _support(
-    listed: tuple[Tensor, ...], block: MLPBlock, rule: Rule, rows: int
-) -> tuple[Tensor, Tensor]:
-    """Where a ≠ 0 and where σ′ ≠ 0, bool ``[T, F]`` each, from what the op has listed."""
-    r, up, index, offsets = (tensor.detach() for tensor in listed)
-    active = rule.activation(r) != 0
-    if block.gate is not None:
-        active &= up != 0
-    slopes = torch.as_tensor(rule.slope(r) != 0) & (r != 0)
-    if not offsets.numel():
-        return active, slopes
-    width = block.d_hidden
-    return scatter(active, index, offsets, rows, width), scatter(
-        slopes, index, offsets, rows, width
     )
 
 
