@@ -6,14 +6,14 @@ import importlib
 import math
 import sys
 
-import oracles
 import pytest
 import torch
 from torch import Tensor
 
+import oracles
 from steppe.errors import KernelError, MissingExtraError
 from steppe.ops import rectifier
-from steppe.ops.bitmask import Packed, act_pack, kept_rows, unpack_grad
+from steppe.ops.bitmask import act_pack, kept_rows, unpack_grad
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RULES = [(1.0, 0.0), (1.0, 0.5), (0.0, 1.0), (0.3, 0.2)]
@@ -182,7 +182,6 @@ def test_packing_refuses_what_does_not_fit(arguments: tuple, match: str) -> None
 def test_unpacking_refuses_what_does_not_fit(arguments: tuple, match: str) -> None:
     with pytest.raises(KernelError, match=match):
         unpack_grad(*arguments)
-
 
 
 def test_without_triton_the_kernels_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

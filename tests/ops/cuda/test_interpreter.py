@@ -1,4 +1,4 @@
-"""The repaired interpreter computes bfloat16 as torch does, bit for bit; without repair it does not.
+"""The repaired interpreter computes bfloat16 as torch does, bit for bit, and without repair not.
 
 When Triton is right by itself, the tests of the fault fail: then `interpreter.py` can go.
 """
@@ -12,17 +12,18 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ops.cuda import interpreter
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
+
+from ops.cuda import interpreter
 
 pytestmark = interpreter.NEEDED
 SIZE = 256
 # NaN, infinities, both zeros, the largest, the smallest normal, the smallest of all; ties to even.
-SPECIAL = (
-    [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3.3895313892515355e38]
-    + [1.1754943508222875e-38, 9.183549615799121e-41, 1.00390625, 1.01171875, 1.0, -1.0]
-)  # fmt: skip
+SPECIAL = [
+    float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3.3895313892515355e38,
+    1.1754943508222875e-38, 9.183549615799121e-41, 1.00390625, 1.01171875, 1.0, -1.0,
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from ops.cuda import interpreter
 from torch import Tensor
 
+from ops.cuda import interpreter
 from steppe.errors import KernelError
 from steppe.ops import bitmask
 from steppe.ops.cuda import pack
@@ -103,20 +103,21 @@ def test_shapes(rows: int, columns: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shift", [-9.0, -1.7, 0.0, 9.0])
 @pytest.mark.parametrize(("alpha", "beta"), RULES)
-def test_rules_and_densities(
-    alpha: float, beta: float, shift: float, dtype: torch.dtype
-) -> None:
+def test_rules_and_densities(alpha: float, beta: float, shift: float, dtype: torch.dtype) -> None:
     p, grad_a = pre_activations(3, 100, dtype, shift), pre_activations(3, 100, dtype)
     rule = coefficients(alpha, beta)
     expected_a, expected = bitmask.act_pack(p, rule, 300)
     a, packed = pack.act_pack(p, rule, 300, block=64)
     assert same_bits(a, expected_a)
     assert_same_pack(packed, expected)
-    assert [same_bits(*pair) for pair in zip(
-        pack.unpack_grad(grad_a, packed, rule, block=64),
-        bitmask.unpack_grad(grad_a, expected, rule),
-        strict=True,
-    )] == [True, True]
+    assert [
+        same_bits(*pair)
+        for pair in zip(
+            pack.unpack_grad(grad_a, packed, rule, block=64),
+            bitmask.unpack_grad(grad_a, expected, rule),
+            strict=True,
+        )
+    ] == [True, True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

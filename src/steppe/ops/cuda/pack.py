@@ -33,19 +33,19 @@ OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
-def activation(r, alpha, beta):  # type: ignore[no-untyped-def]
+def activation(r, alpha, beta):
     """σ from r ≠ 0; without 0 · ∞ where β is 0."""
     return tl.where(beta == 0.0, alpha * r, r * (alpha + beta * r))
 
 
 @triton.jit
-def slope(r, alpha, beta):  # type: ignore[no-untyped-def]
+def slope(r, alpha, beta):
     """σ′ from r ≠ 0, likewise."""
     return tl.where(beta == 0.0, alpha, alpha + 2.0 * beta * r)
 
 
 @triton.jit
-def count_rows(p, starts, F, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def count_rows(p, starts, F, BLOCK: tl.constexpr):
     """``starts[t + 1]`` = active entries of row t; ``starts[0]`` = 0."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -59,9 +59,7 @@ def count_rows(p, starts, F, BLOCK: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def pack_rows(  # type: ignore[no-untyped-def]
-    p, a, words, values, starts, coefficients, F, capacity, BLOCK: tl.constexpr
-):
+def pack_rows(p, a, words, values, starts, coefficients, F, capacity, BLOCK: tl.constexpr):
     """One row of a, of the bit mask and, if all of it fits, of the values."""
     row = tl.program_id(0).to(tl.int64)
     alpha = tl.load(coefficients)
@@ -69,8 +67,11 @@ def pack_rows(  # type: ignore[no-untyped-def]
     start = tl.load(starts + row)
     fits = tl.load(starts + row + 1) <= capacity
     words_a_row = (F + 31) // 32
+    lane = tl.arange(0, 32)[None, :]
+    # A row of this tile is a word, whose bits are then in neighbouring threads.
     for first in range(0, F, BLOCK):
-        column = first + tl.arange(0, BLOCK)
+        place = first // 32 + tl.arange(0, BLOCK // 32)
+        column = place[:, None] * 32 + lane
         inside = column < F
         x = tl.load(p + row * F + column, mask=inside, other=0.0)
         r = x.to(tl.float32)
@@ -79,17 +80,17 @@ def pack_rows(  # type: ignore[no-untyped-def]
         tl.store(a + row * F + column, y.to(a.dtype.element_ty), mask=inside)
 
         bit = active.to(tl.int32)
-        word = tl.sum(tl.reshape(bit, (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :], 1)
-        place = first // 32 + tl.arange(0, BLOCK // 32)
+        word = tl.sum(bit << lane, 1)
         tl.store(words + row * words_a_row + place, word, mask=place < words_a_row)
 
-        before = tl.cumsum(bit, 0) - bit  # active entries to the left, in this step
+        count = tl.sum(bit, 1)
+        before = (tl.cumsum(count, 0) - count)[:, None] + tl.cumsum(bit, 1) - bit
         tl.store(values + start + before, x, mask=active & fits)
-        start += tl.sum(bit, 0)
+        start += tl.sum(count, 0)
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def unpack_rows(  # type: ignore[no-untyped-def]
+def unpack_rows(
     grad_a, words, values, starts, coefficients, grad_p, a, F, capacity, BLOCK: tl.constexpr
 ):
     """One row of ∂ℓ/∂p and of a; NaN for values that were not kept."""
@@ -105,7 +106,7 @@ def unpack_rows(  # type: ignore[no-untyped-def]
         word = tl.load(words + row * words_a_row + column // 32, mask=inside, other=0)
         bit = (word >> (column % 32)) & 1
         active = bit != 0
-        before = tl.cumsum(bit, 0) - bit
+        before = tl.cumsum(bit, 0) - bit  # active entries to the left, in this step
         x = tl.load(values + start + before, mask=active & fits, other=float("nan"))
         r = x.to(tl.float32)
         g = tl.load(grad_a + row * F + column, mask=inside, other=0.0).to(tl.float32)
