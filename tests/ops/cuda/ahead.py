@@ -10,10 +10,11 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 ARCHITECTURES = (80, 89, 90, 100)  # A100; L4 and RTX 40; H100 and H200; B200
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227}  # KB a program; CUDA C guide, table 27
@@ -40,37 +41,39 @@ class Compiled(NamedTuple):
         return sum(re.fullmatch(pattern, opcode) is not None for opcode in self.opcodes)
 
 
+class StandIn:
+    """The driver of a GPU that is not there: the launcher asks it what to compile for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
 def compile_ahead(
-    kernel: Any,
-    types: dict[str, str],
-    constants: dict[str, int],
-    aligned: tuple[str, ...],
-    architecture: int,
-    folder: Path,
-    **options: Any,
+    kernel: Any, arguments: tuple[Any, ...], architecture: int, folder: Path, **options: Any
 ) -> Compiled:
-    """Compiles a kernel as its launch would.
+    """Compiles a kernel as the launch with these arguments would.
 
     Args:
         kernel: what `triton.jit` made.
-        types: of the arguments by name, as ``"*bf16"`` or ``"i32"``.
-        constants: the other arguments.
-        aligned: the arguments that a launch would find to be multiples of 16.
+        arguments: of the kernel; tensors may be on the CPU.
         architecture: compute capability, 90 for 9.0.
         folder: for the machine code.
-        options: of the launch.
+        options: constants of the kernel, and what else a launch takes.
 
     Returns:
         What it needs, and its instructions.
     """
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        {name: types.get(name, "constexpr") for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with mock.patch.object(driver, "_active", StandIn(architecture)):
+        compiled = kernel.warmup(*arguments, grid=(1,), **options)
     path = folder / "kernel.cubin"
     path.write_bytes(compiled.asm["cubin"])
     usage = _run("cuobjdump", "--dump-resource-usage", path)
