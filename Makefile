@@ -18,15 +18,16 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed-demo
 PENDING := $(VENV)/.installing
+TRITON  := build/triton
 
 # One torch thread a worker: two workers with all cores each are slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results twins cost bench losses gpu test test-slow test-screening test-versions test-native valgrind lint format clean
+.PHONY: help install demo results twins cost bench losses gpu test test-slow test-screening test-versions test-native valgrind test-gpu-offline lint format clean
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## make the virtual environment in .venv
 
@@ -99,6 +100,19 @@ valgrind: test-native ## run the same under valgrind, which knows instruction se
 	@for isa in portable avx2; do \
 	  STEPPE_ISA=$$isa valgrind --quiet --error-exitcode=1 build/native-tests/kernels_test || exit 1; \
 	done
+
+# Triton is interpreted in the first process and compiles for GPUs that are not there in the second.
+test-gpu-offline: $(TRITON)/.installed ## test the GPU kernels without a GPU (Linux; 190 MB to download)
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PYTEST) $(PYTEST_ARGS) \
+	  tests/ops/cuda/test_interpreter.py tests/ops/cuda/test_pack.py
+	PYTHONPATH=$(TRITON) $(PYTEST) $(PYTEST_ARGS) tests/ops/cuda/test_ahead.py
+
+# Not into the environment: torch looks for Triton and takes other paths where it finds it, and the
+# other tests should see what users of a CPU build have.
+$(TRITON)/.installed: tests/ops/cuda/requirements.txt | $(STAMP)
+	rm -rf $(TRITON)
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --target $(TRITON) -r $<
+	@touch $@
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check

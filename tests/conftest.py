@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from importlib import metadata
+from pathlib import Path
 
 # Nothing may be downloaded, and a test must not depend on how many cores there are.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +17,21 @@ import pytest
 import torch
 
 collect_ignore_glob = ["versions/*"]  # programs for other environments
+if "STEPPE_FAKE_DEVICE" not in os.environ:
+    collect_ignore_glob.append("fake/*")  # for a process of their own, see test_fake_device.py
+
+TRITON = (Path(__file__).parent / "ops/cuda/requirements.txt").read_text("utf-8").split()[-1]
+HAS_TRITON = TRITON in {
+    f"triton=={found.version}" for found in metadata.distributions(name="triton")
+}
+if not HAS_TRITON:
+    collect_ignore_glob.append("ops/cuda/*")
+
+
+def pytest_report_header() -> list[str]:
+    """Says which tests are left out."""
+    missing = f"tests/ops/cuda: left out, there is no {TRITON} (make test-gpu-offline)"
+    return [] if HAS_TRITON else [missing]
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "steppe.ops.screening",
         "steppe.ops.thresholds",
     ),
+    ("steppe.ops.bitmask", "steppe.ops.cuda"),
+    ("steppe.ops.cuda.pack",),
     ("steppe.ops.calls", "steppe.ops.registry", "steppe.ops.dispatch", "steppe.ops.remembered"),
     ("steppe.ops.screened", "steppe.ops.writes"),
     ("steppe.ops.packing",),
@@ -39,6 +41,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.ops.calibration",),
     ("steppe.ops",),
     ("steppe.activations",),
+    ("steppe.linear", "steppe.patterns"),
+    ("steppe.candidates",),
     ("steppe.blocks", "steppe.recognition", "steppe.swapping"),
     ("steppe.surgery", "steppe.tokens", "steppe.wiring"),
     ("steppe.routing",),
@@ -71,6 +75,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.bench",),
     (
         "steppe.report.bench_table",
+        "steppe.report.blocks_table",
         "steppe.report.calibration_table",
         "steppe.report.find",
         "steppe.report.flops",
@@ -144,6 +149,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch.distributed.tensor": (),
     "torch.utils.tensorboard": ("steppe.training",),
     "transformers": ("steppe.training", "steppe.checkpoints"),
+    "triton": ("steppe.ops.cuda",),
     "typer": ("steppe.cli",),
     "wandb": ("steppe.training",),
 }
@@ -164,6 +170,7 @@ HEAVY = (
     "torch._dynamo",
     "torch.distributed.tensor",
     "transformers",
+    "triton",
     "typer",
 )
 PUBLIC = [
@@ -173,6 +180,7 @@ PUBLIC = [
     "BlockPattern",
     "BlockReport",
     "Explanation",
+    "IncompleteCoverageWarning",
     "JumpingSquaredReLU",
     "Kernels",
     "MLPBlock",
@@ -344,6 +352,7 @@ def test_imports_only_point_downwards() -> None:
         ("steppe.blocks", "import transformers.models.opt", "transformers.models.opt"),
         ("steppe.blocks", "from transformers import OPTModel", "transformers"),
         ("steppe.cli", "def f():\n    if TYPE_CHECKING:\n        import transformers", "transf"),
+        ("steppe.ops.bitmask", "import triton.language as tl", "triton.language"),
         ("steppe.sharding", "from torch.distributed import tensor", "torch.distributed.tensor"),
         ("steppe.training", "import torch._dynamo.config", "torch._dynamo.config"),
     ],

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,19 +28,18 @@ from transformers.models.nomic_bert import NomicBertConfig, NomicBertModel
 import models
 from models import D_HIDDEN, D_MODEL, MAX_TOKENS, VOCABULARY
 from steppe.blocks import (
-    PATTERNS,
-    BlockPattern,
     MLPBlock,
+    coverage,
     decoder_stack,
     find_blocks,
     find_nested_tensor_encoders,
     forward_parameters,
-    linear_shape,
-    linear_weight,
     max_tokens_of,
     unwrap,
 )
-from steppe.errors import BlocksNotFoundError
+from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning
+from steppe.linear import linear_shape, linear_weight
+from steppe.patterns import PATTERNS, BlockPattern
 
 
 class TimmMlp(nn.Module):
@@ -520,12 +519,9 @@ def test_flags_of_the_fused_kernel_go_with_the_activation(norm_first: bool) -> N
     assert layer.activation_relu_or_gelu == 1  # so ReLU would be taken for granted
 
 
-def test_a_further_norm_before_the_mlp_is_not_a_llama_layer() -> None:
-    with pytest.raises(BlocksNotFoundError):
-        find_blocks(GemmaLikeLayer())
-    gemma = BlockPattern(family="Gemma 2", **{**llama_parts, "norm": "pre_feedforward_layernorm"})
+def test_a_further_norm_before_the_mlp_is_what_it_reads() -> None:
     model = GemmaLikeLayer()
-    (block,) = find_blocks(model, patterns=[gemma])
+    (block,) = find_blocks(model)
     assert block.norm is model.pre_feedforward_layernorm
     assert misread_norms(model, [block]) == []
 
@@ -634,7 +630,8 @@ def test_a_post_norm_under_llamas_names_is_not_taken_for_a_pre_norm(
         return
     assert misread_norms(model, blocks) == []
     for block in blocks:
-        assert others_read_the_norm(model, block) is block.norm_is_shared
+        if block.norm is not None:
+            assert others_read_the_norm(model, block) is block.norm_is_shared
 
 
 # Its norm2 (norm1 behind a post-norm) is that of the cross-attention, and it has no flag
@@ -667,17 +664,60 @@ def test_where_that_refuses_all_is_an_error_with_the_names() -> None:
     assert all(name in str(caught.value) for name in opt_names)
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(), OddNames()], ids=str)
-def test_nothing_found_is_an_error_with_all_that_was_looked_for(model: nn.Module) -> None:
-    mine = BlockPattern(family="my own", up="first", act="middle", down="last")
-    with pytest.raises(BlocksNotFoundError) as caught:
-        find_blocks(model, patterns=[mine])
-    message = str(caught.value)
-    for pattern in (mine, *PATTERNS):
-        assert f"{pattern.family}: {', '.join(pattern.paths())}" in message
-    assert type(model).__name__ in message
-    assert "patterns=[BlockPattern(" in message
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential()], ids=str)
+def test_where_nothing_looks_like_an_mlp_the_error_says_what_would(model: nn.Module) -> None:
+    with pytest.raises(BlocksNotFoundError, match="Nothing in it looks like an MLP") as caught:
+        find_blocks(model)
+    assert type(model).__name__ in str(caught.value)
+    assert "patterns=[BlockPattern(" in str(caught.value)
     assert isinstance(caught.value, LookupError)
+
+
+def test_the_error_shows_what_looks_like_an_mlp_and_a_pattern_that_finds_it() -> None:
+    model = nn.Sequential(OddNames(), OddNames())
+    with pytest.raises(
+        BlocksNotFoundError, match=r"fc_in, sigma, fc_out \(16 → 32 → 16\)"
+    ) as caught:
+        find_blocks(model)
+    message = str(caught.value)
+    assert "and 1 more like it" in message
+    (line,) = {line.strip() for line in message.splitlines() if line.strip().startswith("Block")}
+    pattern = eval(line.partition(" and ")[0], {"BlockPattern": BlockPattern})
+    assert [block.name for block in find_blocks(model, patterns=[pattern])] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"down": "last"}, "0 has no last"),
+        ({"up": "fc_out", "down": "scale"}, "no D → F and F → D"),
+        ({"when": lambda owner: False}, "`when` says no"),
+        ({"norm": "a", "up": "b", "act": "c", "down": "d"}, "no module has any of a, b, c, d"),
+    ],
+)
+def test_the_error_says_what_a_pattern_of_the_user_lacks(change: dict[str, Any], why: str) -> None:
+    model = nn.Sequential(OddNames())
+    with pytest.raises(BlocksNotFoundError, match=why):
+        find_blocks(model, patterns=[replace(ODD, **change)])
+
+
+class Partial(nn.Module):
+    """A block that is found beside one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known, self.odd = models.opt(), OddNames()
+
+
+def test_a_part_that_is_not_found_is_said_or_with_strict_refused() -> None:
+    share = "67%"  # OPT's two blocks and one of the same size
+    with pytest.warns(IncompleteCoverageWarning, match=share) as caught:
+        assert len(find_blocks(Partial())) == 2
+    assert "odd: fc_in, sigma, fc_out (16 → 32 → 16)" in str(caught[0].message)
+    with pytest.raises(BlocksNotFoundError, match=share):
+        find_blocks(Partial(), strict=True)
+    found = coverage(Partial(), patterns=[ODD])
+    assert (len(found.blocks), found.left, found.share) == (3, [], 1.0)
 
 
 def test_a_pattern_of_the_user_finds_another_shape() -> None:

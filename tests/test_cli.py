@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,10 +116,11 @@ def listen_to_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_ends_with_one_line_and_no_summary(tmp_path: Path) -> None:
+def interrupt(*args: str, when: Callable[[], bool], **env: str) -> tuple[int, str]:
+    """Start steppe, press Ctrl-C as soon as something is true, and give code and messages."""
     process = subprocess.Popen(
-        [*COMMAND, "demo", "--out", str(tmp_path)],
-        env=PLAIN,
+        [*COMMAND, *args],
+        env={**PLAIN, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -126,18 +128,26 @@ def test_ctrl_c_ends_with_one_line_and_no_summary(tmp_path: Path) -> None:
     )
     try:
         deadline = time.monotonic() + 600
-        while not list(tmp_path.glob("digits/vanilla/seed-0/runs/*/*")):
+        while not when():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
-            time.sleep(0.2)
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()  # what has ended already stays as it is
         process.wait()
-    assert process.returncode == 130
-    assert "interrupted" in errors
     assert "Traceback" not in errors
+    return process.returncode, errors
+
+
+def test_ctrl_c_ends_with_one_line_and_no_summary(tmp_path: Path) -> None:
+    code, errors = interrupt(
+        *("demo", "--out", str(tmp_path)),
+        when=lambda: bool(list(tmp_path.glob("digits/vanilla/seed-0/runs/*/*"))),
+    )
+    assert code == 130
+    assert "interrupted" in errors
     assert not (tmp_path / "summary.json").exists()
 
 
@@ -255,23 +265,13 @@ def test_calibrate_refuses_a_place_where_it_cannot_write_before_it_measures(tmp_
 def test_an_interrupted_calibrate_ends_with_one_line_and_writes_nothing(tmp_path: Path) -> None:
     if steppe.kernels().name != "native":
         pytest.skip(steppe.kernels().reason)
-    process = subprocess.Popen(
-        [*COMMAND, "calibrate", "--dtype", "float32", "--threads", "1"],
-        env={**PLAIN, "XDG_CACHE_HOME": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    code, errors = interrupt(
+        *("calibrate", "--dtype", "float32", "--threads", "1"),
+        when=(tmp_path / "steppe").exists,  # it is made before anything is measured
+        XDG_CACHE_HOME=str(tmp_path),
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "steppe").exists():  # it is made before anything is measured
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert code == 130
     assert "interrupted; the thresholds for float32 are as they were" in errors
-    assert "Traceback" not in errors
     assert list((tmp_path / "steppe").iterdir()) == []
 
 

@@ -187,6 +187,7 @@ class Shared(nn.Module):
         return x + self.down2(self.dropout(self.act(self.up2(x))))
 
 
+@pytest.mark.filterwarnings("ignore::steppe.IncompleteCoverageWarning")
 def test_blocks_that_share_an_owner_and_its_activation(x: Tensor) -> None:
     patterns = [
         steppe.BlockPattern(f"{i}", up=f"up{i}", act="act", down=f"down{i}", dropout="dropout")

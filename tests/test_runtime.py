@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -287,6 +288,58 @@ def test_compiled_into_one_graph(name: str) -> None:
     whole = torch.compile(model, backend="aot_eager")
     loss = whole(**inputs).logits.square().mean()
     assert torch.allclose(loss, expected[0], rtol=1e-5)
+
+
+@pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_accelerated_and_watched_in_one_graph(gradients: bool) -> None:
+    layer = nn.TransformerEncoderLayer(models.D_MODEL, 2, models.D_HIDDEN, batch_first=True)
+    layer.eval()
+    x = torch.randn(3, 5, models.D_MODEL, requires_grad=True)
+    with steppe.watch(layer, gradients=gradients) as monitor:
+        layer(x).square().mean().backward()
+    expected, wanted = monitor.report(), x.grad
+    x.grad = None
+    steppe.accelerate_(layer, max_density=1.0)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with steppe.watch(layer, gradients=gradients) as monitor:
+        compiled(x).square().mean().backward()
+    report = monitor.report()
+    assert 0.0 < report.density < 1.0
+    assert (report.density, report.derivative_density) == (
+        expected.density,
+        expected.derivative_density,
+    )
+    if gradients:
+        assert report.blocks[0].AF_up == pytest.approx(expected.blocks[0].AF_up, rel=1e-5)
+    torch.testing.assert_close(x.grad, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_what_statistics_write_to_does_not_keep_compiled_graphs_from_cuda_graphs() -> None:
+    """Inductor takes no CUDA graph where an input is written to that may be another next time."""
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx
+
+    written: list[int] = []
+
+    def see(graph: torch.fx.GraphModule, inputs: Any, **settings: Any) -> Any:
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        fixed = set(settings.get("static_input_idxs") or ())
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten.copy_.default and node.args[0] in places:
+                place = places.index(node.args[0])
+                written.append(place)
+                assert place in fixed, places[place]
+        return make_boxed_func(graph.forward)
+
+    model = steppe.sparsify_(models.gpt2(), [steppe.RisingThreshold()])
+    backend = functools.partial(compile_fx, inner_compile=see)
+    compiled = torch.compile(model, backend=backend)
+    ids = models.token_ids(2, 8)
+    with steppe.watch(model):
+        compiled(input_ids=ids, labels=ids).loss.backward()
+    assert len(written) >= 2 * 4  # sums, counts, units, moments of two blocks
 
 
 def test_autocast_runs_in_the_lower_precision() -> None:

@@ -1,12 +1,13 @@
 """Measure why Transformer MLP activations are sparse, train them sparser, run them faster."""
 
 from steppe.activations import Rectifier, SShapedSquaredReLU
-from steppe.blocks import BlockPattern, MLPBlock, find_blocks
+from steppe.blocks import MLPBlock, find_blocks
 from steppe.checkpoints import load_pretrained
-from steppe.errors import SteppeError
+from steppe.errors import IncompleteCoverageWarning, SteppeError
 from steppe.explain import BlockExplanation, Explanation, explain
 from steppe.measures import BlockCurvature, BlockReport, Monitor, Report, measure, watch
 from steppe.ops.native import Kernels, kernels
+from steppe.patterns import BlockPattern
 from steppe.plugins import (
     ActivationPenalty,
     JumpingSquaredReLU,
@@ -33,6 +34,7 @@ __all__ = [
     "BlockPattern",
     "BlockReport",
     "Explanation",
+    "IncompleteCoverageWarning",
     "JumpingSquaredReLU",
     "Kernels",
     "MLPBlock",

@@ -27,10 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks import BlockPattern, MLPBlock, find_blocks, linear_weight, unwrap
+from steppe.blocks import MLPBlock, find_blocks, unwrap
+from steppe.linear import linear_weight
 from steppe.ops.calls import DECODE_ROWS
 from steppe.ops.native import kernels
 from steppe.ops.screening import candidates, quantise
+from steppe.patterns import BlockPattern
 from steppe.plugins.rising_threshold import activated_bias
 from steppe.runs import versions
 from steppe.runtime import accelerate_, restore_

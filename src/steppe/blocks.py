@@ -1,59 +1,27 @@
-"""Find the MLP blocks of a Transformer: the only file that knows foreign architectures.
-
-One declarative table, `PATTERNS`, says for each family where the parts of a block hang below the
-module that owns them. A new architecture is a new row; a user's own row goes in through
-``find_blocks(model, patterns=[...])``.
-"""
+"""Find the MLP blocks of a Transformer, by the table of `steppe.patterns`."""
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.errors import BlocksNotFoundError
+from steppe.candidates import Candidate, candidates, listed, share_of
+from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning
+from steppe.linear import linear_shape
+from steppe.patterns import PATTERNS, BlockPattern
 
 # Wrappers that hold one inner module under a name of their own, and leave its behaviour alone.
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
-@dataclass(frozen=True)
-class BlockPattern:
-    """Where the parts of an MLP block hang, as dotted paths below the module that owns them.
-
-    Attributes:
-        family: the name that errors and listings show.
-        up: path of the first linear layer (for gated blocks, of the one that is not activated).
-        act: path of the activation, a module or a plain function.
-        down: path of the second linear layer.
-        norm: path of the norm whose output the block reads, or None.
-        gate: path of the activated linear layer of a gated block, or None.
-        dropout: path of the dropout between activation and second layer, or None.
-        norm_is_shared: others (the residual stream, attention) read the norm's output too.
-        when: further condition on the owner, for families that differ by a flag only.
-        sequence_first: says of the owner that tokens are dimension 0 of its input, not 1.
-        act_flags: attributes of the owner that describe `act`, with what they must be when it
-            changes.
-    """
-
-    family: str
-    up: str
-    act: str
-    down: str
-    norm: str | None = None
-    gate: str | None = None
-    dropout: str | None = None
-    norm_is_shared: bool = False
-    when: Callable[[Any], bool] | None = None
-    sequence_first: Callable[[Any], bool] | None = None
-    act_flags: tuple[tuple[str, object], ...] = ()
-
-    def paths(self) -> list[str]:
-        """Every path that must exist for the pattern to match."""
-        return [p for p in (self.norm, self.gate, self.up, self.act, self.down) if p is not None]
+# Parameters of the forward of what is told about tokens, and of a tower that makes its own.
+_TOKENS = {"input_ids", "inputs_embeds", "src_key_padding_mask"}
+_OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}
 
 
 @dataclass(frozen=True)
@@ -105,168 +73,14 @@ class MLPBlock:
     stack: nn.Module | None = field(repr=False)
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The linear layers: `gate` if there is one, `up`, `down`."""
+        return [layer for layer in (self.gate, self.up, self.down) if layer is not None]
+
+    @property
     def activated(self) -> nn.Module:
         """The linear layer whose output the activation reads: `gate`, or `up` if there is none."""
         return self.up if self.gate is None else self.gate
-
-
-# nn.TransformerEncoderLayer decides by this attribute whether it may run its fused kernel;
-# nn.TransformerDecoderLayer, whose norms have other places, does not have it.
-_FUSED_FLAG = "activation_relu_or_gelu"
-_ENCODER_LAYER_FLAGS = ((_FUSED_FLAG, 0),)
-
-
-def _norm_first(layer: Any) -> bool:
-    return hasattr(layer, _FUSED_FLAG) and layer.norm_first
-
-
-def _norm_last(layer: Any) -> bool:
-    return hasattr(layer, _FUSED_FLAG) and not layer.norm_first
-
-
-def _sequence_first(layer: Any) -> bool:
-    return not layer.self_attn.batch_first
-
-
-def _opt_norm_first(layer: Any) -> bool:
-    # BART and its kin have the same parts in another order, and no such flag.
-    return getattr(layer, "do_layer_norm_before", None) is True
-
-
-def _opt_norm_last(layer: Any) -> bool:
-    return getattr(layer, "do_layer_norm_before", None) is False
-
-
-# Where a layer has one of these, its post_attention_layernorm is not what the MLP reads (Gemma 2,
-# OLMo 2, AFMoE) or not by the MLP alone (nomic-bert).
-_OTHER_MLP_NORMS = (
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    "pre_mlp_layernorm",
-    "post_mlp_layernorm",
-)
-
-
-def _reads_post_attention_norm(layer: Any) -> bool:
-    return hasattr(layer, "input_layernorm") and not any(
-        hasattr(layer, name) for name in _OTHER_MLP_NORMS
-    )
-
-
-PATTERNS: tuple[BlockPattern, ...] = (
-    BlockPattern(
-        family="T5",
-        norm="layer_norm",
-        up="DenseReluDense.wi",
-        act="DenseReluDense.act",
-        down="DenseReluDense.wo",
-        dropout="DenseReluDense.dropout",
-    ),
-    BlockPattern(
-        family="T5 v1.1 (gated)",
-        norm="layer_norm",
-        gate="DenseReluDense.wi_0",
-        up="DenseReluDense.wi_1",
-        act="DenseReluDense.act",
-        down="DenseReluDense.wo",
-        dropout="DenseReluDense.dropout",
-    ),
-    BlockPattern(
-        family="ViT, I-JEPA",
-        norm="layernorm_after",
-        up="mlp.fc1",
-        act="mlp.activation_fn",
-        down="mlp.fc2",
-    ),
-    BlockPattern(
-        family="ViT (Transformers 4)",
-        norm="layernorm_after",
-        up="intermediate.dense",
-        act="intermediate.intermediate_act_fn",
-        down="output.dense",
-    ),
-    BlockPattern(
-        family="BERT (post-norm)",
-        norm="attention.output.LayerNorm",
-        norm_is_shared=True,
-        up="intermediate.dense",
-        act="intermediate.intermediate_act_fn",
-        down="output.dense",
-    ),
-    BlockPattern(
-        family="OPT",
-        norm="final_layer_norm",
-        up="fc1",
-        act="activation_fn",
-        down="fc2",
-        when=_opt_norm_first,
-    ),
-    BlockPattern(
-        family="OPT (post-norm)",
-        norm="self_attn_layer_norm",
-        norm_is_shared=True,
-        up="fc1",
-        act="activation_fn",
-        down="fc2",
-        when=_opt_norm_last,
-    ),
-    BlockPattern(family="GPT-2", norm="ln_2", up="mlp.c_fc", act="mlp.act", down="mlp.c_proj"),
-    BlockPattern(
-        family="GPT-NeoX",
-        norm="post_attention_layernorm",
-        up="mlp.dense_h_to_4h",
-        act="mlp.act",
-        down="mlp.dense_4h_to_h",
-    ),
-    BlockPattern(
-        family="Llama, Qwen, Mistral (gated)",
-        norm="post_attention_layernorm",
-        gate="mlp.gate_proj",
-        up="mlp.up_proj",
-        act="mlp.act_fn",
-        down="mlp.down_proj",
-        when=_reads_post_attention_norm,
-    ),
-    BlockPattern(
-        family="nn.TransformerEncoderLayer (norm first)",
-        norm="norm2",
-        up="linear1",
-        act="activation",
-        down="linear2",
-        dropout="dropout",
-        when=_norm_first,
-        sequence_first=_sequence_first,
-        act_flags=_ENCODER_LAYER_FLAGS,
-    ),
-    BlockPattern(
-        family="nn.TransformerEncoderLayer (post-norm)",
-        norm="norm1",
-        norm_is_shared=True,
-        up="linear1",
-        act="activation",
-        down="linear2",
-        dropout="dropout",
-        when=_norm_last,
-        sequence_first=_sequence_first,
-        act_flags=_ENCODER_LAYER_FLAGS,
-    ),
-    BlockPattern(
-        family="timm ViT",
-        norm="norm2",
-        up="mlp.fc1",
-        act="mlp.act",
-        down="mlp.fc2",
-        dropout="mlp.drop1",
-    ),
-    BlockPattern(
-        family="torchvision ViT",
-        norm="ln_2",
-        up="mlp.0",
-        act="mlp.1",
-        down="mlp.3",
-        dropout="mlp.2",
-    ),
-)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -291,27 +105,63 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """What of a model its blocks cover.
+
+    Attributes:
+        blocks: the blocks, in forward order; empty if there are none.
+        left: what looks like an MLP and is in no block.
+        share: of the parameters of both that are in blocks, in [0, 1].
+    """
+
+    blocks: list[MLPBlock]
+    left: list[Candidate]
+    share: float
+
+
+def coverage(model: nn.Module, patterns: Sequence[BlockPattern] = ()) -> Coverage:
+    """Which MLPs of a model are found, and which are not; also of a model on the meta device.
+
+    Args:
+        model: as of `find_blocks`.
+        patterns: likewise.
+
+    Example:
+        >>> coverage(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))).left[0].pattern()
+        "BlockPattern(family='mine', up='0', act='1', down='2')"
+    """
+    root = unwrap(model)
+    blocks = _all_blocks(root, (*patterns, *PATTERNS))
+    layers = [layer for block in blocks for layer in block.layers]
+    left = candidates(root, layers)
+    return Coverage(blocks, left, share_of(layers, left))
+
+
 def find_blocks(
     model: nn.Module,
     where: Callable[[MLPBlock], bool] | None = None,
     patterns: Sequence[BlockPattern] = (),
+    strict: bool = False,
 ) -> list[MLPBlock]:
     """Every MLP block of a model, in forward order.
 
     Sees through ``torch.compile``, DDP, PEFT and checkpoint wrappers. Names are those of the
-    unwrapped model.
+    unwrapped model. Warns of what looks like an MLP and is not among them.
 
     Args:
         model: T5, ViT, I-JEPA, OPT, GPT-2, BERT, GPT-NeoX, Llama/Qwen, ``nn.TransformerEncoder``,
             timm's or torchvision's ViT, or anything of the same shape.
         where: keeps the blocks for which it is true; all by default.
         patterns: patterns of your own, tried before the built-in ones.
+        strict: refuse a model of which a part is not found, instead of warning.
 
     Returns:
         The blocks. Never empty.
 
     Raises:
-        BlocksNotFoundError: no module matches any pattern, or `where` refused all that do.
+        BlocksNotFoundError: no module matches any pattern, or `where` refused all that do, or with
+            `strict` something that looks like an MLP is not found.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, 2, 32, norm_first=True, batch_first=True)
@@ -319,27 +169,19 @@ def find_blocks(
         [(8, 32)]
     """
     root = unwrap(model)
-    tried = (*patterns, *PATTERNS)
-    blocks: list[MLPBlock] = []
-    seen: set[int] = set()
-    for name, owner in root.named_modules():
-        if _wrapped(owner) is not None:
-            continue
-        for pattern in tried:
-            block = _match(root, name, owner, pattern)
-            if block is not None and id(block.up) not in seen:
-                seen.add(id(block.up))
-                blocks.append(block)
-                break
+    found = coverage(root, patterns)
+    blocks, left = found.blocks, found.left
     if not blocks:
-        looked_for = "\n".join(f"  {p.family}: {', '.join(p.paths())}" for p in tried)
-        raise BlocksNotFoundError(
-            f"no MLP block found in {type(root).__name__}. Looked for modules with these parts:\n"
-            f"{looked_for}\n"
-            "If your model names them otherwise, say so:\n"
-            "  find_blocks(model, patterns=[BlockPattern(family='mine', norm='norm', up='fc_in',"
-            " act='act', down='fc_out')])"
+        raise BlocksNotFoundError(_nothing_found(root, patterns, left))
+    if left:
+        partly = (
+            f"find_blocks: {found.share:.0%} of the MLP parameters of {type(root).__name__} are in"
+            f" the {len(blocks)} blocks that were found. Not covered:\n{listed(left)}\n"
+            f"To cover what a pattern can name:\n{listed(left, Candidate.pattern)}"
         )
+        if strict:
+            raise BlocksNotFoundError(partly)
+        warnings.warn(partly, IncompleteCoverageWarning, stacklevel=2)
     kept = [block for block in blocks if where is None or where(block)]
     if not kept:
         names = ", ".join(block.name for block in blocks)
@@ -347,6 +189,66 @@ def find_blocks(
             f"`where` refused all {len(blocks)} MLP blocks of {type(root).__name__}: {names}"
         )
     return kept
+
+
+def _all_blocks(root: nn.Module, patterns: Sequence[BlockPattern]) -> list[MLPBlock]:
+    """Every block that a pattern names, in forward order."""
+    blocks: list[MLPBlock] = []
+    seen: set[int] = set()
+    for name, owner in root.named_modules():
+        if _wrapped(owner) is not None:
+            continue
+        for pattern in patterns:
+            block = _match(root, name, owner, pattern)
+            if block is not None and id(block.up) not in seen:
+                seen.add(id(block.up))
+                blocks.append(block)
+                break
+    return blocks
+
+
+def _nothing_found(
+    root: nn.Module, patterns: Sequence[BlockPattern], left: Sequence[Candidate]
+) -> str:
+    """The message where no pattern matches: what there is, and what to type."""
+    own = "".join(f"\n  your pattern {one.family!r}: {_missing(root, one)}" for one in patterns)
+    if own:
+        own = f" None of your patterns matched:{own}"
+    found = f"no MLP block found in {type(root).__name__}.{own}"
+    if not left:
+        return (
+            f"{found}\nNothing in it looks like an MLP: a linear layer D → F and one F → D, with"
+            " F > D, in one module or in two of one module. If it has one, name it:\n"
+            "  find_blocks(model, patterns=[BlockPattern(family='mine', up='fc_in', act='act',"
+            " down='fc_out')])"
+        )
+    return (
+        f"{found}\nThese look like MLPs:\n{listed(left)}\n"
+        f"If they are, find_blocks(model, patterns=[...]) with\n{listed(left, Candidate.pattern)}\n"
+        "and norm='...', the path of the norm whose output it reads, for RestrictedNorm."
+    )
+
+
+def _missing(root: nn.Module, pattern: BlockPattern) -> str:
+    """Why a pattern matches nowhere: the part that the owner which has most of them lacks."""
+    paths = pattern.paths()
+    best, name = max(
+        (
+            (sum(_slot(owner, path) is not None for path in paths), -depth, name)
+            for depth, (name, owner) in enumerate(root.named_modules())
+        ),
+    )[::2]
+    owner = root.get_submodule(name)
+    where = name or "the model itself"
+    if best == 0:
+        return f"no module has any of {', '.join(paths)}"
+    lacking = [path for path in paths if _slot(owner, path) is None]
+    if lacking:
+        return f"{where} has no {', '.join(lacking)}"
+    if pattern.when is not None and not pattern.when(owner):
+        return f"{where} has all parts, but `when` says no"
+    shapes = {path: linear_shape(_part(owner, path)) for path in (pattern.up, pattern.down)}
+    return f"in {where}, up and down are no D → F and F → D: {shapes}"
 
 
 def find_nested_tensor_encoders(model: nn.Module) -> list[nn.Module]:
@@ -366,30 +268,6 @@ def find_nested_tensor_encoders(model: nn.Module) -> list[nn.Module]:
         for module in unwrap(model).modules()
         if isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor")
     ]
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Input and output width of a linear layer.
-
-    Args:
-        module: ``nn.Linear``, Transformers' ``Conv1D``, or a PEFT layer around one of them.
-
-    Returns:
-        ``(in, out)``, or None if the module is no linear layer.
-    """
-    base: Any = getattr(module, "base_layer", module)
-    if hasattr(base, "in_features") and hasattr(base, "out_features"):
-        return int(base.in_features), int(base.out_features)
-    if hasattr(base, "nx") and hasattr(base, "nf"):
-        return int(base.nx), int(base.nf)
-    return None
-
-
-def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer, below a PEFT layer if there is one."""
-    weight = getattr(module, "base_layer", module).weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def max_tokens_of(model: nn.Module) -> int | None:
@@ -479,11 +357,13 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
 
 
 def _stack_of(root: nn.Module, name: str) -> nn.Module | None:
-    """The deepest ancestor of a block whose forward is told about tokens."""
+    """The deepest ancestor of a block whose forward is told about tokens; None in other towers."""
     for ancestor in _ancestors(root, name):
-        told = forward_parameters(ancestor)
-        if {"input_ids", "inputs_embeds", "src_key_padding_mask"} & set(told):
+        told = set(forward_parameters(ancestor))
+        if _TOKENS & told:
             return ancestor
+        if _OTHER_INPUTS & told:
+            return None  # the text and the padding that modules above are told of are not its own
     return None
 
 

@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from steppe.blocks import BlockPattern, find_blocks, unwrap
+from steppe.blocks import find_blocks, unwrap
 from steppe.errors import CheckpointError, SteppeError
+from steppe.patterns import BlockPattern
 from steppe.plugins.base import Plugin, plugin_from_settings
 from steppe.plugins.sparsify import (
     CONFIG_KEY,

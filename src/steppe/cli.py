@@ -347,6 +347,37 @@ def bench(
 
 
 @app.command()
+def blocks(
+    model: Annotated[str, typer.Argument(help="A folder, a config.json, or an id on the hub.")],
+) -> None:
+    """Show the MLP blocks of a model, and what looks like one and is not found; without weights."""
+    _quieten_libraries()
+    try:
+        from steppe.report import blocks_table
+        from steppe.training.loading import empty_model
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"`steppe blocks` needs {error.name}: pip install 'steppe[recipes]'"
+        ) from None
+    from steppe.blocks import coverage
+    from steppe.candidates import Candidate, listed
+
+    found = coverage(empty_model(model))
+    if found.blocks:
+        _console.print(blocks_table(found))
+    said = f"{found.share:.0%} of the MLP parameters are in {len(found.blocks)} blocks"
+    _console.print(said if found.blocks or found.left else "nothing in it looks like an MLP")
+    if found.left:
+        _console.print("not covered:", f"{_escape(listed(found.left))}", sep="\n", highlight=False)
+        _console.print(
+            "to cover what a pattern can name: find_blocks(model, patterns=[...]) with",
+            _escape(listed(found.left, Candidate.pattern)),
+            sep="\n",
+            highlight=False,
+        )
+
+
+@app.command()
 def calibrate(
     dtype: Annotated[
         DtypeChoice | None, typer.Option(help="Of the blocks; both by default.")

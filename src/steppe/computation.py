@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from steppe.blocks import MLPBlock, linear_weight
+from steppe.blocks import MLPBlock
+from steppe.linear import linear_weight
 from steppe.ops import cpu
 from steppe.ops.calls import DECODE_ROWS, DTYPES, scratch, threads
 from steppe.ops.dispatch import Habit, generation, max_density_for, pays
@@ -20,7 +21,7 @@ from steppe.ops.native import kernels
 from steppe.ops.outcome import noted
 from steppe.ops.packing import forget, marks_of, why_not_kept
 from steppe.ops.reference import Rule, Weights, mlp_from
-from steppe.ops.registry import mlp, rule_of, scatter
+from steppe.ops.registry import mlp, support
 from steppe.plugins.penalty import is_penalized
 from steppe.plugins.rising_threshold import activated_bias, threshold_of
 from steppe.routing import Route
@@ -59,9 +60,9 @@ class Computation:
         self.block = block
         self.limits = max_density, max_candidates
         self._sigma = sigma_of(block)
-        self._is_transposed = [is_conv1d(layer) for layer in layers_of(block)]
+        self._is_transposed = [is_conv1d(layer) for layer in block.layers]
         self._shape = block.d_model, block.d_hidden
-        self._held = [layer._parameters for layer in layers_of(block)]
+        self._held = [layer._parameters for layer in block.layers]
         self._few: FewBlock | None = None
         self._last: _Step | None = None
         self._stock: FewCall | None = None  # the last call that may be made again
@@ -79,6 +80,7 @@ class Computation:
         if (
             last is None
             or type(x) is not Tensor
+            or not x.is_cpu
             or x.dtype is not last.dtype
             or x.shape != last.shape
             or not x.is_contiguous()
@@ -124,6 +126,8 @@ class Computation:
 
     def has_too_little(self, x: Tensor) -> str:
         """Why a call has too little to do for a detour; empty if it has enough or was asked for."""
+        if not x.is_cpu:
+            return f"there are no kernels for {x.device.type}"
         if self.limits[0] is not None:
             return ""
         width, hidden = self._shape
@@ -172,7 +176,7 @@ class Computation:
         """Free what was laid out for few rows, and the copies of weights."""
         self._few = self._last = self._stock = None
         self._parameters = []
-        for layer in layers_of(self.block):
+        for layer in self.block.layers:
             forget(linear_weight(layer))
 
     def _cannot(self, x: Tensor, dtype: torch.dtype, is_cast: bool, traced: bool) -> str:
@@ -184,8 +188,6 @@ class Computation:
             is_cast: whether autocast casts to that.
             traced: whether torch.compile traces the call, which may be with tensors of its own.
         """
-        if not x.is_cpu:
-            return f"there are no kernels for {x.device.type}"
         if type(x) not in _PLAIN and not traced:
             return f"its input is a {type(x).__name__}"
         if dtype not in DTYPES:
@@ -284,7 +286,7 @@ class Computation:
             self._unkept = ""
             self._parameters = [
                 (layer._parameters, name, layer._parameters.get(name))
-                for layer in layers_of(block)
+                for layer in block.layers
                 for name in ("weight", "bias")
             ]
             return None
@@ -293,7 +295,7 @@ class Computation:
         if self._unkept:
             return None
         mark = marks_of(sources)  # before the bias is made of them
-        layers: list[Any] = layers_of(block)
+        layers: list[Any] = block.layers
         actual = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
         known = [parameter for _, _, parameter in self._parameters]
         weights = self._weights(with_threshold=not route.trial)
@@ -346,8 +348,8 @@ class Computation:
             if offsets.numel() or is_too_dense:  # not a first call, before copies are kept
                 self._habits[most].note(math.nan, not is_too_dense)
         if route.observers and not route.trial:
-            listed = r, up, index, offsets
-            active, slopes = _support(listed, block, rule_of(alpha, beta, mix, 0.0), len(flat))
+            listed = [tensor.detach() for tensor in (r, up, index, offsets)]
+            active, slopes = support(*listed, len(flat), block.d_hidden, alpha, beta, mix)
             shape = (*x.shape[:-1], block.d_hidden)
             for observer in route.observers:
                 observer.see_support(x, active.view(shape), slopes.view(shape))
@@ -356,7 +358,7 @@ class Computation:
     def _weights(self, with_threshold: bool) -> Weights:
         """The block's parameters as the op takes them, each ``[F, D]``."""
         block, shift = self.block, self._sigma.shift
-        layers = zip(layers_of(block), self._is_transposed, strict=True)
+        layers = zip(block.layers, self._is_transposed, strict=True)
         matrices = [
             w.T if turned else w for w, turned in ((linear_weight(a), b) for a, b in layers)
         ]
@@ -373,11 +375,6 @@ class Computation:
             down=matrices[-1].T,
             down_bias=_bias(block.down),
         )
-
-
-def layers_of(block: MLPBlock) -> list[nn.Module]:
-    """A block's linear layers."""
-    return [block.up, block.down] if block.gate is None else [block.gate, block.up, block.down]
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -402,23 +399,6 @@ def _is_plain(x: Tensor) -> bool:
     """Whether a call without gradients may go past the dispatcher, a tenth of a decoding step."""
     return (
         type(x) is Tensor and x.is_cpu and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
-    )
-
-
-def _support(
-    listed: tuple[Tensor, ...], block: MLPBlock, rule: Rule, rows: int
-) -> tuple[Tensor, Tensor]:
-    """Where a ≠ 0 and where σ′ ≠ 0, bool ``[T, F]`` each, from what the op has listed."""
-    r, up, index, offsets = (tensor.detach() for tensor in listed)
-    active = rule.activation(r) != 0
-    if block.gate is not None:
-        active &= up != 0
-    slopes = torch.as_tensor(rule.slope(r) != 0) & (r != 0)
-    if not offsets.numel():
-        return active, slopes
-    width = block.d_hidden
-    return scatter(active, index, offsets, rows, width), scatter(
-        slopes, index, offsets, rows, width
     )
 
 

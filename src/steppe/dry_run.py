@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks import linear_weight
-from steppe.computation import layers_of
 from steppe.errors import AccelerationError
+from steppe.linear import linear_weight
 from steppe.ops.calls import DTYPES
 from steppe.ops.native import kernels
 from steppe.routing import HOOKS, Route, Trial
@@ -68,7 +67,7 @@ def _check(route: Route, training: bool, with_gradients: bool) -> None:
     weight = linear_weight(route.block.down)
     is_ordinary = all(
         type(parameter) is nn.Parameter and parameter.device.type == "cpu"
-        for layer in layers_of(route.block)
+        for layer in route.block.layers
         for parameter in layer.parameters()
     )
     if not is_ordinary or weight.dtype not in DTYPES:

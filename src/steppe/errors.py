@@ -82,3 +82,7 @@ class OutputError(SteppeError, OSError):
 
 class MissingExtraError(SteppeError, ImportError):
     """An optional dependency is not installed."""
+
+
+class IncompleteCoverageWarning(UserWarning):
+    """A part of the model looks like an MLP and is not among the blocks."""

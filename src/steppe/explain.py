@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from steppe.blocks import linear_weight
 from steppe.computation import Computation
 from steppe.errors import AccelerationError
+from steppe.linear import linear_weight
 from steppe.ops import cpu, dispatch
 from steppe.ops.native import Kernels, kernels
 from steppe.ops.outcome import SCREENED, SPARSE, Outcome

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from steppe import plugins
-from steppe.blocks import BlockPattern, MLPBlock, Slot, find_blocks, linear_weight, unwrap
-from steppe.computation import Computation, is_conv1d, layers_of
+from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
+from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
+from steppe.linear import is_linear, linear_weight
 from steppe.ops.calibration import use_remembered
 from steppe.ops.packing import declare_final
+from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
 from steppe.routing import Route, owners_of
 from steppe.surgery import Journal, forget_compiled_code
@@ -161,7 +163,7 @@ def _route(
             routes[-1].lay(root, journal)
         if settings.check:
             check_routes(routes)
-        for layer in (layer for block in blocks for layer in layers_of(block)):
+        for layer in (layer for block in blocks for layer in block.layers):
             if settings.weights_are_final:
                 declare_final(linear_weight(layer))
         journal.add_attribute(
@@ -236,8 +238,8 @@ def _check(block: MLPBlock) -> None:
             f"{block.name}: expected a hidden width other than the model's, got {block.d_model} for"
             f" both. {leave_out}"
         )
-    for layer in layers_of(block):
-        if plain_class(type(layer)) is not nn.Linear and not is_conv1d(layer):
+    for layer in block.layers:
+        if not is_linear(plain_class(type(layer))) and not is_conv1d(layer):
             raise AccelerationError(
                 f"{block.name}: expected nn.Linear or Conv1D, got {_described(layer)}, which may"
                 " compute something else. Of a PEFT model merge the adapters first: model ="
@@ -261,7 +263,7 @@ def _check(block: MLPBlock) -> None:
         raise AccelerationError(
             f"{block.name}: expected nn.Dropout, got {_described(dropout)}. {leave_out}"
         )
-    parts = [*layers_of(block), *(part for part in (block.act, dropout) if part is not None)]
+    parts = [*block.layers, *(part for part in (block.act, dropout) if part is not None)]
     replaced = [part for part in parts if "forward" in getattr(part, "__dict__", {})]
     if replaced:
         raise AccelerationError(

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 import models
 from steppe import JumpingSquaredReLU, MLPBlock, Rectifier, find_blocks, sparsify_
-from steppe.blocks import BlockPattern, linear_weight
 from steppe.errors import EmptyLoaderError, LossError, MissingExtraError, UnfitBlockError
+from steppe.linear import linear_weight
 from steppe.measures.curvature import BlockCurvature, hessian_curvature, samples_of
+from steppe.patterns import BlockPattern
 
 Loss = Callable[[nn.Module, Any], Tensor]
 LAYERS = ("up", "gate", "down")

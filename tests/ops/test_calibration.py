@@ -156,13 +156,13 @@ def test_what_one_point_says_moves_only_that_threshold(monkeypatch: pytest.Monke
     (changed,) = [threshold for threshold in measured.thresholds if threshold.is_measured]
     assert (changed.kind, changed.width, changed.rows) == (DENSITY, 512, 128)
     assert changed.used == 0.85
-    built_in = dispatch.defaults_for(torch.float32, 1)[512][False]
+    built_in, training = dispatch.defaults_for(torch.float32, 1)[512].values()
     look = dispatch.max_density_for
     assert look(127, 512, torch.float32, False) == calibration.reached(built_in, 127)
     assert look(128, 4096, torch.float32, False) == 0.85
     assert look(5000, 4096, torch.float32, False) == 0.85  # more rows only ever gain more
     assert look(128, 511, torch.float32, False) < 0.85
-    assert look(128, 512, torch.float32, True) == 0.0
+    assert look(128, 512, torch.float32, True) == calibration.reached(training, 128)
     said = calibration_summary(measured)
     assert said.startswith(f"1 of {len(measured.thresholds)} thresholds changed")
     console = Console(width=80, record=True)

@@ -14,7 +14,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
@@ -190,6 +193,50 @@ def test_a_mean_far_from_zero_does_not_hide_the_deviation(offset: float) -> None
     naive = (p.square().mean(0) - p.mean(0).square()).clamp(min=0).sqrt()
     if offset == 1e4:
         assert naive.tolist() != pytest.approx(want, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("tokens", ["all", "some", "none", "no rows"])
+def test_the_moments_are_those_of_their_slow_twin(
+    dtype: torch.dtype, offset: float, tokens: str
+) -> None:
+    p = (offset + torch.randn(0 if tokens == "no rows" else 700, 5)).to(dtype)
+    counted = {"some": torch.rand(len(p)) > 0.3, "none": torch.zeros(len(p), dtype=torch.bool)}
+    mask = counted.get(tokens)
+    precise = p.double() if mask is None else p[mask].double()
+    got = moments_of(p, mask)
+    assert got.dtype == torch.float64
+    n, total, squares = got
+    assert torch.equal(n, torch.full((5,), float(len(precise))).double())
+    torch.testing.assert_close(total, precise.sum(0), rtol=1e-6, atol=1e-4)
+    if len(precise):
+        variance = squares / n - (total / n).square()
+        torch.testing.assert_close(variance, precise.var(0, correction=0), rtol=1e-5, atol=0.0)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and not func.is_view:
+            tensors, _ = tree_flatten((args, kwargs, result))
+            self.bytes += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+        return result
+
+
+def test_off_the_cpu_the_moments_of_half_precision_take_few_passes() -> None:
+    """With copies in float32 it was 17 times the pre-activations."""
+    with FakeTensorMode():
+        p = torch.empty(4096, 256, dtype=torch.bfloat16, device="cuda")
+        with Traffic() as traffic:
+            moments_of(p, None)
+    assert traffic.bytes < 6.1 * 4096 * 256 * 2
 
 
 def test_what_stands_on_padding_may_be_infinite() -> None:

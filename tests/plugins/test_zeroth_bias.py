@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import models
 import steppe
 from steppe import ZerothBias
-from steppe.blocks import MLPBlock, linear_weight
+from steppe.blocks import MLPBlock
 from steppe.errors import TokenPositionError
+from steppe.linear import linear_weight
 
 B, T = 3, 7
 MAX_TOKENS = 16

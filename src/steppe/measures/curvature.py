@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from steppe.blocks import MLPBlock, linear_weight
+from steppe.blocks import MLPBlock
 from steppe.errors import EmptyLoaderError, LossError, MissingExtraError, UnfitBlockError
+from steppe.linear import linear_weight
 from steppe.sharding import is_sharded
 from steppe.surgery import Journal
 

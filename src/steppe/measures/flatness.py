@@ -161,8 +161,10 @@ def _rows_of_chunk(x: Tensor, grad: Tensor, support: Tensor | None, mask: Tensor
     """`sample_rows` of some samples, before scaling."""
     precise = torch.promote_types(grad.dtype, torch.float32)  # half precision overflows in squares
     x, grad = x.to(precise), grad.to(precise)
-    counted = x.new_ones(x.shape[:2]) if mask is None else mask.to(x)
+    counted = x.new_ones(x.shape[:2])
     if mask is not None:
+        mask = mask.to(x.device)  # of a model on several devices it is where the input is
+        counted = mask.to(x.dtype)
         # Not a product: what stands on padding may be infinite.
         x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         grad = grad.masked_fill(~mask.unsqueeze(-1), 0.0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from steppe.blocks import BlockPattern, MLPBlock, find_blocks, shifts_labels, unwrap
+from steppe.blocks import MLPBlock, find_blocks, shifts_labels, unwrap
 from steppe.errors import DeviceError, EmptyLoaderError, LossError, NonFiniteLossError
 from steppe.measures.curvature import hessian_curvature, samples_of
 from steppe.measures.losses import (
@@ -28,6 +28,7 @@ from steppe.measures.losses import (
 )
 from steppe.measures.report import Report
 from steppe.measures.watch import Monitor, watch
+from steppe.patterns import BlockPattern
 from steppe.routing import run_dense
 
 Loss = Callable[[Any, Any], Tensor]

@@ -11,14 +11,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from steppe.activations import Activation, is_relu
-from steppe.blocks import (
-    BlockPattern,
-    MLPBlock,
-    find_blocks,
-    linear_weight,
-    unwrap,
-)
+from steppe.blocks import MLPBlock, find_blocks, unwrap
 from steppe.errors import LossError
+from steppe.linear import linear_weight
 from steppe.measures.density import (
     COUNTERS,
     SAMPLE_COUNTERS,
@@ -30,6 +25,7 @@ from steppe.measures.flatness import COLUMNS, by_sample, new_probe, tap
 from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, scaled, sum_over
+from steppe.patterns import BlockPattern
 from steppe.routing import observers_of
 from steppe.surgery import Journal
 from steppe.tokens import TokenContext, listen

@@ -247,7 +247,7 @@ def _decode(
         x.new_empty(up_shape),
     )
     block = FewBlock(weights, screens=share > 0.0, stays=False)
-    if not block.run(x, (rule.alpha, rule.beta), most, share, outputs):
+    if not block.run(x, (rule.alpha, float(rule.beta)), most, share, outputs):
         return reference.mlp_from(r, x, weights, rule)
     return z, r.flatten(), up_values.flatten(), rule.draw_kept(x)
 

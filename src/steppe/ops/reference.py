@@ -172,21 +172,27 @@ class Rule(NamedTuple):
 
     Attributes:
         alpha: α ≥ 0.
-        beta: β ≥ 0.
+        beta: β ≥ 0; a 0-dim tensor on another device than the CPU, where reading it would wait.
         dropout: probability that a hidden entry is dropped.
     """
 
     alpha: float
-    beta: float
+    beta: float | Tensor
     dropout: float
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether β is known to be 0."""
+        return not isinstance(self.beta, Tensor) and self.beta == 0.0
 
     def activation(self, r: Tensor) -> Tensor:
         """σ from r = max(p, 0)."""
-        return r if (self.alpha, self.beta) == (1, 0) else r * (self.alpha + self.beta * r)
+        is_relu = self.is_linear and self.alpha == 1.0
+        return r if is_relu else r * (self.alpha + self.beta * r)
 
     def slope(self, r: Tensor) -> Tensor | float:
         """σ′ from r, where r ≠ 0; a number where it is the same for all."""
-        return self.alpha + 2.0 * self.beta * r if self.beta else self.alpha
+        return self.alpha if self.is_linear else self.alpha + 2.0 * self.beta * r
 
     def draw_kept(self, like: Tensor) -> Tensor:
         """Which entries dropout keeps, bool; empty without dropout."""

@@ -55,6 +55,47 @@ def gather(matrix: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     return matrix[reference.positions(index, offsets, *matrix.shape)]
 
 
+@torch.library.custom_op("steppe::support", mutates_args=())
+def support(
+    r: Tensor,
+    up: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    rows: int,
+    columns: int,
+    alpha: float,
+    beta: float,
+    mix: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Which hidden entries are active, and where the activation has a slope.
+
+    An op of its own, since how many entries `mlp` has listed is not known while a call is traced.
+
+    Args:
+        r: of `mlp`; so the next three.
+        up: of a gated block, else empty.
+        index: as listed.
+        offsets: empty where the block was run dense.
+        rows: T.
+        columns: F.
+        alpha: as of `mlp`; so the next two.
+        beta: β.
+        mix: what β is multiplied by.
+
+    Returns:
+        a ≠ 0 and σ′ ≠ 0, bool ``[T, F]`` each.
+    """
+    rule = rule_of(alpha, beta, mix, 0.0)
+    active = rule.activation(r) != 0
+    if up.numel():
+        active &= up != 0
+    slopes = torch.as_tensor(rule.slope(r) != 0, device=r.device) & (r != 0)
+    if offsets.numel():
+        active = reference.densify(active, index, offsets, rows, columns)
+        slopes = reference.densify(slopes, index, offsets, rows, columns)
+    return active.view(rows, columns), slopes.view(rows, columns)
+
+
 @torch.library.custom_op("steppe::mlp", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def mlp(
     x: Tensor,
@@ -178,8 +219,10 @@ def _densified(part: Tensor, index: Tensor, offsets: Tensor, rows: int, columns:
 
 
 def rule_of(alpha: float, beta: float, mix: Tensor | None, dropout: float) -> Rule:
-    """The rule that an op's arguments describe; reading `mix` waits for its device."""
-    return Rule(alpha, beta if mix is None else beta * mix.item(), dropout)
+    """The rule that an op's arguments describe."""
+    if mix is None:
+        return Rule(alpha, beta, dropout)
+    return Rule(alpha, beta * mix.item() if mix.is_cpu else beta * mix, dropout)
 
 
 def no_list(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -252,6 +295,22 @@ def _(values: Tensor, index: Tensor, offsets: Tensor, rows: int, columns: int) -
 @gather.register_fake
 def _(matrix: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     return matrix.new_empty(index.shape[0])
+
+
+@support.register_fake
+def _(
+    r: Tensor,
+    up: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    rows: int,
+    columns: int,
+    alpha: float,
+    beta: float,
+    mix: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    shape = rows, columns
+    return r.new_empty(shape, dtype=torch.bool), r.new_empty(shape, dtype=torch.bool)
 
 
 @mlp.register_fake

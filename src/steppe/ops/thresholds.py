@@ -48,7 +48,7 @@ _DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
             True: {64: 0.2, 128: 0.4, 256: 0.5},
         },
         512: {
-            False: {1: 1.0, 2: 0.7, 5: 0.5, 9: 0.0, 32: 0.3, 128: 0.5, 256: 0.55},
+            False: {1: 1.0, 2: 0.7, 5: 0.5, 9: 0.12, 32: 0.3, 128: 0.5, 256: 0.55},
             True: {64: 0.2, 128: 0.5, 256: 0.55},
         },
     },
@@ -79,7 +79,7 @@ _CANDIDATES: dict[tuple[torch.dtype, str], Tables] = {
         False: {1: 0.3, 5: 0.2, 9: 0.25, 512: 0.28},
         True: {512: 0.2, 1024: 0.25},
     },
-    (torch.float32, "zen4"): {False: {1: 0.3, 9: 0.0, 64: 0.3}, True: {256: 0.3}},
+    (torch.float32, "zen4"): {False: {1: 0.3, 9: 0.22, 32: 0.3}, True: {256: 0.3}},
     (torch.bfloat16, "zen4"): {False: {1: 0.3, 9: 0.0, 512: 0.25}, True: {}},
     (torch.bfloat16, "amx"): {False: {1: 0.3, 9: 0.0}, True: {}},
     (torch.bfloat16, "avx512+bf16"): {

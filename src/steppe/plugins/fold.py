@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from steppe.blocks import find_blocks, linear_weight, unwrap
+from steppe.blocks import find_blocks, unwrap
 from steppe.errors import SparsificationError
+from steppe.linear import linear_weight
 from steppe.plugins.rising_threshold import Rising, Threshold, activated_bias
 from steppe.plugins.sparsify import sparsification_of, take_out_
 from steppe.sharding import is_sharded

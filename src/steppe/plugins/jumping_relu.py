@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from steppe.activations import Activation, Rectifier, derivative, evaluate, is_relu
-from steppe.blocks import MLPBlock, linear_weight
+from steppe.blocks import MLPBlock
 from steppe.errors import UnfitBlockError
+from steppe.linear import linear_weight
 from steppe.ops.rectifier import rectifier, rectifier_derivative
 from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
 from steppe.surgery import Journal

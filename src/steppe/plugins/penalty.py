@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from steppe.blocks import MLPBlock, Slot
 from steppe.errors import LossError, ScheduleError, SparsificationError
+from steppe.linear import linear_weight
 from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
 from steppe.surgery import Journal
 from steppe.tokens import TokenContext, listen
@@ -59,7 +60,8 @@ class ActivationPenalty(Plugin):
         self, model: nn.Module, blocks: Sequence[MLPBlock], journal: Journal
     ) -> list[Constraint]:
         """Add the hooks that see the activations."""
-        penalty = Penalty(self.strength, self.ramp)
+        device = linear_weight(blocks[0].down).device
+        penalty = Penalty(self.strength, self.ramp, device)
         contexts, hooks = listen(model, blocks)
         journal.add_forward_pre_hook(model, penalty.begin)
         for module, hook in hooks:
@@ -77,15 +79,16 @@ class Penalty(Constraint):
     Args:
         strength: λ at the end of the ramp.
         ramp: share of the run over which it rises.
+        device: of the model.
 
     Attributes:
-        strength: λ now, a 0-dim tensor, which can change without recompiling.
+        strength: λ now, a 0-dim tensor on the loss's device, which can change without recompiling.
     """
 
-    def __init__(self, strength: float, ramp: float) -> None:
+    def __init__(self, strength: float, ramp: float, device: torch.device) -> None:
         self._most = strength
         self._ramp = ramp
-        self.strength = torch.tensor(strength * ramp_progress(0.0, ramp))
+        self.strength = torch.full((), strength * ramp_progress(0.0, ramp), device=device)
         self._means: list[Tensor] = []  # of the last forward pass
         self._is_due = False
         # Reentrant checkpointing runs the blocks without a graph first. Their gradient comes in
@@ -154,6 +157,8 @@ class Penalty(Constraint):
         self._is_due = False
         if not means:
             return loss
+        if self.strength.device != loss.device:  # the model was moved
+            self.strength = self.strength.to(loss.device)
         total = torch.stack([mean.to(loss.device) for mean in means]).sum()
         weight = self.strength * share
         penalty = (weight * total).to(loss.dtype)

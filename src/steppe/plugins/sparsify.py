@@ -9,13 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from steppe.blocks import (
-    BlockPattern,
-    MLPBlock,
-    find_blocks,
-    unwrap,
-)
+from steppe.blocks import MLPBlock, find_blocks, unwrap
 from steppe.errors import SparsificationError
+from steppe.patterns import BlockPattern
 from steppe.plugins.base import Constraint, Plugin
 from steppe.plugins.jumping_relu import JumpingSquaredReLU
 from steppe.plugins.penalty import ActivationPenalty

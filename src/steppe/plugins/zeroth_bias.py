@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steppe.blocks import MLPBlock, Slot, linear_weight, max_tokens_of
+from steppe.blocks import MLPBlock, Slot, max_tokens_of
 from steppe.errors import TokenPositionError, UnfitBlockError
+from steppe.linear import linear_weight
 from steppe.plugins.base import Constraint, Plugin
 from steppe.sharding import full, is_sharded, local_rows
 from steppe.surgery import Journal

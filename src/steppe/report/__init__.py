@@ -1,6 +1,7 @@
 """Tables, plots and a page of what was measured."""
 
 from steppe.report.bench_table import bench_table
+from steppe.report.blocks_table import blocks_table
 from steppe.report.calibration_table import calibration_summary, calibration_table
 from steppe.report.find import find_runs
 from steppe.report.flops import BlockFlops, Product, count_flops
@@ -13,6 +14,7 @@ __all__ = [
     "BlockFlops",
     "Product",
     "bench_table",
+    "blocks_table",
     "calibration_summary",
     "calibration_table",
     "count_flops",

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import distributed as dist
 from torch import nn
@@ -195,7 +196,8 @@ class SteppeCallback(TrainerCallback, ExportableState):
         self._monitor.enabled = state.global_step % self.every == 0
         scaler = getattr(optimizer, "scaler", None)  # of accelerate's optimizer, with fp16
         if self._monitor.enabled and scaler is not None:
-            self._monitor.loss_factor = scaler.get_scale()
+            # What it multiplies by, on the device: get_scale would wait.
+            self._monitor.loss_factor = scaler.scale(torch.ones((), device=args.device))
 
     def on_optimizer_step(
         self,

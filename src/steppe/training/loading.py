@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
@@ -52,6 +53,32 @@ def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
     else:
         model = load(checkpoint)
     return model.eval()
+
+
+def empty_model(checkpoint: str | Path) -> PreTrainedModel:
+    """A model without weights, of the class that its config names.
+
+    Args:
+        checkpoint: as of `load_checkpoint`, or its config.json.
+
+    Returns:
+        The model, on the meta device.
+
+    Raises:
+        CheckpointError: there is no config, or no model can be made of it.
+    """
+    path = Path(checkpoint)
+    config = load_config(str(path.parent if path.name == "config.json" else checkpoint))
+    kind = _class_of(config)
+    make = getattr(kind, "from_config", None) or kind
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = make(config)
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: no model can be made of its config ({first_line(error)})"
+        ) from None
+    return model
 
 
 def load_config(checkpoint: str) -> PreTrainedConfig:

@@ -1,0 +1,224 @@
+"""What looks like an MLP and is no block: what a list of blocks leaves out, and how to name it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from steppe.linear import linear_shape, linear_weight
+
+_ATTENTION = ("attn", "attention", "lora_", "base_layer")  # in a dotted name
+_LEVELS = 2  # modules above the last layer that are looked at for the first one
+_SHOWN = 6  # of many, in a message
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What looks like an MLP.
+
+    Attributes:
+        owner: dotted name of the module that holds its parts; empty for the model itself.
+        up: path of the first linear layer below it, or names of expert tensors.
+        down: path of the last one; empty for expert tensors.
+        gate: path of a second layer of the first one's shape, before it; empty for none.
+        act: path of the activation; empty where the forward calls a function.
+        widths: D and F.
+        parameters: number of entries of the weights.
+        is_fused: whether the first layer is gate and up in one.
+    """
+
+    owner: str
+    up: str
+    down: str
+    gate: str
+    act: str
+    widths: tuple[int, int]
+    parameters: int
+    is_fused: bool = False
+
+    def __str__(self) -> str:
+        """A line: where it is and what it looks like."""
+        width, hidden = self.widths
+        shape = f"{width} → {hidden} → {width}"
+        where = self.owner or "the model"
+        if not self.down:
+            return f"{where}: expert tensors {self.up} ({shape})"
+        kind = "gate and up in one, " if self.is_fused else ""
+        gate = f"{self.gate}, " if self.gate else ""
+        act = self.act or "an activation that is no module"
+        return f"{where}: {kind}{gate}{self.up}, {act}, {self.down} ({shape})"
+
+    def pattern(self) -> str:
+        """A `BlockPattern` to paste, if a pattern can name it; else why not."""
+        if not self.down:
+            return "# experts in one tensor: no pattern names them"
+        if self.is_fused:
+            return f"# {self.up} is gate and up in one: no pattern names its halves"
+        if not self.act:
+            return "# the activation is called as a function: make it a module of the owner first"
+        gate = f" gate={self.gate!r}," if self.gate else ""
+        return (
+            f"BlockPattern(family='mine',{gate} up={self.up!r}, act={self.act!r},"
+            f" down={self.down!r})"
+        )
+
+
+def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Candidate]:
+    """Everything in a model that looks like an MLP.
+
+    That is a linear layer D → F and, later, one F → D in one module or in two of one module, not in
+    attention, F greater than D unless there is a gate; or two tensors of experts. What has F = D is
+    not told from attention.
+
+    Args:
+        root: the model.
+        covered: linear layers that are known already.
+
+    Returns:
+        The candidates, in the order of the model's modules.
+    """
+    known = {id(module) for module in covered}
+    linears = {
+        name: shape
+        for name, module in _without_attention(root)
+        if (shape := linear_shape(module)) is not None and id(module) not in known
+    }
+    found: list[Candidate] = []
+    used: set[str] = set()
+    earlier: defaultdict[str, list[str]] = defaultdict(list)  # by the modules above
+    for down, (hidden, width) in linears.items():
+        owners = _above(down)
+        for owner in owners if hidden != width else ():
+            inside = [name for name in earlier[owner] if name not in used]
+            ups = [name for name in inside if linears[name] == (width, hidden)]
+            fused = [name for name in inside if linears[name] == (width, 2 * hidden)]
+            # Of two narrower layers, without a gate, most are an adapter or a projection.
+            if len(ups) > 1 or fused or (ups and hidden > width):
+                first = (ups or fused)[-2:]
+                used.update((*first, down))
+                found.append(_candidate(root, owner, first, down, (width, hidden), not ups))
+                break
+        for owner in owners:
+            earlier[owner].append(down)
+    return [*found, *_experts(root)]
+
+
+def share_of(blocks_layers: Iterable[nn.Module], left: Iterable[Candidate]) -> float:
+    """The share of a model's MLP parameters that its blocks have, in [0, 1].
+
+    Args:
+        blocks_layers: the blocks' linear layers.
+        left: what is left out.
+    """
+    inside = sum(linear_weight(layer).numel() for layer in blocks_layers)
+    outside = sum(candidate.parameters for candidate in left)
+    return inside / max(inside + outside, 1)
+
+
+def listed(found: Collection[Candidate], line: Callable[[Candidate], str] = str) -> str:
+    """Lines of a message; of many candidates the first of each kind.
+
+    Args:
+        found: the candidates.
+        line: what to say of one.
+    """
+    kinds: dict[tuple[Any, ...], list[Candidate]] = {}
+    for one in found:
+        kinds.setdefault((one.up, one.gate, one.act, one.down, one.widths), []).append(one)
+    lines = [
+        f"  {line(alike[0])}" + (f" and {len(alike) - 1} more like it" if len(alike) > 1 else "")
+        for alike in kinds.values()
+    ]
+    if len(lines) > _SHOWN:
+        lines[_SHOWN:] = [f"  and {len(lines) - _SHOWN} other kinds"]
+    return "\n".join(lines)
+
+
+def _without_attention(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in root.named_modules():
+        if not any(part in name.lower() for part in _ATTENTION):
+            yield name, module
+
+
+def _above(name: str) -> list[str]:
+    """The names of the modules above one, nearest first, as many as are looked at."""
+    names: list[str] = []
+    while name and len(names) < _LEVELS:
+        name = name.rpartition(".")[0]
+        names.append(name)
+    return names
+
+
+def _candidate(
+    root: nn.Module,
+    owner: str,
+    first: list[str],
+    down: str,
+    widths: tuple[int, int],
+    is_fused: bool,
+) -> Candidate:
+    """A pair of layers, or three of which the first is the gate."""
+    start = len(owner) + 1 if owner else 0
+    if is_fused:
+        first = first[-1:]
+    layers = [*first, down]
+    return Candidate(
+        owner=owner,
+        up=first[-1][start:],
+        down=down[start:],
+        gate=first[0][start:] if len(first) > 1 else "",
+        act=_activation(root.get_submodule(owner), first[-1][start:]),
+        widths=widths,
+        parameters=sum(linear_weight(root.get_submodule(name)).numel() for name in layers),
+        is_fused=is_fused,
+    )
+
+
+def _activation(owner: nn.Module, up: str) -> str:
+    """The path of the activation beside the first layer or in the owner; empty for none."""
+    for path in dict.fromkeys((up.rpartition(".")[0], "")):
+        parent = owner.get_submodule(path)
+        for name, value in (*parent.named_children(), *vars(parent).items()):
+            if is_activation(value) and not name.startswith("_"):
+                return f"{path}.{name}" if path else name
+    return ""
+
+
+def is_activation(value: object) -> bool:
+    """Whether something is a function of single entries, by where it comes from."""
+    kind = value if callable(value) and not isinstance(value, nn.Module) else type(value)
+    module = getattr(kind, "__module__", "") or ""
+    name = getattr(kind, "__name__", "")
+    return callable(value) and (
+        module in ("torch.nn.modules.activation", "transformers.activations")
+        or (module.startswith("torch") and name in ("relu", "gelu", "silu"))
+        or module.startswith("steppe.activations")
+    )
+
+
+def _experts(root: nn.Module) -> Iterator[Candidate]:
+    """Modules whose experts lie in tensors of three dimensions, the first of which counts them."""
+    for owner, module in root.named_modules():
+        tensors = {
+            name: tuple(parameter.shape)
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim == 3
+        }
+        counts = {shape[0] for shape in tensors.values()}
+        if len(tensors) >= 2 and len(counts) == 1 and counts != {1}:
+            sides = sorted(side for shape in tensors.values() for side in shape[1:])
+            width = max(set(sides), key=sides.count)
+            hidden = next((side for side in sides if side != width), width)
+            yield Candidate(
+                owner=owner,
+                up=", ".join(tensors),
+                down="",
+                gate="",
+                act="",
+                widths=(width, hidden),
+                parameters=sum(module.get_parameter(name).numel() for name in tensors),
+            )

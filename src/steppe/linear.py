@@ -1,0 +1,44 @@
+"""Linear layers, whoever made them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a linear layer.
+
+    Args:
+        module: ``nn.Linear``, Transformers' ``Conv1D``, or a PEFT layer around one of them.
+
+    Returns:
+        ``(in, out)``, or None if the module is no linear layer.
+    """
+    base: Any = getattr(module, "base_layer", module)
+    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+        return int(base.in_features), int(base.out_features)
+    if hasattr(base, "nx") and hasattr(base, "nf"):
+        return int(base.nx), int(base.nf)
+    return None
+
+
+def is_linear(kind: type[nn.Module]) -> bool:
+    """Whether a class computes x Wᵀ + b and nothing else: ``nn.Linear``, not a subclass of it.
+
+    Transformers' ``FalconLinear`` adds the bias after the product, with a forward of its own.
+
+    Args:
+        kind: the class.
+    """
+    return kind is nn.Linear or (
+        kind.__name__ == "FalconLinear" and kind.__module__.startswith("transformers.")
+    )
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer, below a PEFT layer if there is one."""
+    weight = getattr(module, "base_layer", module).weight
+    assert isinstance(weight, Tensor)
+    return weight

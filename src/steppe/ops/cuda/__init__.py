@@ -1,0 +1,16 @@
+"""Kernels for NVIDIA GPUs, in Triton. Nothing in steppe imports them yet."""
+
+from __future__ import annotations
+
+from steppe.errors import MissingExtraError
+
+try:
+    import triton  # noqa: F401  (asked for here, so that each file below can do without a check)
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    raise MissingExtraError(
+        "steppe.ops.cuda: expected Triton, which comes with PyTorch's CUDA builds for Linux, and "
+        "this Python has none. Install such a build of torch (https://pytorch.org), or use "
+        "steppe.ops.bitmask, the same in plain torch"
+    ) from None

@@ -1,0 +1,632 @@
+"""Where the parts of MLP blocks hang: the only file that knows foreign architectures.
+
+One declarative table, `PATTERNS`, says for each family where the parts of a block hang below the
+module that owns them. A new architecture is a new row; a user's own row goes in through
+``find_blocks(model, patterns=[...])``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BlockPattern:
+    """Where the parts of an MLP block hang, as dotted paths below the module that owns them.
+
+    Attributes:
+        family: the name that errors and listings show.
+        up: path of the first linear layer (for gated blocks, of the one that is not activated).
+        act: path of the activation, a module or a plain function.
+        down: path of the second linear layer.
+        norm: path of the norm whose output the block reads, or None.
+        gate: path of the activated linear layer of a gated block, or None.
+        dropout: path of the dropout between activation and second layer, or None.
+        norm_is_shared: others (the residual stream, attention) read the norm's output too.
+        when: further condition on the owner, for families that differ by a flag only.
+        sequence_first: says of the owner that tokens are dimension 0 of its input, not 1.
+        act_flags: attributes of the owner that describe `act`, with what they must be when it
+            changes.
+    """
+
+    family: str
+    up: str
+    act: str
+    down: str
+    norm: str | None = None
+    gate: str | None = None
+    dropout: str | None = None
+    norm_is_shared: bool = False
+    when: Callable[[Any], bool] | None = None
+    sequence_first: Callable[[Any], bool] | None = None
+    act_flags: tuple[tuple[str, object], ...] = ()
+
+    def paths(self) -> list[str]:
+        """Every path that must exist for the pattern to match."""
+        return [p for p in (self.norm, self.gate, self.up, self.act, self.down) if p is not None]
+
+
+# nn.TransformerEncoderLayer decides by this attribute whether it may run its fused kernel.
+_FUSED_FLAG = "activation_relu_or_gelu"
+_ENCODER_LAYER_FLAGS = ((_FUSED_FLAG, 0),)
+
+# Layers with the same parts in another order, which only their forward tells.
+_BART_NORM_LAST = (
+    *("Autoformer", "Bart", "BlenderbotSmall", "Informer", "LED", "Marian", "Mvp", "PLBart"),
+    *("TimeSeriesTransformer", "TrOCR"),
+)
+_BART_NORM_FIRST = (
+    *("AudioFlamingo3", "BigBirdPegasus", "BioGpt", "Blenderbot", "M2M100", "MBart", "Musicgen"),
+    *("Pegasus", "PPFormulaNet", "Qwen2Audio", "Qwen2_5OmniAudio", "Qwen3ASRAudio"),
+    *("Qwen3OmniMoeAudio", "Speech2Text", "TableTransformer", "Voxtral", "Whisper", "XGLM"),
+)
+# Layers whose norm follows the MLP, or which have others around it: what the MLP reads is no norm's
+# output.
+_NO_NORM = ("Swinv2", "SwinTransformerV2", "ResPostBlock", "MobileBert", "FFNLayer")
+
+# Where a layer has one of these, its post_attention_layernorm is not what the MLP reads (Gemma 2,
+# OLMo 2, AFMoE) or not by the MLP alone (nomic-bert).
+_OTHER_MLP_NORMS = (
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "pre_mlp_layernorm",
+    "post_mlp_layernorm",
+)
+
+
+def _is(*prefixes: str) -> Callable[[Any], bool]:
+    """Whether a layer's class, or one that it derives from, has a name that begins so."""
+    return lambda layer: any(kind.__name__.startswith(prefixes) for kind in type(layer).__mro__)
+
+
+_has_no_norm = _is(*_NO_NORM)
+
+
+def _has(layer: Any, name: str) -> bool:
+    return getattr(layer, name, None) is not None
+
+
+def _norm_first(layer: Any) -> bool:
+    return hasattr(layer, _FUSED_FLAG) and layer.norm_first
+
+
+def _norm_last(layer: Any) -> bool:
+    return hasattr(layer, _FUSED_FLAG) and not layer.norm_first
+
+
+def _decoder_norm_first(layer: Any) -> bool:
+    return _has(layer, "multihead_attn") and getattr(layer, "norm_first", None) is True
+
+
+def _decoder_norm_last(layer: Any) -> bool:
+    return _has(layer, "multihead_attn") and getattr(layer, "norm_first", None) is False
+
+
+def _sequence_first(layer: Any) -> bool:
+    return not layer.self_attn.batch_first
+
+
+def _opt_norm_first(layer: Any) -> bool:
+    return getattr(layer, "do_layer_norm_before", None) is True
+
+
+def _opt_norm_last(layer: Any) -> bool:
+    return getattr(layer, "do_layer_norm_before", None) is False
+
+
+def _bart_norm_first(layer: Any) -> bool:
+    return _is(*_BART_NORM_FIRST)(layer) and not _is(*_BART_NORM_LAST)(layer)
+
+
+def _bart_encoder_norm_last(layer: Any) -> bool:
+    return _is(*_BART_NORM_LAST)(layer) and not _has(layer, "encoder_attn_layer_norm")
+
+
+def _bart_decoder_norm_last(layer: Any) -> bool:
+    return _is(*_BART_NORM_LAST)(layer)
+
+
+def _attends_to_itself(layer: Any) -> bool:
+    return not _has(layer, "encoder_attn_layer_norm")
+
+
+def _bert_alone(layer: Any) -> bool:
+    return not _has(layer, "crossattention") and not _has_no_norm(layer)
+
+
+def _reads_a_norm(layer: Any) -> bool:
+    return not _has_no_norm(layer)
+
+
+def _openai(layer: Any) -> bool:
+    return ".openai." in type(layer).__module__
+
+
+def _gpt2(layer: Any) -> bool:
+    return not _openai(layer)
+
+
+def _reads_post_attention_norm(layer: Any) -> bool:
+    return (
+        _has(layer, "input_layernorm")
+        and not any(_has(layer, name) for name in _OTHER_MLP_NORMS)
+        and _has_nothing_between(layer)
+    )
+
+
+def _is_parallel(layer: Any) -> bool:
+    """The MLP reads the norm that attention reads."""
+    return not any(
+        _has(layer, name) for name in ("post_attention_layernorm", "ln_mlp", *_OTHER_MLP_NORMS)
+    )
+
+
+def _has_nothing_between(layer: Any) -> bool:
+    """Between the activation and the last layer: no norm (BitNet, timm), no top-k (Gemma 3n)."""
+    mlp = layer.mlp
+    norm = getattr(mlp, "norm", None)
+    return not (
+        _has(mlp, "ffn_sub_norm")
+        or (norm is not None and type(norm).__name__ != "Identity")
+        or getattr(mlp, "activation_sparsity", 0.0) > 0.0
+    )
+
+
+def _reads_norms_around(layer: Any) -> bool:
+    return not _has(layer, "pre_feedforward_layernorm") and _has(
+        layer, "post_feedforward_layernorm"
+    )
+
+
+def _is_ungated(layer: Any) -> bool:
+    return _reads_post_attention_norm(layer) and not _has(layer.mlp, "gate_proj")
+
+
+def _is_dinov3(layer: Any) -> bool:
+    return not _has(layer.mlp, "gate_proj")
+
+
+def _timm_norm_first(layer: Any) -> bool:
+    return _has_nothing_between(layer) and not _has_no_norm(layer)
+
+
+def _timm_norm_last(layer: Any) -> bool:
+    return _has_nothing_between(layer) and _has_no_norm(layer)
+
+
+def _bloom_norm_is_shared(layer: Any) -> bool:
+    return bool(getattr(layer, "apply_residual_connection_post_layernorm", False))
+
+
+def _bloom(layer: Any) -> bool:
+    return not _bloom_norm_is_shared(layer)
+
+
+def _is_stable(layer: Any) -> bool:
+    return type(layer).__name__.endswith("StableLayerNorm")
+
+
+def _is_not_stable(layer: Any) -> bool:
+    return not _is_stable(layer)
+
+
+def _x_transformers(layer: Any) -> bool:
+    return type(layer.ff[1]).__name__ == "Dropout"
+
+
+PATTERNS: tuple[BlockPattern, ...] = (
+    BlockPattern(
+        family="T5",
+        norm="layer_norm",
+        up="DenseReluDense.wi",
+        act="DenseReluDense.act",
+        down="DenseReluDense.wo",
+        dropout="DenseReluDense.dropout",
+    ),
+    BlockPattern(
+        family="T5 v1.1 (gated)",
+        norm="layer_norm",
+        gate="DenseReluDense.wi_0",
+        up="DenseReluDense.wi_1",
+        act="DenseReluDense.act",
+        down="DenseReluDense.wo",
+        dropout="DenseReluDense.dropout",
+    ),
+    BlockPattern(
+        family="Switch Transformers (dense layers)",
+        norm="layer_norm",
+        up="mlp.wi",
+        act="mlp.act",
+        down="mlp.wo",
+        dropout="mlp.dropout",
+    ),
+    BlockPattern(
+        family="ViT, I-JEPA",
+        norm="layernorm_after",
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+    ),
+    BlockPattern(
+        family="CLIP, SigLIP, Idefics 3",
+        norm="layer_norm2",
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+    ),
+    BlockPattern(
+        family="DINOv2",
+        norm="norm2",
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+    ),
+    BlockPattern(
+        family="SigLIP (pooling head)",
+        norm="layernorm",
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+    ),
+    BlockPattern(
+        family="Phi",
+        norm="input_layernorm",
+        norm_is_shared=True,
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+        when=_is_parallel,
+    ),
+    BlockPattern(
+        family="DETR (decoder)",
+        norm="encoder_attn_layer_norm",
+        norm_is_shared=True,
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+    ),
+    BlockPattern(
+        family="DETR (encoder)",
+        norm="self_attn_layer_norm",
+        norm_is_shared=True,
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+        when=_attends_to_itself,
+    ),
+    BlockPattern(
+        family="ViT (Transformers 4)",
+        norm="layernorm_after",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+        when=_reads_a_norm,
+    ),
+    BlockPattern(
+        family="BERT (cross-attention)",
+        norm="crossattention.output.LayerNorm",
+        norm_is_shared=True,
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="BERT (post-norm)",
+        norm="attention.output.LayerNorm",
+        norm_is_shared=True,
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+        when=_bert_alone,
+    ),
+    BlockPattern(
+        family="Swin v2, MobileBERT",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+        when=_has_no_norm,
+    ),
+    BlockPattern(
+        family="DistilBERT",
+        norm="sa_layer_norm",
+        norm_is_shared=True,
+        up="ffn.lin1",
+        act="ffn.activation",
+        down="ffn.lin2",
+    ),
+    BlockPattern(
+        family="ALBERT",
+        norm="attention.LayerNorm",
+        norm_is_shared=True,
+        up="ffn",
+        act="activation",
+        down="ffn_output",
+    ),
+    BlockPattern(
+        family="OPT",
+        norm="final_layer_norm",
+        up="fc1",
+        act="activation_fn",
+        down="fc2",
+        when=_opt_norm_first,
+    ),
+    BlockPattern(
+        family="OPT (post-norm)",
+        norm="self_attn_layer_norm",
+        norm_is_shared=True,
+        up="fc1",
+        act="activation_fn",
+        down="fc2",
+        when=_opt_norm_last,
+    ),
+    BlockPattern(
+        family="BART, Marian (encoder)",
+        norm="self_attn_layer_norm",
+        norm_is_shared=True,
+        up="fc1",
+        act="activation_fn",
+        down="fc2",
+        when=_bart_encoder_norm_last,
+    ),
+    BlockPattern(
+        family="BART, Marian (decoder)",
+        norm="encoder_attn_layer_norm",
+        norm_is_shared=True,
+        up="fc1",
+        act="activation_fn",
+        down="fc2",
+        when=_bart_decoder_norm_last,
+    ),
+    BlockPattern(
+        family="M2M100, mBART, Pegasus, Whisper",
+        norm="final_layer_norm",
+        up="fc1",
+        act="activation_fn",
+        down="fc2",
+        when=_bart_norm_first,
+    ),
+    BlockPattern(
+        family="Wav2Vec 2.0, HuBERT (pre-norm)",
+        norm="final_layer_norm",
+        up="feed_forward.intermediate_dense",
+        act="feed_forward.intermediate_act_fn",
+        down="feed_forward.output_dense",
+        dropout="feed_forward.intermediate_dropout",
+        when=_is_stable,
+    ),
+    BlockPattern(
+        family="Wav2Vec 2.0, HuBERT",
+        norm="layer_norm",
+        norm_is_shared=True,
+        up="feed_forward.intermediate_dense",
+        act="feed_forward.intermediate_act_fn",
+        down="feed_forward.output_dense",
+        dropout="feed_forward.intermediate_dropout",
+        when=_is_not_stable,
+    ),
+    BlockPattern(
+        family="OpenAI GPT",
+        norm="ln_1",
+        norm_is_shared=True,
+        up="mlp.c_fc",
+        act="mlp.act",
+        down="mlp.c_proj",
+        when=_openai,
+    ),
+    BlockPattern(
+        family="GPT-2",
+        norm="ln_2",
+        up="mlp.c_fc",
+        act="mlp.act",
+        down="mlp.c_proj",
+        when=_gpt2,
+    ),
+    BlockPattern(
+        family="nanoGPT",
+        norm="ln_2",
+        up="mlp.c_fc",
+        act="mlp.gelu",
+        down="mlp.c_proj",
+    ),
+    BlockPattern(
+        family="StarCoder 2",
+        norm="post_attention_layernorm",
+        up="mlp.c_fc",
+        act="mlp.act",
+        down="mlp.c_proj",
+    ),
+    BlockPattern(
+        family="GPT-J, CodeGen",
+        norm="ln_1",
+        norm_is_shared=True,
+        up="mlp.fc_in",
+        act="mlp.act",
+        down="mlp.fc_out",
+    ),
+    BlockPattern(
+        family="GPT-NeoX, Falcon (sequential), Persimmon",
+        norm="post_attention_layernorm",
+        up="mlp.dense_h_to_4h",
+        act="mlp.act",
+        down="mlp.dense_4h_to_h",
+    ),
+    BlockPattern(
+        family="Falcon (two norms)",
+        norm="ln_mlp",
+        up="mlp.dense_h_to_4h",
+        act="mlp.act",
+        down="mlp.dense_4h_to_h",
+    ),
+    BlockPattern(
+        family="Falcon (parallel)",
+        norm="input_layernorm",
+        norm_is_shared=True,
+        up="mlp.dense_h_to_4h",
+        act="mlp.act",
+        down="mlp.dense_4h_to_h",
+        when=_is_parallel,
+    ),
+    BlockPattern(
+        family="Bloom",
+        norm="post_attention_layernorm",
+        up="mlp.dense_h_to_4h",
+        act="mlp.gelu_impl",
+        down="mlp.dense_4h_to_h",
+        when=_bloom,
+    ),
+    BlockPattern(
+        family="Bloom (residual of the norm)",
+        norm="post_attention_layernorm",
+        norm_is_shared=True,
+        up="mlp.dense_h_to_4h",
+        act="mlp.gelu_impl",
+        down="mlp.dense_4h_to_h",
+        when=_bloom_norm_is_shared,
+    ),
+    BlockPattern(
+        family="MPT",
+        norm="norm_2",
+        up="ffn.up_proj",
+        act="ffn.act",
+        down="ffn.down_proj",
+    ),
+    BlockPattern(
+        family="Llama, Qwen, Mistral (gated)",
+        norm="post_attention_layernorm",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        act="mlp.act_fn",
+        down="mlp.down_proj",
+        when=_reads_post_attention_norm,
+    ),
+    BlockPattern(
+        family="Gemma 2, Gemma 3 (gated)",
+        norm="pre_feedforward_layernorm",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        act="mlp.act_fn",
+        down="mlp.down_proj",
+        when=_has_nothing_between,
+    ),
+    BlockPattern(
+        family="OLMo 2 (gated)",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        act="mlp.act_fn",
+        down="mlp.down_proj",
+        when=_reads_norms_around,
+    ),
+    BlockPattern(
+        family="Cohere, StableLM 2 (gated, parallel)",
+        norm="input_layernorm",
+        norm_is_shared=True,
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        act="mlp.act_fn",
+        down="mlp.down_proj",
+        when=_is_parallel,
+    ),
+    BlockPattern(
+        family="DINOv3 (gated)",
+        norm="norm2",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        act="mlp.act_fn",
+        down="mlp.down_proj",
+    ),
+    BlockPattern(
+        family="DINOv3",
+        norm="norm2",
+        up="mlp.up_proj",
+        act="mlp.act_fn",
+        down="mlp.down_proj",
+        when=_is_dinov3,
+    ),
+    BlockPattern(
+        family="Nemotron, Arcee",
+        norm="post_attention_layernorm",
+        up="mlp.up_proj",
+        act="mlp.act_fn",
+        down="mlp.down_proj",
+        when=_is_ungated,
+    ),
+    BlockPattern(
+        family="nn.TransformerEncoderLayer (norm first)",
+        norm="norm2",
+        up="linear1",
+        act="activation",
+        down="linear2",
+        dropout="dropout",
+        when=_norm_first,
+        sequence_first=_sequence_first,
+        act_flags=_ENCODER_LAYER_FLAGS,
+    ),
+    BlockPattern(
+        family="nn.TransformerEncoderLayer (post-norm)",
+        norm="norm1",
+        norm_is_shared=True,
+        up="linear1",
+        act="activation",
+        down="linear2",
+        dropout="dropout",
+        when=_norm_last,
+        sequence_first=_sequence_first,
+        act_flags=_ENCODER_LAYER_FLAGS,
+    ),
+    BlockPattern(
+        family="nn.TransformerDecoderLayer (norm first)",
+        norm="norm3",
+        up="linear1",
+        act="activation",
+        down="linear2",
+        dropout="dropout",
+        when=_decoder_norm_first,
+        sequence_first=_sequence_first,
+    ),
+    BlockPattern(
+        family="nn.TransformerDecoderLayer (post-norm)",
+        norm="norm2",
+        norm_is_shared=True,
+        up="linear1",
+        act="activation",
+        down="linear2",
+        dropout="dropout",
+        when=_decoder_norm_last,
+        sequence_first=_sequence_first,
+    ),
+    BlockPattern(
+        family="timm ViT",
+        norm="norm2",
+        up="mlp.fc1",
+        act="mlp.act",
+        down="mlp.fc2",
+        dropout="mlp.drop1",
+        when=_timm_norm_first,
+    ),
+    BlockPattern(
+        family="timm Swin v2, ResPostBlock",
+        up="mlp.fc1",
+        act="mlp.act",
+        down="mlp.fc2",
+        dropout="mlp.drop1",
+        when=_timm_norm_last,
+    ),
+    BlockPattern(
+        family="torchvision ViT",
+        norm="ln_2",
+        up="mlp.0",
+        act="mlp.1",
+        down="mlp.3",
+        dropout="mlp.2",
+    ),
+    BlockPattern(
+        family="x-transformers",
+        up="ff.0.0",
+        act="ff.0.1",
+        down="ff.2",
+        dropout="ff.1",
+        when=_x_transformers,
+    ),
+)

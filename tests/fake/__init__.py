@@ -1,0 +1,1 @@
+"""Tests on a device that is not there."""
