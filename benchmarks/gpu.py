@@ -70,7 +70,7 @@ STEPS = (
     Step("training-threshold", "gpu_steps.training", 60, 20, "threshold"),
     Step("training-both", "gpu_steps.training", 60, 20, "steppe + threshold"),
     Step("union", "gpu_steps.union", 30, 10),
-    Step("native", "gpu_steps.native", 120, 5, in_background=True),
+    Step("native", "gpu_steps.native", 400, 5, in_background=True),
     Step("cpu", "gpu_steps.cpu", 60, 15),
 )
 

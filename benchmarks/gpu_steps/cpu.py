@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from typing import Any
 
 import torch
 
 import steppe
-from gpu_steps.native import LIBRARY, PROGRAMS, folder_of
+from gpu_steps.native import LIBRARY, folder_of
 from gpu_steps.step import Context
 from steppe.bench import DECODE, PATTERNS, PREFILL, TRAINING, Block, Setting, time_block
 
@@ -17,7 +16,7 @@ THREADS = (1, 4, 8, 16)
 
 
 def run(context: Context) -> None:
-    """Test the kernels, compare them with dense, and time them."""
+    """Compare the kernels with dense, and time them."""
     folder = folder_of(context)
     if (folder / LIBRARY).exists():
         steppe.__path__.append(str(folder.parent))  # before anything asks for it
@@ -27,11 +26,6 @@ def run(context: Context) -> None:
     if found.name != "native":
         context.keep(left_out="the kernels' tests and times: there are no native kernels")
         return
-    for name in PROGRAMS:
-        if (folder / name).exists():
-            context.attempt(name, lambda name=name: program(str(folder / name)), needs=10.0)
-        else:
-            context.keep(**{name: "left out: not built"})
     for threads in THREADS:
         if threads > cores:
             context.keep(**{f"threads_{threads}": f"left out: {cores} cores"})
@@ -40,20 +34,6 @@ def run(context: Context) -> None:
         context.attempt(
             f"threads_{threads}", lambda threads=threads: times(context, threads), needs=6.0
         )
-
-
-def program(path: str) -> str:
-    """Run one of the tests in C++.
-
-    Raises:
-        RuntimeError: it failed; its last words.
-    """
-    done = subprocess.run([path], capture_output=True, text=True)
-    print(done.stdout + done.stderr)
-    lines = (done.stdout + done.stderr).strip().splitlines() or [""]
-    if done.returncode:
-        raise RuntimeError(f"exit status {done.returncode}: {lines[-1][:300]}")
-    return lines[-1]
 
 
 def errors(threads: int) -> dict[str, float]:

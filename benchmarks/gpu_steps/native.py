@@ -1,4 +1,7 @@
-"""Step: build the CPU kernels and their own tests, with CMake or as CMakeLists.txt would."""
+"""Step: build the CPU kernels and their tests, with CMake or as CMakeLists.txt would; run these.
+
+It goes on beside the steps that use the GPU, behind them in the queue for the processors.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ _FLAGS = (
 
 
 def run(context: Context) -> None:
-    """Build, unless nothing can."""
+    """Build, unless nothing can, and test."""
+    os.nice(10)
     folder = folder_of(context)
     folder.mkdir(parents=True, exist_ok=True)
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
@@ -51,6 +55,8 @@ def run(context: Context) -> None:
         with_cmake(context, folder)
     else:
         with_compiler(context, folder, compiler)
+    for name in PROGRAMS:
+        context.attempt(name, lambda name=name: last_line(_call(folder / name)))
 
 
 def folder_of(context: Context) -> Path:
@@ -84,20 +90,25 @@ def with_compiler(context: Context, folder: Path, compiler: str) -> None:
     for name, sources in PROGRAMS.items():
         files = [TESTS / source for source in sources]
         link = [f"-I{SOURCES}", *files, library, f"-Wl,-rpath,{folder}"]
-        context.attempt(
-            name, lambda link=link, name=name: _call(compiler, *flags, *link, "-o", folder / name)
-        )
+        _call(compiler, *flags, *link, "-o", folder / name)
+
+
+def last_line(text: str) -> str:
+    """Of a text, without what is around it."""
+    return (text.strip().splitlines() or [""])[-1]
 
 
 def _call(*command: Any) -> str:
-    """Call a program.
+    """Call a program; what it has printed.
 
     Raises:
-        RuntimeError: it failed; its last words.
+        RuntimeError: it failed; the first line that says why.
     """
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    print(done.stdout + done.stderr)
+    output = done.stdout + done.stderr
+    print(output)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-        raise RuntimeError((errors or done.stderr.splitlines() or ["no message"])[0][:300])
-    return "built"
+        errors = [line for line in output.splitlines() if "error" in line.lower()]
+        text = errors[0] if errors else last_line(output)
+        raise RuntimeError(f"{command[0]}: exit status {done.returncode}: {text[:300]}")
+    return output

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,17 +37,22 @@ def python_sources(size: int) -> Text:
     content = bytearray()
     paths = sysconfig.get_paths()
     for folder in dict.fromkeys((paths["stdlib"], paths["purelib"])):
-        for path in sorted(Path(folder).rglob("*.py")):
+        for path in sources_below(folder):
             if len(content) >= size:
                 break
-            if folder == paths["stdlib"] and "site-packages" in path.parts:
-                continue
             content += path.read_bytes()
     del content[size:]
     all_of_it = torch.frombuffer(content, dtype=torch.uint8)
     cut = len(all_of_it) - len(all_of_it) // 20
     digest = hashlib.sha256(content).hexdigest()[:12]
     return Text(all_of_it[:cut], all_of_it[cut:], digest)
+
+
+def sources_below(folder: str) -> Iterator[Path]:
+    """The Python files of a folder, in the order of their names, without installed packages."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(set(folders) - {"site-packages"})
+        yield from (Path(place) / file for file in sorted(files) if file.endswith(".py"))
 
 
 def batch_of(text: Tensor, rows: int, tokens: int, generator: torch.Generator) -> Tensor:
