@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from gpu_steps import small_pytest, union
-from gpu_steps.kernels import CHECKS
+from gpu_steps import kernels, small_pytest, union
+from gpu_steps.step import Context
+from steppe.ops import bitmask
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "benchmarks/gpu.py"
@@ -219,8 +222,6 @@ def test_the_dry_run_runs_every_step(gpu: ModuleType, tmp_path: Path) -> None:
 
 
 def test_the_union_of_a_tile_is_what_any_of_its_tokens_has() -> None:
-    import torch
-
     active = torch.zeros(256, 8, dtype=torch.bool)
     active[::2, 0] = True  # of every second token
     active[1::2, 1] = True
@@ -234,8 +235,6 @@ def test_the_union_of_a_tile_is_what_any_of_its_tokens_has() -> None:
 
 
 def test_tokens_alike_in_their_components_are_sorted_together() -> None:
-    import torch
-
     torch.manual_seed(0)
     kinds = torch.randint(4, (512,))
     centres = torch.tensor([[9.0, 5.0], [9.0, -5.0], [-9.0, 5.0], [-9.0, -5.0]])
@@ -246,14 +245,50 @@ def test_tokens_alike_in_their_components_are_sorted_together() -> None:
     assert changes == 3
 
 
-def test_the_checks_of_kernels_pass_on_the_definitions_and_can_fail() -> None:
-    if importlib.util.find_spec("steppe.ops.bitmask") is None:
-        pytest.skip("no kernels yet")
-    from gpu_steps.step import Context
+def dry_context() -> Context:
+    return Context(Path(os.devnull), Path(os.devnull), 60.0, "", is_dry=True)
 
-    context = Context(Path(os.devnull), Path(os.devnull), 60.0, "", is_dry=True)
-    for part in CHECKS["pack"]:
-        part(context)
+
+def test_the_checks_of_kernels_pass_on_their_definitions() -> None:
+    for part in kernels.CHECKS["pack"]:
+        part(dry_context())
+
+
+def inaccurate(p: Tensor, coefficients: Tensor, capacity: int) -> tuple[Tensor, Any]:
+    a, packed = bitmask.act_pack(p, coefficients, capacity)
+    return a * 1.02, packed
+
+
+def without_zeros(p: Tensor, coefficients: Tensor, capacity: int) -> tuple[Tensor, Any]:
+    a, packed = bitmask.act_pack(p, coefficients, capacity)
+    return a + 1e-30, packed
+
+
+def nan_is_zero(p: Tensor, coefficients: Tensor, capacity: int) -> tuple[Tensor, Any]:
+    return bitmask.act_pack(p.nan_to_num(nan=0.0, posinf=torch.inf), coefficients, capacity)
+
+
+def random_bits(p: Tensor, coefficients: Tensor, capacity: int) -> tuple[Tensor, Any]:
+    a, packed = bitmask.act_pack(p, coefficients, capacity)
+    return a + a * 0.01 * torch.rand_like(a), packed
+
+
+@pytest.mark.parametrize(
+    ("part", "act_pack"),
+    [
+        (kernels.against_float64, inaccurate),
+        (kernels.against_float64, without_zeros),
+        (kernels.odd_values, nan_is_zero),
+        (kernels.same_bits, random_bits),
+    ],
+)
+def test_the_checks_of_kernels_can_fail(
+    part: Any, act_pack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = SimpleNamespace(act_pack=act_pack, unpack_grad=bitmask.unpack_grad)
+    monkeypatch.setattr(kernels, "pack_module", lambda context: broken)
+    with pytest.raises(AssertionError):
+        part(dry_context())
 
 
 TESTS = """

@@ -1,7 +1,12 @@
-"""Step: times of an MLP block in bfloat16, eager and compiled: what kernels have to beat."""
+"""Step: times of an MLP block in bfloat16, eager and compiled: what kernels have to beat.
+
+Beside it the same block after `accelerate_`, which must cost nothing where there are no kernels,
+and with `RisingThreshold`, whose statistics cost something in training.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import steppe
 from gpu_steps.step import Context
 from gpu_steps.timing import time_turns
-from steppe.bench import Block
+from steppe.bench import PATTERNS, Block
 
 WIDTHS, TOKENS = (2048, 768, 4096), (4096, 512, 16384)
 
@@ -19,7 +25,7 @@ WIDTHS, TOKENS = (2048, 768, 4096), (4096, 512, 16384)
 def run(context: Context) -> None:
     """Time prefill and training; F is 4 D."""
     widths, tokens = ((8,), (4, 16)) if context.is_dry else (WIDTHS, TOKENS)
-    context.keep(variants="eager, and torch.compile unless it is a dry run; us of a call")
+    context.keep(variants="compiled not in a dry run; us of a call")
     for width, number in itertools.product(widths, tokens):
         for case in ("prefill", "training"):
             context.attempt(
@@ -35,14 +41,17 @@ def times(context: Context, width: int, tokens: int, case: str) -> dict[str, Any
     with torch.device(context.device):
         block = Block(width, 4 * width).to(torch.bfloat16)
     x = torch.randn(tokens, width, device=context.device, dtype=torch.bfloat16)
-    variants: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {"eager": block}
+    variants: dict[str, nn.Module] = {"eager": block, "accelerated": copy.deepcopy(block)}
+    steppe.accelerate_(variants["accelerated"], patterns=PATTERNS)
+    if case == "training":
+        variants["threshold"] = copy.deepcopy(block)
+        steppe.sparsify_(variants["threshold"], [steppe.RisingThreshold()], patterns=PATTERNS)
     if not context.is_dry:
         torch.compiler.reset()
-        variants["compiled"] = torch.compile(block, dynamic=False)
-    runs = {
-        name: (lambda call=call: infer(call, x)) if case == "prefill" else trained(call, block, x)
-        for name, call in variants.items()
-    }
+        variants["compiled"] = copy.deepcopy(block)
+        variants["compiled"].compile(dynamic=False)
+    prepare = inferring if case == "prefill" else training
+    runs = {name: prepare(variant, x) for name, variant in variants.items()}
     found = time_turns(runs, context.device, seconds=1.0, calls=4, flush=not context.is_dry)
     if context.device == "cuda":
         for name, one in runs.items():
@@ -57,19 +66,23 @@ def times(context: Context, width: int, tokens: int, case: str) -> dict[str, Any
     return found
 
 
-def infer(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+def inferring(block: nn.Module, x: Tensor) -> Callable[[], None]:
     """A forward pass."""
-    with torch.no_grad():
-        call(x)
+
+    def step() -> None:
+        with torch.no_grad():
+            block(x)
+
+    return step
 
 
-def trained(call: Callable[[Tensor], Tensor], block: nn.Module, x: Tensor) -> Callable[[], None]:
+def training(block: nn.Module, x: Tensor) -> Callable[[], None]:
     """A forward and a backward pass."""
     leaf, grad_z = x.clone().requires_grad_(), torch.randn_like(x)
 
     def step() -> None:
         block.zero_grad()
         leaf.grad = None
-        call(leaf).backward(grad_z)
+        block(leaf).backward(grad_z)
 
     return step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ def run(context: Context) -> None:
         jobs = [(file, "find_blocks") for file, _ in jobs]
     outcomes: dict[str, Any] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for found in pool.map(lambda job: run_file(context, *job), jobs):
-            outcomes.update(found)
+        for done in as_completed([pool.submit(run_file, context, *job) for job in jobs]):
+            outcomes.update(done.result())
             context.keep(outcomes=outcomes)
     bad = {name: text for name, text in outcomes.items() if text.startswith("failed")}
     skipped = sum(text.startswith("skipped") for text in outcomes.values())
@@ -48,21 +48,25 @@ def run_file(context: Context, file: Path, only: str) -> dict[str, str]:
     results = context.folder / f"{file.stem}{only}.json"
     command = [sys.executable, "-u", "-m", "gpu_steps.run_tests", str(file), str(results)]
     command += ["--device", context.device, "--only", only]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=max(context.left, 1.0)
-        )
-        output, code = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as error:
-        output, code = (error.stdout or b"").decode(), -1
+    log = results.with_suffix(".log")
+    with log.open("wb") as file_of_log:  # no pipe: what a test leaves behind would keep it open
+        try:
+            code = subprocess.run(
+                command,
+                stdout=file_of_log,
+                stderr=subprocess.STDOUT,
+                timeout=max(context.left, 1.0),
+            ).returncode
+            end = f"ended with exit status {code}"
+        except subprocess.TimeoutExpired:
+            end = "stopped, since the step had to end"
+    output = log.read_text(encoding="utf-8", errors="replace")
     print(output, flush=True)
     outcomes = read_json(results) if results.exists() else {}
     if not outcomes:
         last = (output.strip().splitlines() or ["no output"])[-1][:200]
-        outcomes[only or "all of it"] = f"failed: no test ran, exit status {code}: {last}"
+        outcomes[only or "all of it"] = f"failed: no test ran, {end}: {last}"
     return {
-        f"{file.stem}::{name}": (
-            f"failed: ended with exit status {code}" if text == "running" else text
-        )
+        f"{file.stem}::{name}": (f"failed: {end}" if text == "running" else text)
         for name, text in outcomes.items()
     }

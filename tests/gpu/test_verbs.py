@@ -107,6 +107,24 @@ def test_the_identity_holds_while_training_with_padding(
     identity_holds(report, 1e-3 if autocast else 1e-5)
 
 
+def test_the_scale_of_a_grad_scaler_is_taken_out(device: str) -> None:
+    def watched(scale: float) -> Report:
+        model, ids, mask = gpt(device), token_ids(device), padding(device)
+        scaler = torch.amp.GradScaler(device, init_scale=scale)
+        with steppe.watch(model, patterns=PATTERNS, gradients=True) as monitor:
+            loss = loss_of(model(ids, mask), ids)
+            monitor.loss_factor = scaler.scale(torch.ones((), device=device))
+            scaler.scale(loss).backward()
+            return monitor.report()
+
+    plain, scaled = watched(1.0), watched(2.0**10)
+    identity_holds(scaled, 1e-5)
+    for one, other in zip(plain.blocks, scaled.blocks, strict=True):
+        assert one.AF_up > 0
+        assert math.isclose(one.AF_up, other.AF_up, rel_tol=1e-4)
+        assert math.isclose(one.AF_down, other.AF_down, rel_tol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_identity_holds_in_every_dtype(device: str, dtype: torch.dtype) -> None:
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3}[dtype]
