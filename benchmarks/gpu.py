@@ -64,7 +64,7 @@ STEPS = (
     Step("tests", "gpu_steps.device_tests", 110, 20),
     Step("kernels", "gpu_steps.kernels", 60, 10),
     Step("blocks", "gpu_steps.blocks", 50, 10),
-    Step("decode", "gpu_steps.decode", 30, 10),
+    Step("decode", "gpu_steps.decode", 40, 10),
     Step("training-vanilla", "gpu_steps.training", 60, 20, "vanilla"),
     Step("training-steppe", "gpu_steps.training", 60, 20, "steppe"),
     Step("training-threshold", "gpu_steps.training", 60, 20, "threshold"),

@@ -329,6 +329,8 @@ def test_the_small_runner_knows_passed_from_failed(
     file.write_text(TESTS, encoding="utf-8")
     monkeypatch.setitem(sys.modules, "pytest", pytest)  # put back afterwards
     outcomes: dict[str, str] = {}
+    assert small_pytest.run_file(file, "cpu", "[a-1-1]", outcomes.__setitem__) == 0
+    assert outcomes == {"test_case[a-1-1]": "passed"}
     code = small_pytest.run_file(file, "cpu", "", outcomes.__setitem__)
     assert code == 1
     words = {name: text.partition(":")[0] for name, text in outcomes.items()}

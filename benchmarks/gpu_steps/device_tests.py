@@ -14,7 +14,7 @@ from gpu_steps.step import Context
 FOLDER = Path(__file__).resolve().parents[2] / "tests/gpu"
 _AT_ONCE = 4
 # Files that take long, by parts of the names of their tests.
-_PARTS = {"test_compile": ("default", "reduce-overhead", "watched")}
+_PARTS = {"test_compile": ("default", "reduce-overhead", "test_a_watched")}
 
 
 def run(context: Context) -> None:
@@ -26,10 +26,13 @@ def run(context: Context) -> None:
     if context.is_dry:
         jobs = [(file, "find_blocks") for file, _ in jobs]
     outcomes: dict[str, Any] = {}
+    hints: list[str] = []
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for done in as_completed([pool.submit(run_file, context, *job) for job in jobs]):
-            outcomes.update(done.result())
-            context.keep(outcomes=outcomes)
+            found, output = done.result()
+            outcomes.update(found)
+            hints += [line for line in output.splitlines() if "from the compiler, " in line]
+            context.keep(outcomes=outcomes, hints=hints)
     bad = {name: text for name, text in outcomes.items() if text.startswith("failed")}
     skipped = sum(text.startswith("skipped") for text in outcomes.values())
     context.keep(passed=len(outcomes) - len(bad) - skipped, skipped=skipped, failed=sorted(bad))
@@ -37,8 +40,8 @@ def run(context: Context) -> None:
         context.errors.append(f"{len(bad)} of {len(outcomes)} tests failed")
 
 
-def run_file(context: Context, file: Path, only: str) -> dict[str, str]:
-    """The outcome of each test of a file: ``passed``, ``skipped: …`` or ``failed: …``.
+def run_file(context: Context, file: Path, only: str) -> tuple[dict[str, str], str]:
+    """The outcome of each test of a file, ``passed``, ``skipped: …`` or ``failed: …``; its output.
 
     Args:
         context: of the step.
@@ -66,7 +69,8 @@ def run_file(context: Context, file: Path, only: str) -> dict[str, str]:
     if not outcomes:
         last = (output.strip().splitlines() or ["no output"])[-1][:200]
         outcomes[only or "all of it"] = f"failed: no test ran, {end}: {last}"
-    return {
-        f"{file.stem}::{name}": (f"failed: {end}" if text == "running" else text)
+    by_name = {
+        f"{file.stem}::{name}": f"failed: {end}" if text == "running" else text
         for name, text in outcomes.items()
     }
+    return by_name, output

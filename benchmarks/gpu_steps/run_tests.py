@@ -70,7 +70,7 @@ def main() -> int:
     import pytest  # not on every machine
 
     mark = "gpu" if options.device == "cuda" else "not gpu"
-    arguments = [f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-q", "--durations=5"]
+    arguments = [f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-q", "-s", "--durations=5"]
     arguments += ["-m", mark]
     arguments += ["-W", "default"]  # versions that are not ours may warn of anything
     return pytest.main([*arguments, "-k", options.only, str(options.file)], plugins=[outcomes])

@@ -32,6 +32,7 @@ def _lines(name: str, row: Mapping[str, Any]) -> Iterator[str]:
     if name == "tests":
         yield ", ".join(f"{row[key]} {key}" for key in ("passed", "skipped") if key in row)
         yield from (f"{test}: {row['outcomes'][test]}" for test in row.get("failed", []))
+        yield from row.get("hints", [])
         return
     for key, value in row.items():
         if key not in ("status", "seconds", "error"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,15 +17,31 @@ STEPS = 3
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the compiler
 
 
-class Kept(logging.Handler):
-    """Keeps what is logged."""
+@contextmanager
+def reasons_against_cudagraphs() -> Iterator[list[str]]:
+    """What the compiler says of CUDA graphs; versions of torch say it in different logs."""
+    lines: list[str] = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "skipping cudagraphs" in record.getMessage():
+                lines.append(" ".join(record.getMessage().split())[:200])
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+    handler = Handler()
+    torch._logging.set_logs(perf_hints=True, cudagraphs=True)
+    logs = [
+        logging.getLogger(f"torch._inductor.{module}.__{log}")
+        for module in ("cudagraph_utils", "cudagraph_trees", "compile_fx", "output_code")
+        for log in ("perf_hints", "cudagraphs")
+    ]
+    for log in logs:
+        log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        for log in logs:
+            log.removeHandler(handler)
+        torch._logging.set_logs()
 
 
 def losses(device: str, arm: str, mode: str | None) -> list[float]:
@@ -53,20 +71,21 @@ def test_compiled_models_learn_the_same(device: str, arm: str, mode: str) -> Non
     if device == "cpu" and mode != "default":
         pytest.skip("a mode of inductor, for CUDA")
     torch.compiler.reset()
-    handler = Kept()
-    hints = logging.getLogger("torch._inductor.cudagraph_utils.__perf_hints")
-    torch._logging.set_logs(perf_hints=True)
-    hints.addHandler(handler)
-    try:
+    with reasons_against_cudagraphs() as reasons:
         got = losses(device, arm, mode)
-    finally:
-        hints.removeHandler(handler)
-        torch._logging.set_logs()
-        torch.compiler.reset()
-    for line in handler.lines:
-        print(f"{arm}, {mode}: {' '.join(line.split())[:200]}")
+    torch.compiler.reset()
+    for reason in dict.fromkeys(reasons):
+        print(f"from the compiler, {arm}, {mode}: {reason}")
     expected = losses(device, arm, None)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
+
+
+def test_what_the_compiler_says_of_cudagraphs_is_seen() -> None:
+    from torch._inductor import cudagraph_utils  # slow
+
+    with reasons_against_cudagraphs() as reasons:
+        cudagraph_utils.log_cudagraph_skip_and_bump_counter("skipping cudagraphs due to a test")
+    assert reasons == ["skipping cudagraphs due to a test"]
 
 
 def test_a_watched_model_compiles_in_one_graph(device: str) -> None:
