@@ -222,11 +222,21 @@ def time_for(steps: Sequence[Step], left: float) -> float:
     return min(first.seconds, share)
 
 
+def why_no_device() -> str:
+    """What keeps torch from a CUDA device, asked in a process of its own; empty if nothing does."""
+    program = "import torch; print(torch.__version__); torch.cuda.init()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if done.returncode == 0:
+        return ""
+    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return f"torch {done.stdout.strip()}: {reason}" if done.stdout else reason
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all steps.
 
     Returns:
-        0 if none failed, 1 if one did, 130 after Ctrl-C.
+        0 if none failed, 1 if one did, 2 without a device, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the folder for the results")
@@ -238,6 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = options.steps.split(",") if options.steps else names
     if unknown := sorted(set(wanted) - set(names)):
         parser.error(f"--steps: expected some of {', '.join(names)}; got {', '.join(unknown)}")
+    if not options.dry_run and (reason := why_no_device()):
+        parser.error(f"no CUDA device ({reason}). To see that the script runs: --dry-run")
     options.out.mkdir(parents=True, exist_ok=True)
     for sent in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
         signal.signal(sent, signal.default_int_handler)

@@ -157,7 +157,7 @@ def test_ctrl_c_leaves_the_results_and_no_process(
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import gpu\n"
         "gpu.STEPS = tuple(gpu.Step(name, name, 60.0, 1.0) for name in ('fine', 'hangs', 'fine2'))"
-        "\nsys.exit(gpu.main(['--out', sys.argv[2]]))"
+        "\nsys.exit(gpu.main(['--dry-run', '--out', sys.argv[2]]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(PROGRAM.parent), str(out)],
@@ -177,6 +177,16 @@ def test_ctrl_c_leaves_the_results_and_no_process(
     assert statuses == {"fine": "ok", "hangs": "interrupted"}
     assert whole["steps"]["hangs"]["child"] == child
     wait_until(lambda: not is_alive(child))
+
+
+def test_without_a_device_one_line_says_so(gpu: ModuleType, tmp_path: Path) -> None:
+    command = [sys.executable, str(PROGRAM), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert f"no CUDA device (torch {torch.__version__}: " in done.stderr
+    assert "--dry-run" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_step_is_refused_by_name(
