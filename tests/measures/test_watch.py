@@ -638,11 +638,13 @@ def test_hooks_are_gone_when_watching_fails_half_way(monkeypatch: pytest.MonkeyP
     register = Journal.add_forward_hook
     calls: list[nn.Module] = []
 
-    def fail_at_the_second(self: Journal, module: nn.Module, hook: Callable[..., Any]) -> None:
+    def fail_at_the_second(
+        self: Journal, module: nn.Module, hook: Callable[..., Any], **settings: bool
+    ) -> None:
         calls.append(module)
         if len(calls) == 2:
             raise MemoryError
-        register(self, module, hook)
+        register(self, module, hook, **settings)
 
     monkeypatch.setattr(Journal, "add_forward_hook", fail_at_the_second)
     with pytest.raises(MemoryError), watch(model):

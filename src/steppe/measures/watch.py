@@ -26,9 +26,10 @@ from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, scaled, sum_over
 from steppe.patterns import BlockPattern
+from steppe.per_thread import PerThread
 from steppe.routing import observers_of
 from steppe.surgery import Journal
-from steppe.tokens import TokenContext, listen
+from steppe.tokens import TokenContext, attach, listen
 
 
 class Monitor:
@@ -172,8 +173,8 @@ class _Observer:
         self._context = context
         self._losses = losses
         # Gated blocks run gate and up in either order: keep the first until the second comes.
-        self._gate: tuple[Tensor, Tensor] | None = None
-        self._up: Tensor | None = None
+        self._gate: PerThread[tuple[Tensor, Tensor] | None] = PerThread(None)
+        self._up: PerThread[Tensor | None] = PerThread(None)
         self.probes: dict[str, Tensor] = {}
         self._allocate(self.device)
 
@@ -221,10 +222,10 @@ class _Observer:
         if self.block.gate is None:
             active = slopes if is_relu(act) else active_entries(act, p)
             self._count(p, active, slopes)
-        elif self._up is None:
-            self._gate = active_entries(act, p), slopes
+        elif (up := self._up.get()) is None:
+            self._gate.set((active_entries(act, p), slopes))
         else:
-            up, self._up = self._up, None
+            self._up.set(None)
             self._count(p, active_entries(act, p) & up, slopes)
         return self._tapped("activated", args[0], p, slopes)
 
@@ -232,10 +233,12 @@ class _Observer:
         """Forward hook on `up` of a gated block."""
         if not self._monitor.enabled or self._is_routed(up):
             return None
-        if self._gate is None:
-            self._up = up.detach() != 0
+        gate = self._gate.get()
+        if gate is None:
+            self._up.set(up.detach() != 0)
         else:
-            (active, slopes), self._gate = self._gate, None
+            active, slopes = gate
+            self._gate.set(None)
             self._count(up, active & (up.detach() != 0), slopes)
         return self._tapped("up", args[0], up, None)
 
@@ -347,8 +350,7 @@ def watch(
     try:
         journal.hold_nested_tensors_off(model)
         monitor.observe_routes(journal)
-        for module, hook in context_hooks:
-            journal.add_forward_pre_hook(module, hook, with_kwargs=True)
+        attach(journal, context_hooks)
         if losses is not None:
             root = unwrap(model)
             journal.add_forward_pre_hook(root, losses.see_labels, with_kwargs=True)
