@@ -10,6 +10,7 @@ PYTHON      ?= python3
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
+GPU_ARGS    ?=
 VERSIONS    ?=
 WORKERS     ?= 2
 
@@ -23,7 +24,7 @@ TRITON  := build/triton
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results twins cost bench losses test test-slow test-screening test-versions test-native valgrind test-gpu-offline lint format clean
+.PHONY: help install demo results twins cost bench losses gpu test test-slow test-screening test-versions test-native valgrind test-gpu-offline lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +55,10 @@ bench: $(STAMP) ## measure anew what the kernels gain (ten minutes, nothing else
 losses: $(STAMP) ## train the same model dense, sparse and in float64 anew, and compare (two minutes)
 	$(BIN)/python benchmarks/same_losses.py --json benchmarks/results/same_losses.json
 	$(BIN)/python docs/render.py
+
+# With the interpreter that is there, whose torch knows the card: nothing is installed.
+gpu: ## find out everything about a GPU in eight minutes: GPU_ARGS="--seconds 300 --out FOLDER"
+	$(PYTHON) -u benchmarks/gpu.py --out runs/gpu $(GPU_ARGS)
 
 test: $(STAMP) ## run the tests, without the slow ones
 	$(PYTEST) $(PYTEST_ARGS)

@@ -1,0 +1,150 @@
+"""Step: the kernels of `steppe.ops.cuda`, each against its definition in float64.
+
+In a dry run the definitions of the kernels take their place.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_steps.step import Context
+from gpu_steps.timing import graph_of, time_one
+
+PACKAGE = "steppe.ops.cuda"
+SHAPES = ((1, 32), (1, 8192), (3, 100), (16, 2048), (17, 3073), (257, 768), (256, 4096), (0, 64))
+DENSITIES = (0.0, 0.01, 0.05, 0.3, 1.0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# One rounding of the result, and what float32 loses before it.
+_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def run(context: Context) -> None:
+    """Check the modules there are."""
+    if importlib.util.find_spec("steppe.ops.cuda") is None:
+        context.keep(kernels="none yet: there is no steppe.ops.cuda")
+        return
+    folder = importlib.util.find_spec(PACKAGE).submodule_search_locations
+    names = [found.name for found in pkgutil.iter_modules(folder)]
+    context.keep(kernels=names, unchecked=[name for name in names if name not in CHECKS])
+    for name in names:
+        for part in CHECKS.get(name, ()):
+            context.attempt(f"{name}: {part.__name__}", lambda part=part: part(context), needs=3.0)
+
+
+def pack_module(context: Context) -> ModuleType:
+    """The kernels that pack, or their definition."""
+    name = "steppe.ops.bitmask" if context.is_dry else f"{PACKAGE}.pack"
+    return importlib.import_module(name)
+
+
+def pre_activations(rows: int, columns: int, density: float, dtype: Any, device: str) -> Tensor:
+    """Gaussian entries, of which a share is positive."""
+    p = torch.randn(rows, columns, device=device).abs()
+    sign = torch.where(torch.rand(rows, columns, device=device) < density, 1.0, -1.0)
+    return (p * sign).to(dtype)
+
+
+def against_float64(context: Context) -> dict[str, Any]:
+    """The largest errors of a and ∂ℓ/∂p, relative, by dtype; the mask must be the right one."""
+    pack = pack_module(context)
+    torch.manual_seed(0)
+    worst = {str(dtype): 0.0 for dtype in DTYPES}
+    shapes = SHAPES[:4] if context.is_dry else SHAPES
+    for (rows, columns), density, dtype in itertools.product(shapes, DENSITIES, DTYPES):
+        p = pre_activations(rows, columns, density, dtype, context.device)
+        grad_a = torch.randn_like(p)
+        coefficients = torch.tensor([0.75, 0.5], device=context.device)
+        a, packed = pack.act_pack(p, coefficients, p.numel())
+        grad_p, again = pack.unpack_grad(grad_a, packed, coefficients)
+        r, g = p.double().clamp(min=0.0), grad_a.double()
+        wanted = {"a": 0.75 * r + 0.5 * r * r, "grad_p": torch.where(r > 0, g * (0.75 + r), 0.0)}
+        where = f"{rows} × {columns}, density {density}, {dtype}"
+        for name, got in (("a", a), ("grad_p", grad_p)):
+            assert (wanted[name] == 0).equal(got == 0), f"{where}: {name} is zero elsewhere"
+            error = ((got.double() - wanted[name]).abs() / wanted[name].abs().clamp(min=1e-4)).max()
+            if got.numel():
+                worst[str(dtype)] = max(worst[str(dtype)], error.item())
+                assert error <= _TOLERANCE[dtype], f"{where}: {name} is off by {error.item():.1e}"
+        assert again.equal(a), f"{where}: unpacking gives other activations"
+        assert packed.starts[-1].item() == int((r > 0).sum()), f"{where}: another number is active"
+    return worst
+
+
+def odd_values(context: Context) -> str:
+    """NaN is active and stays NaN, ∞ stays ∞, −∞ and −0 are zero; an overflow is seen."""
+    pack = pack_module(context)
+    inf, nan = float("inf"), float("nan")
+    p = torch.tensor([[nan, inf, -inf, -0.0, 0.0, 1.0]], device=context.device)
+    one = torch.tensor([1.0, 0.0], device=context.device)
+    a, packed = pack.act_pack(p, one, 8)
+    assert a[0, 1:].tolist() == [inf, 0.0, 0.0, 0.0, 1.0], a
+    assert a[0, 0].isnan(), a
+    assert packed.starts.tolist() == [0, 3], packed.starts
+    p = torch.ones(4, 40, device=context.device)
+    jumping = torch.tensor([1.0, 0.5], device=context.device)
+    _, packed = pack.act_pack(p, jumping, 100)
+    grad_p, a = pack.unpack_grad(torch.ones_like(p), packed, jumping)
+    assert packed.starts[-1].item() == 160, packed.starts
+    assert grad_p[:2].equal(2.0 * p[:2]), "a row that fits was lost"
+    assert grad_p[2:].isnan().all(), "a row that was not kept gave a gradient"
+    assert a[2:].isnan().all(), "a row that was not kept gave activations"
+    return "as defined"
+
+
+def same_bits(context: Context) -> str:
+    """Fifty calls give the same bits, and so does a CUDA graph with other inputs."""
+    pack = pack_module(context)
+    torch.manual_seed(0)
+    shape = (8, 64) if context.is_dry else (1024, 8192)
+    p = pre_activations(*shape, 0.05, torch.bfloat16, context.device)
+    other = pre_activations(*shape, 0.05, torch.bfloat16, context.device)
+    coefficients = torch.tensor([0.75, 0.5], device=context.device)
+
+    def both(p: Tensor) -> tuple[Tensor, Tensor]:
+        a, packed = pack.act_pack(p, coefficients, p.numel())
+        return a, pack.unpack_grad(torch.ones_like(p), packed, coefficients)[0]
+
+    first = both(p)
+    for _ in range(3 if context.is_dry else 50):
+        assert all(one.equal(two) for one, two in zip(both(p), first, strict=True))
+    if context.device != "cuda":
+        return "the same"
+    static, outputs = p.clone(), []
+    graph = graph_of(lambda: outputs.append(both(static)))
+    static.copy_(other)
+    graph.replay()
+    for one, two in zip(outputs[-1], both(other), strict=True):
+        assert one.equal(two), "a replayed graph computes something else"
+    return "the same, in a CUDA graph too"
+
+
+def times(context: Context) -> dict[str, Any]:
+    """Microseconds and GB/s of both kernels, bfloat16, at 5 %."""
+    pack = pack_module(context)
+    rows, columns = (8, 64) if context.is_dry else (4096, 8192)
+    p = pre_activations(rows, columns, 0.05, torch.bfloat16, context.device)
+    one = torch.tensor([1.0, 0.0], device=context.device)
+    capacity = int(0.1 * p.numel())
+    _, packed = pack.act_pack(p, one, capacity)
+    # p twice and a; ∂ℓ/∂a, ∂ℓ/∂p and a; the mask is a sixteenth of p.
+    calls = {
+        "act_pack": lambda: pack.act_pack(p, one, capacity),
+        "unpack_grad": lambda: pack.unpack_grad(p, packed, one),
+    }
+    found = {}
+    for name, call in calls.items():
+        us = time_one(call, context.device, 1.0)
+        moved = 3 * p.numel() * p.element_size()
+        found[name] = {"us": us, "gb_per_s": moved / us / 1e3, "T": rows, "F": columns}
+    return found
+
+
+CHECKS = {"pack": (against_float64, odd_values, same_bits, times)}
