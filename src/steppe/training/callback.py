@@ -283,8 +283,9 @@ class SteppeCallback(TrainerCallback, ExportableState):
         if loss is not None and not math.isfinite(loss):
             self._stop_watching()
             raise NonFiniteLossError(
-                f"the training loss is {loss} at step {state.global_step}. Lower the learning rate"
-                " (--lr), clip gradients (max_grad_norm=1.0), or warm up longer."
+                f"the training loss is {loss} at step {state.global_step}. Clip gradients"
+                " (max_grad_norm=1.0), warm up longer, or lower the learning rate",
+                {"learning_rate": args.learning_rate / 10},
             )
         metrics = self._metrics(self.history[self._logged :])
         self._logged = len(self.history)
@@ -367,7 +368,7 @@ class SteppeCallback(TrainerCallback, ExportableState):
 
     def _write(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
         if model is not None and state.is_world_process_zero:
-            folder = prepare_folder(str(args.output_dir))
+            folder = prepare_folder(str(args.output_dir), "output_dir")
             write_run(self.run(args, state, model), folder / RUN_FILE)
 
     def _settle(self) -> None:
