@@ -79,7 +79,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "steppe.training.augmentation",
         "steppe.training.data",
         "steppe.training.draws",
+        "steppe.training.history",
         "steppe.training.idx",
+        "steppe.training.interception",
         "steppe.training.penalized",
         "steppe.training.quality",
         "steppe.training.recipe",
@@ -142,10 +144,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "sklearn": ("steppe.training",),
     "torch._dynamo": (),
     "torch.distributed.tensor": (),
-    "torch.utils.tensorboard": ("steppe.training",),
     "transformers": ("steppe.training", "steppe.checkpoints"),
     "typer": ("steppe.cli",),
-    "wandb": ("steppe.training",),
 }
 HEAVY = (
     "accelerate",

@@ -369,7 +369,7 @@ def test_as_many_classes_of_other_names_go_by_position_and_are_noted(tmp_path: P
 
 def test_images_without_classes_are_an_error_unless_none_are_needed(tmp_path: Path) -> None:
     write_images(tmp_path, ("all",))
-    with pytest.raises(DataError, match="Images need a folder a class.*labels=model"):
+    with pytest.raises(DataError, match=r"Images need a folder a class.*labels=model"):
         batches_of(tmp_path, models.vit(), tmp_path)
     loader = load_batches(Source(str(tmp_path)), models.vit(), str(tmp_path), with_classes=False)
     assert sorted(next(iter(loader))) == ["pixel_values"]

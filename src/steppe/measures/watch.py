@@ -38,6 +38,12 @@ from steppe.tokens import TokenContext, listen
 class Monitor:
     """What is measured of a model's MLP blocks, streaming on the device; made by `watch`.
 
+    Args:
+        model: the model.
+        blocks: of it.
+        gradients: measure backward passes too.
+        reduction: of a loss that is not the model's own, over its terms.
+
     Attributes:
         enabled: whether forward passes, and their backward passes, are measured now.
         names: the blocks' names, in forward order.
@@ -47,18 +53,41 @@ class Monitor:
 
     def __init__(
         self,
+        model: nn.Module,
         blocks: Sequence[MLPBlock],
-        contexts: Sequence[TokenContext],
-        losses: LossContext | None,
+        gradients: bool = False,
+        reduction: Reduction = "mean",
     ) -> None:
         self.names = tuple(block.name for block in blocks)
         self.loss_factor: float | Tensor = 1.0
-        self._losses = losses
+        self._model = model
+        self._losses = LossContext(model, reduction) if gradients else None
+        contexts, self._context_hooks = listen(model, blocks)
         self._observers = [
-            _Observer(self, block, context, losses)
+            _Observer(self, block, context, self._losses)
             for block, context in zip(blocks, contexts, strict=True)
         ]
         self.enabled = True
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Measure while this lasts, any number of times; the model is then as it was before."""
+        journal = Journal(transient=True)
+        try:
+            journal.hold_nested_tensors_off(self._model)
+            for observer in self._observers:
+                journal.append(observers_of(observer.block.down), observer)
+            for module, hook in self._context_hooks:
+                journal.add_forward_pre_hook(module, hook, with_kwargs=True)
+            if self._losses is not None:
+                root = unwrap(self._model)
+                journal.add_forward_pre_hook(root, self._losses.see_labels, with_kwargs=True)
+                journal.add_forward_hook(root, self._losses.see_loss)
+            for module, see in self._hooks():
+                journal.add_forward_hook(module, see)
+            yield
+        finally:
+            journal.undo()
 
     @property
     def enabled(self) -> bool:
@@ -120,12 +149,7 @@ class Monitor:
         self.reset()
         return taken
 
-    def observe_routes(self, journal: Journal) -> None:
-        """Be told of the blocks that run around their own modules."""
-        for observer in self._observers:
-            journal.append(observers_of(observer.block.down), observer)
-
-    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor | None]]]:
+    def _hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor | None]]]:
         """The forward hooks that measure, with the modules they belong to."""
         for observer in self._observers:
             yield observer.block.activated, observer.see_p
@@ -343,22 +367,6 @@ def watch(
         >>> monitor.report().blocks[0].tokens
         10
     """
-    blocks = find_blocks(model, where, patterns)
-    contexts, context_hooks = listen(model, blocks)
-    losses = LossContext(model, reduction) if gradients else None
-    monitor = Monitor(blocks, contexts, losses)
-    journal = Journal(transient=True)
-    try:
-        journal.hold_nested_tensors_off(model)
-        monitor.observe_routes(journal)
-        for module, hook in context_hooks:
-            journal.add_forward_pre_hook(module, hook, with_kwargs=True)
-        if losses is not None:
-            root = unwrap(model)
-            journal.add_forward_pre_hook(root, losses.see_labels, with_kwargs=True)
-            journal.add_forward_hook(root, losses.see_loss)
-        for module, see in monitor.hooks():
-            journal.add_forward_hook(module, see)
+    monitor = Monitor(model, find_blocks(model, where, patterns), gradients, reduction)
+    with monitor.attached():
         yield monitor
-    finally:
-        journal.undo()
