@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +271,43 @@ def test_a_copy_of_a_trainer_measures_its_own_model(tmp_path: Path) -> None:
     assert len(theirs.history) == STEPS
     assert ours.history == []
     assert torch.equal(trainer.model.lm_head.weight, gpt2().lm_head.weight)
+
+
+@pytest.fixture
+def _no_garbage_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_garbage_collector")
+def test_a_trainer_and_its_model_go_when_nobody_holds_them(tmp_path: Path) -> None:
+    model = gpt2()
+    trainer = make_trainer(tmp_path, model, SteppeCallback(every=1))
+    trainer.train()
+    gone = weakref.ref(trainer), weakref.ref(model)
+    del trainer, model
+    assert [one() for one in gone] == [None, None]
+
+
+def test_a_trainer_stays_of_its_class_for_everybody_else(tmp_path: Path) -> None:
+    class Mine(Trainer):
+        steps = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            self.steps += 1
+            return super().training_step(*args, **kwargs)
+
+    callback = SteppeCallback(every=1)
+    arguments = make_trainer(tmp_path, gpt2()).args
+    trainer = Mine(gpt2(), arguments, train_dataset=dataset(8, 0), eval_dataset=dataset(8, 1))
+    trainer.add_callback(callback)
+    trainer.train()
+    assert isinstance(trainer, Mine)
+    assert repr(type(trainer)) == repr(Mine)
+    assert trainer.steps == STEPS
+    assert len(callback.history) == STEPS
 
 
 # ---- the console

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,10 +62,11 @@ class Monitor:
         self.names = tuple(block.name for block in blocks)
         self.loss_factor: float | Tensor = 1.0
         self._model = model
+        self._switch = _Switch()
         self._losses = LossContext(model, reduction) if gradients else None
         contexts, self._context_hooks = listen(model, blocks)
         self._observers = [
-            _Observer(self, block, context, self._losses)
+            _Observer(self._switch, block, context, self._losses)
             for block, context in zip(blocks, contexts, strict=True)
         ]
         self.enabled = True
@@ -92,11 +94,11 @@ class Monitor:
     @property
     def enabled(self) -> bool:
         """Whether passes are measured now."""
-        return self._enabled
+        return self._switch.is_on
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._enabled = value
+        self._switch.is_on = value
         if self._losses is not None:
             self._losses.enabled = value
 
@@ -185,18 +187,25 @@ class Monitor:
         return torch.as_tensor(self.loss_factor, dtype=torch.float64).square()
 
 
+@dataclass
+class _Switch:
+    """Whether passes are measured now; the observers do not keep their monitor alive."""
+
+    is_on: bool = True
+
+
 class _Observer:
     """Measures one block: at the layer before the activation, at a gated `up`, at `down`."""
 
     def __init__(
         self,
-        monitor: Monitor,
+        switch: _Switch,
         block: MLPBlock,
         context: TokenContext,
         losses: LossContext | None,
     ) -> None:
         self.block = block
-        self._monitor = monitor
+        self._switch = switch
         self._context = context
         self._losses = losses
         # Gated blocks run gate and up in either order: keep the first until the second comes.
@@ -231,16 +240,16 @@ class _Observer:
     @property
     def needs_dense(self) -> bool:
         """Whether a routed block's own modules must run now, for their gradients to be seen."""
-        return self._monitor.enabled and self._losses is not None
+        return self._switch.is_on and self._losses is not None
 
     def see_support(self, x: Tensor, active: Tensor, slopes: Tensor) -> None:
         """The support of a routed call."""
-        if self._monitor.enabled:
+        if self._switch.is_on:
             self._count(active, active, slopes)
 
     def see_p(self, module: nn.Module, args: tuple[Any, ...], p: Tensor) -> Tensor | None:
         """Forward hook on the activated layer."""
-        if not self._monitor.enabled or self._is_routed(p):
+        if not self._switch.is_on or self._is_routed(p):
             return None
         # The slot, not the block: the activation may have been replaced since.
         slot = self.block.act_slot
@@ -258,7 +267,7 @@ class _Observer:
 
     def see_up(self, module: nn.Module, args: tuple[Any, ...], up: Tensor) -> Tensor | None:
         """Forward hook on `up` of a gated block."""
-        if not self._monitor.enabled or self._is_routed(up):
+        if not self._switch.is_on or self._is_routed(up):
             return None
         if self._gate is None:
             self._up = up.detach() != 0
@@ -269,7 +278,7 @@ class _Observer:
 
     def see_z(self, module: nn.Module, args: tuple[Any, ...], z: Tensor) -> Tensor | None:
         """Forward hook on `down`."""
-        return self._tapped("down", args[0], z, None) if self._monitor.enabled else None
+        return self._tapped("down", args[0], z, None) if self._switch.is_on else None
 
     def _is_routed(self, output: Tensor) -> bool:
         """Whether a layer has passed its input on; `see_support` is told of such a call."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import transformers
 from torch import nn
 from transformers import (
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -32,12 +32,7 @@ from steppe.plugins.sparsify import (
 from steppe.runs import RUN_FILE, Run, write_run
 from steppe.surgery import Journal
 from steppe.training.history import HEADLINE, History, means_of
-from steppe.training.interception import (
-    Around,
-    calling_trainer,
-    put_before_consoles,
-    stand_around,
-)
+from steppe.training.interception import AroundCallback, attend
 from steppe.training.penalized import PenalizedLoss
 
 # What a reader of a run wants to know of how it was trained.
@@ -62,7 +57,7 @@ _SETTINGS = (
 )
 
 
-class SteppeCallback(History, TrainerCallback, ExportableState):
+class SteppeCallback(History, AroundCallback, ExportableState):
     """Constraints, schedules and metrics of steppe in a stock ``transformers.Trainer``.
 
     If the model carries plug-ins, their schedules follow ``global_step / max_steps`` and they are
@@ -129,8 +124,8 @@ class SteppeCallback(History, TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stand around the Trainer's methods, for evaluations before it trains."""
-        self._stand_around(calling_trainer(self))
+        """Be there also where the Trainer evaluates before it trains."""
+        attend(self)
 
     def on_train_begin(
         self,
@@ -151,7 +146,7 @@ class SteppeCallback(History, TrainerCallback, ExportableState):
                 f"SteppeCallback: one process for {args.n_gpu} GPUs runs the hooks in threads that"
                 f" race (nn.DataParallel). Start with: torchrun --nproc_per_node {args.n_gpu} ..."
             )
-        self._stand_around(calling_trainer(self))
+        attend(self)
         # Of a run that starts anew the state holds what this object had from the last one.
         self._begin(model, self.flatness, self._kept_by(state) if state.global_step > 0 else {})
         self._penalized = None
@@ -287,20 +282,11 @@ class SteppeCallback(History, TrainerCallback, ExportableState):
             _advance(model, state, state.best_global_step)
         self._settle()
         self._write(args, state, model)
-        self._is_training = False
+        self._is_training, self._monitor, self._penalized = False, None, None
 
-    def _stand_around(self, trainer: Trainer) -> None:
-        """Be there where the Trainer steps, evaluates and logs."""
-        put_before_consoles(trainer, self)
-        stand_around(
-            trainer,
-            self,
-            training_step=self._around_step,
-            evaluation_loop=self._around_evaluation,
-            log=self._around_log,
-        )
-
-    def _around_step(self, trainer: Trainer, step: Around, *args: Any, **kwargs: Any) -> Any:
+    def around_training_step(
+        self, trainer: Trainer, step: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """One micro-batch, forward and backward."""
         with ExitStack() as stack:
             if self._is_turn and self._monitor is not None:
@@ -311,7 +297,9 @@ class SteppeCallback(History, TrainerCallback, ExportableState):
                 journal.add_forward_hook(trainer.model, self._penalized, with_kwargs=True)
             return step(*args, **kwargs)
 
-    def _around_evaluation(self, trainer: Trainer, loop: Around, *args: Any, **kwargs: Any) -> Any:
+    def around_evaluation_loop(
+        self, trainer: Trainer, loop: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """One pass over held-out data, whose metrics get the densities."""
         assert trainer.model is not None
         with self._monitor_of_evaluation(trainer.model).attached():
@@ -324,8 +312,13 @@ class SteppeCallback(History, TrainerCallback, ExportableState):
             output.metrics[prefix + key] = value
         return output
 
-    def _around_log(
-        self, trainer: Trainer, log: Around, logs: dict[str, float], *args: Any, **kwargs: Any
+    def around_log(
+        self,
+        trainer: Trainer,
+        log: Callable[..., Any],
+        logs: dict[str, float],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """One log, which everybody gets whole; the caller's has what it had."""
         parts: list[tuple[str, dict[str, float]]] = []

@@ -100,7 +100,8 @@ class History:
     def _monitor_of_evaluation(self, model: nn.Module) -> Monitor:
         """What measures an evaluation, at zero; the same one each time, for torch.compile."""
         if self._evaluation is None or self._evaluation[0] is not model:
-            self._evaluation = model, Monitor(model, find_blocks(model))
+            with torch.inference_mode(False):  # Lightning evaluates under it, others do not
+                self._evaluation = model, Monitor(model, find_blocks(model))
         monitor = self._evaluation[1]
         monitor.reset()
         return monitor

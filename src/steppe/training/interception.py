@@ -3,13 +3,16 @@
 A callback is told what has happened, after the reporters have had it, and is told nothing of an
 exception. Hooks that are in the model only while one of the Trainer's own methods runs are gone
 whatever ends it, and metrics that are in a log before the Trainer sends it reach everybody.
-Transformers hands no Trainer to its callbacks, but it calls them, so it is on the stack.
+Transformers hands no Trainer to its callbacks, but it calls them, so it is on the stack. Its class
+is then swapped for a subclass of the same name: methods of its own on the object would refer to it,
+and keep it and its model alive until the garbage collector comes by.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -18,26 +21,63 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from steppe.errors import ScheduleError
 
-Around = Callable[..., Any]
-"""Called with the Trainer, the method and the method's arguments, in place of the method."""
-
 # The default one is a table in notebooks.
 _CONSOLES = (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)
+_SUBCLASSES: dict[type, type] = {}
 
 
-def calling_trainer(callback: TrainerCallback) -> Trainer:
-    """The Trainer that calls an event of a callback just now.
+class AroundCallback(TrainerCallback):
+    """A callback that runs around methods of its Trainer, in place of which it is called."""
+
+    def around_training_step(
+        self, trainer: Trainer, step: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around one micro-batch, forward and backward."""
+        return step(*args, **kwargs)
+
+    def around_evaluation_loop(
+        self, trainer: Trainer, loop: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around one pass over held-out data."""
+        return loop(*args, **kwargs)
+
+    def around_log(
+        self, trainer: Trainer, log: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around one log, before it goes anywhere."""
+        return log(*args, **kwargs)
+
+
+def attend(callback: AroundCallback) -> None:
+    """Let a callback run around methods of the Trainer that calls an event of it just now.
+
+    It is then told of events after all reporters and before what prints. Nothing changes if it is
+    called again.
 
     Args:
-        callback: one of its callbacks.
+        callback: one of the Trainer's callbacks. Once it is none any more, the methods run alone.
 
     Raises:
-        ScheduleError: there is none.
+        ScheduleError: no Trainer calls.
     """
+    trainer = _calling_trainer(callback)
+    if not isinstance(trainer, _Attended):
+        trainer.__class__ = _attended(type(trainer))
+    handler = trainer.callback_handler
+    others = [one for one in handler.callbacks if one is not callback]
+    consoles = [one for one in others if isinstance(one, _CONSOLES)]
+    reporters = [one for one in others if not isinstance(one, _CONSOLES)]
+    # Another list: the handler is going through this one.
+    handler.callbacks = [*reporters, callback, *consoles]
+
+
+def _calling_trainer(callback: AroundCallback) -> Trainer:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         found = frame.f_locals.get("self")
-        if isinstance(found, Trainer) and has_callback(found, callback):
+        if isinstance(found, Trainer) and any(
+            one is callback for one in found.callback_handler.callbacks
+        ):
             return found
         frame = frame.f_back
     raise ScheduleError(
@@ -46,55 +86,44 @@ def calling_trainer(callback: TrainerCallback) -> Trainer:
     )
 
 
-def has_callback(trainer: Trainer, callback: TrainerCallback) -> bool:
-    """Whether a callback is one of a Trainer's."""
-    return any(one is callback for one in trainer.callback_handler.callbacks)
+class _Attended:
+    """What a Trainer with an `AroundCallback` does otherwise."""
+
+    callback_handler: Any
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch."""
+        return self._through_callbacks("training_step", args, kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """One pass over held-out data."""
+        return self._through_callbacks("evaluation_loop", args, kwargs)
+
+    def log(self, *args: Any, **kwargs: Any) -> Any:
+        """One log."""
+        return self._through_callbacks("log", args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As an object of the Trainer's own class, and attended again."""
+        reduced: Any = object.__reduce_ex__(self, 2)
+        return _blank, (type(self).__mro__[2],), *reduced[2:]
+
+    def _through_callbacks(self, name: str, args: Any, kwargs: Any) -> Any:
+        run = getattr(super(), name)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AroundCallback):
+                run = partial(getattr(callback, f"around_{name}"), self, run)
+        return run(*args, **kwargs)
 
 
-def stand_around(trainer: Trainer, callback: TrainerCallback, **arounds: Around) -> None:
-    """Call functions in place of methods of one Trainer, once however often this is called.
-
-    Args:
-        trainer: its class stays as it is.
-        callback: once it is no callback of the Trainer any more, the methods run alone.
-        **arounds: by the method's name.
-    """
-    for name, around in arounds.items():
-        method = getattr(trainer, name)
-        if not (isinstance(method, _Around) and method.has(callback)):
-            setattr(trainer, name, _Around(trainer, callback, method, around))
+def _attended(base: type) -> type:
+    """The subclass of a Trainer's class, the same one every time."""
+    if base not in _SUBCLASSES:
+        members = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        _SUBCLASSES[base] = type(base.__name__, (_Attended, base), members)
+    return _SUBCLASSES[base]
 
 
-def put_before_consoles(trainer: Trainer, callback: TrainerCallback) -> None:
-    """Let a callback be told after all reporters and before what prints.
-
-    The list of callbacks is another one afterwards: this one may be being gone through.
-    """
-    handler = trainer.callback_handler
-    others = [one for one in handler.callbacks if one is not callback]
-    consoles = [one for one in others if isinstance(one, _CONSOLES)]
-    reporters = [one for one in others if not isinstance(one, _CONSOLES)]
-    handler.callbacks = [*reporters, callback, *consoles]
-
-
-class _Around:
-    """A method of one Trainer with a function around it; a copy of the Trainer has a copy of it."""
-
-    def __init__(
-        self, trainer: Trainer, callback: TrainerCallback, method: Any, around: Around
-    ) -> None:
-        self._trainer = trainer
-        self._callback = callback
-        self._method = method
-        self._around = around
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the function, or the method alone."""
-        if has_callback(self._trainer, self._callback):
-            return self._around(self._trainer, self._method, *args, **kwargs)
-        return self._method(*args, **kwargs)
-
-    def has(self, callback: TrainerCallback) -> bool:
-        """Whether it, or one that it stands around, is of a callback."""
-        inner = self._method
-        return self._callback is callback or (isinstance(inner, _Around) and inner.has(callback))
+def _blank(base: type) -> Any:
+    """An attended Trainer without a state."""
+    return object.__new__(_attended(base))
