@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 from contextlib import ExitStack
@@ -21,23 +20,15 @@ from steppe.plugins.sparsify import sparsification_of
 from steppe.runs import RUN_FILE, Run, write_run
 from steppe.training.history import History, means_of
 
-
-def _lightning() -> Any:
-    """Lightning, under either of its names.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    name = "pytorch_lightning" if importlib.util.find_spec("lightning") is None else "lightning"
-    try:
-        return importlib.import_module("lightning.pytorch" if name == "lightning" else name)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"steppe.training.lightning needs {error.name}: pip install 'steppe[lightning]'"
-        ) from None
-
-
-pl: Any = _lightning()
+try:
+    if importlib.util.find_spec("lightning") is None:
+        import pytorch_lightning as pl
+    else:
+        from lightning import pytorch as pl  # type: ignore[no-redef]
+except ModuleNotFoundError as error:
+    raise MissingExtraError(
+        f"steppe.training.lightning needs {error.name}: pip install 'steppe[lightning]'"
+    ) from None
 
 
 class LightningCallback(History, pl.Callback):
@@ -256,7 +247,7 @@ class LightningCallback(History, pl.Callback):
             _model_of(pl_module),
             name or _folder(trainer).resolve().name,
             settings,
-            {"lightning": pl.__version__},
+            {"lightning": getattr(pl, "__version__", "")},
             self._logs,
         )
 
