@@ -241,6 +241,13 @@ def test_every_callback_that_does_not_print_is_told_all(tmp_path: Path, later: b
     assert len(first.evaluations) == 2
 
 
+def test_the_order_of_the_callbacks_is_that_of_the_user(tmp_path: Path) -> None:
+    ours = [Listener(), SteppeCallback(every=1), EarlyStoppingCallback()]
+    trainer = make_trainer(tmp_path, gpt2(), *ours)
+    order = [one for one in trainer.callback_handler.callbacks if one in ours]
+    assert order == ours
+
+
 def test_a_callback_that_was_taken_out_does_nothing(tmp_path: Path) -> None:
     callback = SteppeCallback(every=1)
     trainer = make_trainer(tmp_path, gpt2(), callback)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -108,7 +107,6 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         self._is_turn = False  # of the step that runs, to be measured
         self._penalized: PenalizedLoss | None = None
         self._evaluated_last: tuple[str, list[Tally], dict[str, Any]] | None = None
-        self._unprinted: set[str] = set()  # of the log that is being sent
 
     def state(self) -> dict[str, Any]:
         """What ``trainer_state.json`` keeps of this callback; asked of the first process only."""
@@ -253,21 +251,18 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Leave the densities of the whole model in the log for those who print it.
+        """End a run that has diverged.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
         """
-        logs = {} if logs is None else logs
-        loss = logs.get("loss")
+        loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             raise NonFiniteLossError(
                 f"the training loss is {loss} at step {state.global_step}. Clip gradients"
                 " (max_grad_norm=1.0), warm up longer, or lower the learning rate",
                 {"learning_rate": args.learning_rate / 10},
             )
-        for key in self._unprinted:
-            logs.pop(key, None)
 
     def on_train_end(
         self,
@@ -304,8 +299,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         assert trainer.model is not None
         with self._monitor_of_evaluation(trainer.model).attached():
             output = loop(*args, **kwargs)
-        asked = inspect.signature(Trainer.evaluation_loop).bind(trainer, *args, **kwargs)
-        prefix = f"{asked.arguments.get('metric_key_prefix', 'eval')}_"
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval") + "_"
         tallies, entry = self._evaluated()
         self._evaluated_last = prefix, tallies, entry
         for key, value in means_of([entry]).items():
@@ -331,11 +325,13 @@ class SteppeCallback(History, AroundCallback, ExportableState):
                 parts.append((prefix, means_of([entry], names)))
         metrics = {prefix + key: value for prefix, part in parts for key, value in part.items()}
         whole = {**logs, **metrics}
-        self._unprinted = {prefix + key for prefix, part in parts for key in part.keys() - HEADLINE}
+        self.unprinted = frozenset(
+            prefix + key for prefix, part in parts for key in part.keys() - HEADLINE
+        )
         try:
             log(whole, *args, **kwargs)
         finally:
-            self._unprinted = set()
+            self.unprinted = frozenset()
         logs.update({key: value for key, value in whole.items() if key not in metrics})
 
     def _kept_by(self, state: TrainerState) -> dict[str, Any]:

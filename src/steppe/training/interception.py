@@ -16,7 +16,15 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from steppe.errors import ScheduleError
@@ -27,7 +35,13 @@ _SUBCLASSES: dict[type, type] = {}
 
 
 class AroundCallback(TrainerCallback):
-    """A callback that runs around methods of its Trainer, in place of which it is called."""
+    """A callback that runs around methods of its Trainer, in place of which it is called.
+
+    Attributes:
+        unprinted: what those who print are to leave out of the log that is being sent.
+    """
+
+    unprinted: frozenset[str] = frozenset()
 
     def around_training_step(
         self, trainer: Trainer, step: Callable[..., Any], *args: Any, **kwargs: Any
@@ -51,8 +65,8 @@ class AroundCallback(TrainerCallback):
 def attend(callback: AroundCallback) -> None:
     """Let a callback run around methods of the Trainer that calls an event of it just now.
 
-    It is then told of events after all reporters and before what prints. Nothing changes if it is
-    called again.
+    What prints is told of events after all others from now on, and not of all metrics. Nothing more
+    changes if this is called again.
 
     Args:
         callback: one of the Trainer's callbacks. Once it is none any more, the methods run alone.
@@ -64,11 +78,33 @@ def attend(callback: AroundCallback) -> None:
     if not isinstance(trainer, _Attended):
         trainer.__class__ = _attended(type(trainer))
     handler = trainer.callback_handler
-    others = [one for one in handler.callbacks if one is not callback]
-    consoles = [one for one in others if isinstance(one, _CONSOLES)]
-    reporters = [one for one in others if not isinstance(one, _CONSOLES)]
+    consoles = [one for one in handler.callbacks if isinstance(one, _CONSOLES)]
+    others = [
+        one
+        for one in handler.callbacks
+        if not isinstance(one, _CONSOLES) and not (isinstance(one, _Shorten) and one.of is callback)
+    ]
     # Another list: the handler is going through this one.
-    handler.callbacks = [*reporters, callback, *consoles]
+    handler.callbacks = [*others, _Shorten(callback), *consoles]
+
+
+class _Shorten(TrainerCallback):
+    """Stands before those who print."""
+
+    def __init__(self, of: AroundCallback) -> None:
+        self.of = of
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Leave out what is not to be printed."""
+        for key in self.of.unprinted:
+            (logs or {}).pop(key, None)
 
 
 def _calling_trainer(callback: AroundCallback) -> Trainer:
