@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,12 @@ from steppe.tokens import TokenContext, attach, listen
 class Monitor:
     """What is measured of a model's MLP blocks, streaming on the device; made by `watch`.
 
+    Args:
+        model: the model.
+        blocks: of it.
+        gradients: measure backward passes too.
+        reduction: of a loss that is not the model's own, over its terms.
+
     Attributes:
         enabled: whether forward passes, and their backward passes, are measured now.
         names: the blocks' names, in forward order.
@@ -44,27 +51,50 @@ class Monitor:
 
     def __init__(
         self,
+        model: nn.Module,
         blocks: Sequence[MLPBlock],
-        contexts: Sequence[TokenContext],
-        losses: LossContext | None,
+        gradients: bool = False,
+        reduction: Reduction = "mean",
     ) -> None:
         self.names = tuple(block.name for block in blocks)
         self.loss_factor: float | Tensor = 1.0
-        self._losses = losses
+        self._model = model
+        self._switch = _Switch()
+        self._losses = LossContext(model, reduction) if gradients else None
+        contexts, self._context_hooks = listen(model, blocks)
         self._observers = [
-            _Observer(self, block, context, losses)
+            _Observer(self._switch, block, context, self._losses)
             for block, context in zip(blocks, contexts, strict=True)
         ]
         self.enabled = True
 
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Measure while this lasts, any number of times; the model is then as it was before."""
+        journal = Journal(transient=True)
+        try:
+            journal.hold_nested_tensors_off(self._model)
+            for observer in self._observers:
+                journal.append(observers_of(observer.block.down), observer)
+            attach(journal, self._context_hooks)
+            if self._losses is not None:
+                root = unwrap(self._model)
+                journal.add_forward_pre_hook(root, self._losses.see_labels, with_kwargs=True)
+                journal.add_forward_hook(root, self._losses.see_loss)
+            for module, see in self._hooks():
+                journal.add_forward_hook(module, see)
+            yield
+        finally:
+            journal.undo()
+
     @property
     def enabled(self) -> bool:
         """Whether passes are measured now."""
-        return self._enabled
+        return self._switch.is_on
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._enabled = value
+        self._switch.is_on = value
         if self._losses is not None:
             self._losses.enabled = value
 
@@ -117,12 +147,7 @@ class Monitor:
         self.reset()
         return taken
 
-    def observe_routes(self, journal: Journal) -> None:
-        """Be told of the blocks that run around their own modules."""
-        for observer in self._observers:
-            journal.append(observers_of(observer.block.down), observer)
-
-    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor | None]]]:
+    def _hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor | None]]]:
         """The forward hooks that measure, with the modules they belong to."""
         for observer in self._observers:
             yield observer.block.activated, observer.see_p
@@ -158,18 +183,25 @@ class Monitor:
         return torch.as_tensor(self.loss_factor, dtype=torch.float64).square()
 
 
+@dataclass
+class _Switch:
+    """Whether passes are measured now; the observers do not keep their monitor alive."""
+
+    is_on: bool = True
+
+
 class _Observer:
     """Measures one block: at the layer before the activation, at a gated `up`, at `down`."""
 
     def __init__(
         self,
-        monitor: Monitor,
+        switch: _Switch,
         block: MLPBlock,
         context: TokenContext,
         losses: LossContext | None,
     ) -> None:
         self.block = block
-        self._monitor = monitor
+        self._switch = switch
         self._context = context
         self._losses = losses
         # Gated blocks run gate and up in either order: keep the first until the second comes.
@@ -204,16 +236,16 @@ class _Observer:
     @property
     def needs_dense(self) -> bool:
         """Whether a routed block's own modules must run now, for their gradients to be seen."""
-        return self._monitor.enabled and self._losses is not None
+        return self._switch.is_on and self._losses is not None
 
     def see_support(self, x: Tensor, active: Tensor, slopes: Tensor) -> None:
         """The support of a routed call."""
-        if self._monitor.enabled:
+        if self._switch.is_on:
             self._count(active, active, slopes)
 
     def see_p(self, module: nn.Module, args: tuple[Any, ...], p: Tensor) -> Tensor | None:
         """Forward hook on the activated layer."""
-        if not self._monitor.enabled or self._is_routed(p):
+        if not self._switch.is_on or self._is_routed(p):
             return None
         # The slot, not the block: the activation may have been replaced since.
         slot = self.block.act_slot
@@ -231,7 +263,7 @@ class _Observer:
 
     def see_up(self, module: nn.Module, args: tuple[Any, ...], up: Tensor) -> Tensor | None:
         """Forward hook on `up` of a gated block."""
-        if not self._monitor.enabled or self._is_routed(up):
+        if not self._switch.is_on or self._is_routed(up):
             return None
         gate = self._gate.get()
         if gate is None:
@@ -244,7 +276,7 @@ class _Observer:
 
     def see_z(self, module: nn.Module, args: tuple[Any, ...], z: Tensor) -> Tensor | None:
         """Forward hook on `down`."""
-        return self._tapped("down", args[0], z, None) if self._monitor.enabled else None
+        return self._tapped("down", args[0], z, None) if self._switch.is_on else None
 
     def _is_routed(self, output: Tensor) -> bool:
         """Whether a layer has passed its input on; `see_support` is told of such a call."""
@@ -342,21 +374,6 @@ def watch(
         >>> monitor.report().blocks[0].tokens
         10
     """
-    blocks = find_blocks(model, where, patterns)
-    contexts, context_hooks = listen(model, blocks)
-    losses = LossContext(model, reduction) if gradients else None
-    monitor = Monitor(blocks, contexts, losses)
-    journal = Journal(transient=True)
-    try:
-        journal.hold_nested_tensors_off(model)
-        monitor.observe_routes(journal)
-        attach(journal, context_hooks)
-        if losses is not None:
-            root = unwrap(model)
-            journal.add_forward_pre_hook(root, losses.see_labels, with_kwargs=True)
-            journal.add_forward_hook(root, losses.see_loss)
-        for module, see in monitor.hooks():
-            journal.add_forward_hook(module, see)
+    monitor = Monitor(model, find_blocks(model, where, patterns), gradients, reduction)
+    with monitor.attached():
         yield monitor
-    finally:
-        journal.undo()
