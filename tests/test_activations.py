@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,25 @@ class LearnedSlope(nn.Module):
 
     def forward(self, p: Tensor) -> Tensor:
         return torch.where(p > 0, p * p, self.slope * p)
+
+
+class MemoryEfficientSwish(torch.autograd.Function):
+    """SiLU in the form of timm's and Bloom's activations, which torch.func refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor) -> Tensor:
+        ctx.save_for_backward(p)
+        return p * p.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        s = p.sigmoid()
+        return grad * s * (1 + p * (1 - s))
+
+
+def memory_efficient_swish(p: Tensor) -> Tensor:
+    return MemoryEfficientSwish.apply(p)
 
 
 def name_of(value: object) -> str:
@@ -201,6 +221,8 @@ def test_nothing_else_is_taken_for_relu(act: Activation) -> None:
         (ACT2FN["gelu_new"], tanh_gelu_derivative),
         (nn.SiLU(), silu_derivative),
         (ACT2FN["silu"], silu_derivative),
+        (memory_efficient_swish, silu_derivative),
+        (MemoryEfficientSwish.apply, silu_derivative),
         (torch.sin, torch.cos),
         (nn.ReLU(), lambda p: (p > 0).double()),
         (torch.relu, lambda p: (p > 0).double()),
@@ -242,7 +264,9 @@ def test_derivative_keeps_shape_and_dtype_and_has_no_graph(
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@pytest.mark.parametrize("act", [nn.GELU(), F.silu, LearnedSlope()], ids=name_of)
+@pytest.mark.parametrize(
+    "act", [nn.GELU(), F.silu, LearnedSlope(), memory_efficient_swish], ids=name_of
+)
 def test_derivative_is_the_same_whether_gradients_are_on_or_off(
     act: Activation, mode: Callable[[], torch.autograd.grad_mode.no_grad]
 ) -> None:
@@ -250,6 +274,25 @@ def test_derivative_is_the_same_whether_gradients_are_on_or_off(
     with mode():
         got = derivative(act, grid())
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), memory_efficient_swish], ids=name_of)
+def test_hooks_on_saved_tensors_do_not_see_the_derivative(act: Activation) -> None:
+    seen: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        seen.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        got = derivative(act, grid())
+    assert torch.equal(got, derivative(act, grid()))
+    assert not seen
+
+
+def test_derivative_within_a_function_that_is_differentiated() -> None:
+    slope = torch.func.grad(lambda p: (derivative(torch.sin, p) * p).sum())(grid())
+    torch.testing.assert_close(slope, torch.cos(grid()), rtol=1e-13, atol=1e-14)
 
 
 def test_derivative_leaves_the_parameters_of_an_activation_without_gradients() -> None:

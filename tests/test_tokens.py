@@ -313,9 +313,9 @@ def test_labels_are_read_by_place_too_and_may_be_absent() -> None:
     context = TokenContext(PARAMETERS)
     hook = DecoderLabels(("input_ids", "labels"), context)
     hook(nn.Identity(), (ids(), ids()), {})
-    assert context.decoder_labels is not None
+    assert context.decoder_labels.get() is not None
     hook(nn.Identity(), (ids(),), {})
-    assert context.decoder_labels is None
+    assert context.decoder_labels.get() is None
 
 
 def test_blocks_of_one_stack_share_a_context() -> None:

@@ -157,6 +157,31 @@ def derivative(act: Activation, p: Tensor) -> Tensor:
     if isinstance(act, HasDerivative):
         with torch.no_grad():
             return act.derivative(p)
-    # torch.func, not torch.autograd.grad, which torch.compile does not trace.
-    gradient: Tensor = torch.func.grad(lambda q: evaluate(act, q).sum())(p)
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        # Neither lets a leaf be made. An autograd.Function whose `forward` takes a ctx, as Bloom's
+        # and timm's activations have, cannot run under torch.func in turn.
+        gradient: Tensor = torch.func.grad(lambda q: evaluate(act, q).sum())(p)
+    else:
+        gradient = _gradient_of_sum(act, p)
     return gradient.detach()
+
+
+def _gradient_of_sum(act: Activation, p: Tensor) -> Tensor:
+    """``∂ Σ σ(p) / ∂p`` by autograd, whatever the mode around it.
+
+    Of hooks on saved tensors only the innermost act: without those here, this backward pass within
+    a block that is checkpointed would make torch run the block again.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(_same, _same),
+    ):
+        leaf = p.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(evaluate(act, leaf).sum(), leaf)
+    return gradient
+
+
+def _same(tensor: Tensor) -> Tensor:
+    """The tensor."""
+    return tensor

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,6 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+from typer.core import TyperGroup
 
 import steppe
 from steppe.errors import MissingExtraError, SteppeError
@@ -34,6 +34,52 @@ from steppe.runs import write_run
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+# The flag for each setting that an error of the library may name, by command. A setting that is not
+# here cannot be given to the command, and the error says nothing of it.
+FLAGS: dict[str, dict[str, str]] = {
+    "demo": {"out": "--out"},
+    "train": {
+        "processor": "--tokenizer",
+        "max_length": "--length",
+        **{
+            name: f"--{name}"
+            for name in (
+                "checkpoint",
+                "data_dir",
+                "gradient_accumulation_steps",
+                "gradient_checkpointing",
+                "held_out_split",
+                "learning_rate",
+                "length",
+                "lora_targets",
+                "max_steps",
+                "output_dir",
+                "per_device_train_batch_size",
+                "rand_augment",
+                "resume",
+                "streaming",
+                "text_column",
+                "tokenizer",
+                "vocab_size",
+            )
+        },
+    },
+    "measure": {
+        "data": "--data",
+        "json_file": "--json",
+        "label_column": "--label-column",
+        "labels": "--labels",
+        "max_length": "--max-length",
+        "processor": "--processor",
+        "split": "--split",
+        "target_column": "--target-column",
+        "text_column": "--text-column",
+    },
+    "report": {"out": "--out"},
+    "bench": {"json_file": "--json", "plot": "--plot"},
+    "calibrate": {},
+}
 
 
 class DtypeChoice(str, Enum):
@@ -51,7 +97,35 @@ class LabelChoice(str, Enum):
     none = "none"
 
 
+class _Commands(TyperGroup):
+    """Ends a command at an error made on purpose with one message and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except SteppeError as error:
+            message = _in_flags(error, str(ctx.invoked_subcommand))
+            console = Console(stderr=True)
+            console.print(f"[bold red]error:[/] {_escape(message)}", highlight=False)
+            raise typer.Exit(USAGE_ERROR) from None
+
+
+def _in_flags(error: SteppeError, command: str) -> str:
+    """The message of an error, with the flags of a command in place of settings."""
+    flags = FLAGS[command]
+
+    def written(name: str, value: object) -> str | None:
+        if name not in flags:
+            return None
+        given = str(value).lower() if isinstance(value, bool) else str(value)
+        return f"{flags[name]} {given}"
+
+    return error.with_settings(written)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Measure why Transformer MLP activations are sparse, and train them sparser.",
     no_args_is_help=True,
     add_completion=False,
@@ -235,7 +309,7 @@ def measure(
             f"`steppe measure` needs {error.name}: pip install 'steppe[data]'"
         ) from None
     if json_file is not None:
-        prepare_folder(json_file.parent)
+        prepare_folder(json_file.parent, "json_file")
     source = Source(
         data=data,
         split=split,
@@ -291,7 +365,7 @@ def report(
     """Compare runs on one page that opens in any browser, offline."""
     from steppe.report import find_runs, write_report
 
-    prepare_folder(out.parent)
+    prepare_folder(out.parent, "out")
     _console.print(str(write_report(find_runs(runs), out)), highlight=False)
 
 
@@ -314,9 +388,9 @@ def bench(
         raise MissingExtraError(
             "`steppe bench --plot` needs matplotlib: pip install 'steppe[demo]'"
         )
-    for path in (json_file, plot):
+    for path, setting in ((json_file, "json_file"), (plot, "plot")):
         if path is not None:
-            prepare_folder(path.parent)
+            prepare_folder(path.parent, setting)
     found = steppe.kernels()
     said = f"{found.name} kernels, {found.isa}" if found.isa else f"no kernels: {found.reason}"
     if found.isa and found.unscreened:
@@ -420,12 +494,8 @@ def calibrate(
 
 
 def main() -> None:
-    """Run the command line; errors made on purpose end with one message and exit code 2."""
-    try:
-        app()
-    except SteppeError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
-        sys.exit(USAGE_ERROR)
+    """Run the command line."""
+    app()
 
 
 @contextmanager

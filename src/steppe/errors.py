@@ -2,14 +2,52 @@
 
 Each class is also the builtin that a caller would catch, so ``except ValueError`` goes on working
 in code that has never heard of steppe. A message says where, what was expected, what was found and
-what to type instead.
+what to type instead. It names settings, as Python has them; the command line names its flags.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 
 class SteppeError(Exception):
-    """Base of all errors that steppe raises on purpose."""
+    """Base of all errors that steppe raises on purpose.
+
+    Args:
+        message: where, what was expected, what was found, and what to do.
+        *instead: settings and their values to do it with, at the end of the message. Each mapping
+            is a way by itself.
+
+    Example:
+        >>> print(SteppeError("no column of text. Say which", {"text_column": "NAME"}))
+        no column of text. Say which: text_column=NAME
+    """
+
+    def __init__(self, message: str, *instead: Mapping[str, object]) -> None:
+        self.message = message
+        self.instead = instead
+        super().__init__(self.with_settings(lambda name, value: f"{name}={value}", ", "))
+
+    def with_settings(
+        self, setting: Callable[[str, object], str | None], between: str = " "
+    ) -> str:
+        """The message with its settings written in another way.
+
+        Args:
+            setting: how to write a setting of a name and a value; None if it cannot be given, which
+                leaves out all that its way needs.
+            between: what stands between the settings of one way.
+
+        Example:
+            >>> error = SteppeError("too long", {"length": 64, "stride": 8}, {"cut": True})
+            >>> error.with_settings(
+            ...     lambda name, value: None if name == "cut" else f"-{name} {value}"
+            ... )
+            'too long: -length 64 -stride 8'
+        """
+        ways = [[setting(name, value) for name, value in way.items()] for way in self.instead]
+        told = [between.join(map(str, way)) for way in ways if None not in way]
+        return f"{self.message}: {'; or '.join(told)}" if told else self.message
 
 
 class BlocksNotFoundError(SteppeError, LookupError):

@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from steppe.errors import OutputError
 
 
-def prepare_folder(folder: str | Path) -> Path:
+def prepare_folder(folder: str | Path, setting: str | None = None) -> Path:
     """Make a folder and make sure that it can be written to.
 
     Args:
         folder: made with its parents if it is not there.
+        setting: the caller's name for it, which an error says to give another value.
 
     Returns:
         The folder.
@@ -28,7 +29,7 @@ def prepare_folder(folder: str | Path) -> Path:
         OutputError: it is a file, read-only or full.
     """
     path = Path(folder)
-    with writing_to(path):
+    with writing_to(path, setting):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"\0" * 4096)
@@ -36,11 +37,12 @@ def prepare_folder(folder: str | Path) -> Path:
 
 
 @contextmanager
-def writing_to(path: Path) -> Iterator[None]:
+def writing_to(path: Path, setting: str | None = None) -> Iterator[None]:
     """Tell errors of the file system, also those of safetensors, by the name of what is written.
 
     Args:
         path: the file or folder.
+        setting: as in `prepare_folder`.
 
     Raises:
         OutputError: something could not be written.
@@ -51,9 +53,10 @@ def writing_to(path: Path) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(
-            f"cannot write to {path}: {reason}. Name another folder: --out FOLDER"
-        ) from None
+        message = f"cannot write to {path}: {reason}"
+        if setting is None:
+            raise OutputError(message) from None
+        raise OutputError(f"{message}. Name another place", {setting: "PATH"}) from None
 
 
 def write_folder(path: Path, write: Callable[[Path], Any]) -> None:

@@ -120,8 +120,8 @@ def read_run(path: Path) -> Run:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(
-            f"{path}: expected a folder with {RUN_FILE}, or a file that `steppe measure --json`"
-            " wrote; found neither"
+            f"{path}: expected a folder with {RUN_FILE}, or a file that `steppe measure` wrote;"
+            " found neither"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RunError(f"{file}: cannot be read as JSON ({error})") from None

@@ -206,11 +206,16 @@ class Journal:
         self._note_hook(module, own, module.register_forward_pre_hook(own, with_kwargs=with_kwargs))
 
     def add_forward_hook(
-        self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        with_kwargs: bool = False,
+        always: bool = False,
     ) -> None:
-        """Register a forward hook."""
+        """Register a forward hook; with `always` it is called also where the forward raises."""
         own = OwnHook(hook, self._transient)
-        self._note_hook(module, own, module.register_forward_hook(own, with_kwargs=with_kwargs))
+        handle = module.register_forward_hook(own, with_kwargs=with_kwargs, always_call=always)
+        self._note_hook(module, own, handle)
 
     def freeze(self, parameter: nn.Parameter) -> None:
         """Take a parameter out of training.

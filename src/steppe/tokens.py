@@ -7,66 +7,105 @@ the attention mask, the position ids and the cache; a `TokenContext` listens the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steppe.blocks import MLPBlock, decoder_stack, forward_parameters, unwrap
 from steppe.errors import TokenPositionError
+from steppe.per_thread import PerThread
+from steppe.surgery import Journal
 
 IGNORED_LABEL = -100  # what Hugging Face's losses skip
 
 
-class TokenContext:
-    """A forward pre-hook on a stack that keeps what the current call says of its tokens.
-
-    It is kept after the call, since gradient checkpointing runs the blocks again in the backward
-    pass. With two forward passes before one checkpointed backward, both must have equal masks.
+class Tokens(NamedTuple):
+    """What a call says of its tokens.
 
     Attributes:
-        shape: ``(B, T)`` of the current call, or None where nothing tells it.
+        shape: ``(B, T)``, or None where nothing tells it.
         mask: bool ``[B, T]``, False for padding, or None where all tokens count.
         positions: int64 ``[B or 1, T]``, absolute, or None if they are ``offset + 0 … T − 1``.
         offset: number of tokens in the cache.
     """
 
+    shape: tuple[int, int] | None = None
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    offset: int | Tensor = 0
+
+
+class TokenContext:
+    """A forward pre-hook on a stack that keeps what the current call says of its tokens.
+
+    Each thread has its own current call, and a call inside another one does not disturb it. It is
+    kept after the call, since gradient checkpointing runs the blocks again in the backward pass.
+    With two forward passes before one checkpointed backward, both must have equal masks.
+
+    Attributes:
+        decoder_labels: of the call of an encoder-decoder model that this thread is in.
+    """
+
     def __init__(self, parameters: Sequence[str]) -> None:
         self._parameters = tuple(parameters)
-        self.shape: tuple[int, int] | None = None
-        self.mask: Tensor | None = None
-        self.positions: Tensor | None = None
-        self.offset: int | Tensor = 0
-        self.decoder_labels: Tensor | None = None
+        self._told = PerThread(Tokens(), inherits=True)
+        self.decoder_labels: PerThread[Tensor | None] = PerThread(None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of the stack's forward."""
         told = arguments_by_name(self._parameters, args, kwargs)
         ids, embeds = told.get("input_ids"), told.get("inputs_embeds")
+        shape: tuple[int, int] | None
         if ids is not None:
-            self.shape = (ids.numel() // ids.shape[-1], ids.shape[-1])
+            shape = (ids.numel() // ids.shape[-1], ids.shape[-1])
         else:
-            self.shape = None if embeds is None else (embeds.shape[0], embeds.shape[1])
+            shape = None if embeds is None else (embeds.shape[0], embeds.shape[1])
         cache = told.get("past_key_values")
         offset = 0 if cache is None else cache.get_seq_length()
         # A static cache hands out its own counter and moves it on during the call.
-        self.offset = offset.clone() if isinstance(offset, Tensor) else offset
-        self.mask = self.positions = None
+        offset = offset.clone() if isinstance(offset, Tensor) else offset
+        positions = None
         mask = _counted_tokens(told)
-        if self.shape is not None:
-            tokens = self.shape[1]
+        if shape is not None:
+            tokens = shape[1]
             position_ids = told.get("position_ids")
             if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
                 # OPT numbers left padding -1; padding may have any position.
-                self.positions = position_ids.clamp(min=0)
+                positions = position_ids.clamp(min=0)
             elif mask is not None:
-                self.positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-            if mask is None and self.decoder_labels is not None:
-                mask = self.decoder_labels != IGNORED_LABEL
+                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+            labels = self.decoder_labels.get()
+            if mask is None and labels is not None:
+                mask = labels != IGNORED_LABEL
             # With a cache the mask covers the cached tokens too.
             mask = None if mask is None else mask[:, -tokens:]
-        self.mask = mask
-        self.decoder_labels = None
+        self._told.enter(Tokens(shape, mask, positions, offset))
+        self.decoder_labels.set(None)
+
+    def leave(self, *arguments: Any) -> None:
+        """Forward hook on the stack, called also where its forward has raised."""
+        self._told.leave()
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """As of `Tokens`."""
+        return self._told.get().shape
+
+    @property
+    def mask(self) -> Tensor | None:
+        """As of `Tokens`."""
+        return self._told.get().mask
+
+    @property
+    def positions(self) -> Tensor | None:
+        """As of `Tokens`."""
+        return self._told.get().positions
+
+    @property
+    def offset(self) -> int | Tensor:
+        """As of `Tokens`."""
+        return self._told.get().offset
 
     def tokens_per_sequence(self, x: Tensor, block: MLPBlock) -> int:
         """T of a block's input.
@@ -150,7 +189,7 @@ class DecoderLabels:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the labels."""
         told = arguments_by_name(self._parameters, args, kwargs)
-        self._context.decoder_labels = told.get("labels")
+        self._context.decoder_labels.set(told.get("labels"))
 
 
 PreHook = TokenContext | DecoderLabels
@@ -166,8 +205,7 @@ def listen(
         blocks: the blocks.
 
     Returns:
-        One context per block (shared by the blocks of a stack), and the hooks to register with
-        ``module.register_forward_pre_hook(hook, with_kwargs=True)``.
+        One context per block (shared by the blocks of a stack), and the hooks for `attach`.
     """
     by_stack: dict[int, TokenContext] = {}
     contexts: list[TokenContext] = []
@@ -186,6 +224,14 @@ def listen(
                 hooks.append((root, DecoderLabels(forward_parameters(root), context)))
         contexts.append(by_stack[id(block.stack)])
     return contexts, hooks
+
+
+def attach(journal: Journal, hooks: Sequence[tuple[nn.Module, PreHook]]) -> None:
+    """Register the hooks of `listen`."""
+    for module, hook in hooks:
+        journal.add_forward_pre_hook(module, hook, with_kwargs=True)
+        if isinstance(hook, TokenContext):
+            journal.add_forward_hook(module, hook.leave, always=True)
 
 
 def arguments_by_name(

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import models
-from steppe import JumpingSquaredReLU, MLPBlock, Rectifier, find_blocks, sparsify_
+from steppe import (
+    JumpingSquaredReLU,
+    MLPBlock,
+    Rectifier,
+    accelerate_,
+    explain,
+    find_blocks,
+    sparsify_,
+)
 from steppe.errors import EmptyLoaderError, LossError, MissingExtraError, UnfitBlockError
 from steppe.linear import linear_weight
 from steppe.measures.curvature import BlockCurvature, hessian_curvature, samples_of
@@ -165,6 +173,89 @@ def test_transformers_against_the_explicit_hessian(case: str, attention: str) ->
         else:
             hessian = explicit_hessian(model, linear_weight(module), partial(loss, model, batch))
             assert_is_curvature_of(found, layer, hessian, 50)
+
+
+# ---- accelerated blocks
+
+HessianProduct = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def cubes(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).pow(3).sum()
+
+
+def loss_of_weight(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The loss as a function of the weight of `up`."""
+    return lambda weight: cubes(_Called(model, weight), x)
+
+
+class _Called(nn.Module):
+    """A model with another weight of `up`."""
+
+    def __init__(self, model: nn.Module, weight: Tensor) -> None:
+        super().__init__()
+        self.run = partial(torch.func.functional_call, model, {"up.weight": weight})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run((x,))
+
+
+def by_two_backward_passes(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+    weight = model.up.weight
+    (gradient,) = torch.autograd.grad(cubes(model, x), weight, create_graph=True)
+    return torch.autograd.grad((gradient * v).sum(), weight)[0]
+
+
+def by_hvp(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+    weight = model.up.weight.detach()
+    return torch.autograd.functional.hvp(loss_of_weight(model, x), weight, v)[1]
+
+
+def by_forward_over_reverse(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+    gradient = torch.func.grad(loss_of_weight(model, x))
+    return torch.func.jvp(gradient, (model.up.weight.detach(),), (v,))[1]
+
+
+def by_batched_gradients(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
+    weight = model.up.weight
+    (gradient,) = torch.autograd.grad(cubes(model, x), weight, create_graph=True)
+    two = torch.stack([v, -v])
+    return torch.autograd.grad(gradient, weight, two, is_grads_batched=True)[0][0]
+
+
+@pytest.mark.parametrize(
+    "product",
+    [by_two_backward_passes, by_hvp, by_forward_over_reverse, by_batched_gradients],
+    ids=lambda product: product.__name__,
+)
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+# What torch's forward mode does inside.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_products_with_the_hessian_go_through_accelerated_blocks(
+    product: HessianProduct, beta: float
+) -> None:
+    torch.manual_seed(0)
+    model = Plain(16, 64, Rectifier(1.0, beta))
+    x, v = torch.randn(8, 16).double(), torch.randn(64, 16).double()
+    want = by_two_backward_passes(model, x, v)
+    assert want.norm() > 1
+    accelerate_(model.float(), patterns=[PATTERN], max_density=1.0)
+    cubes(model, x.float()).backward()
+    assert explain(model).blocks[0].is_sparse
+    got = product(model, x.float(), v.float())
+    assert (got.double() - want).norm() < 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+def test_curvature_through_accelerated_blocks_is_that_of_the_plain_ones(case: str) -> None:
+    build, loss = CASES[case]
+    model = build().eval()
+    batch = models.inputs_for(model, batch=2, tokens=5)
+    want = hessian_curvature(model, [batch], loss, find_blocks(model)[:1], num_matvecs=8)
+    accelerate_(model, max_density=1.0)
+    got = hessian_curvature(model, [batch], loss, find_blocks(model)[:1], num_matvecs=8)
+    assert explain(model).blocks[0].is_sparse
+    assert values_of(got) == pytest.approx(values_of(want), rel=1e-3)
 
 
 def test_the_comparison_can_fail() -> None:

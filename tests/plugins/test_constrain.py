@@ -13,11 +13,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import SGD, AdamW, Optimizer
 
 import models
 import steppe
-from steppe import JumpingSquaredReLU, Plugin, RestrictedNorm, ZerothBias
+from steppe import JumpingSquaredReLU, Plugin, RestrictedNorm, RisingThreshold, ZerothBias
 from steppe.errors import ScheduleError, SparsificationError
 from steppe.plugins.sparsify import sparsification_of
 
@@ -391,3 +392,144 @@ def test_a_model_without_plugins_is_refused(restored: bool) -> None:
         with pytest.raises(SparsificationError, match="carries no plug-in"):
             verb(model)
     assert steppe.added_parameters(model) == {}
+
+
+class SAM(torch.optim.Optimizer):
+    """As it is usually written: the step is that of the optimizer inside."""
+
+    def __init__(self, params: Any, base: type[torch.optim.Optimizer], **settings: Any) -> None:
+        super().__init__(params, settings)
+        self.base_optimizer = base(self.param_groups, **settings)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            change = torch.zeros_like(p) if p.grad is None else 0.05 * p.grad
+            self.state[p]["change"] = change
+            p.add_(change)
+            p.grad = None
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.sub_(self.state[p]["change"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Calls the step of the optimizer inside, then moves the weights back a little."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+        self.slow = [p.detach().clone() for g in inner.param_groups for p in g["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+        held = [p for group in self.inner.param_groups for p in group["params"]]
+        for p, slow in zip(held, self.slow, strict=True):
+            p.lerp_(slow, 0.5)
+            slow.copy_(p)
+
+
+class Holder:
+    """No optimizer, but it has one, as DeepSpeed's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+
+def sparsified_layer() -> nn.TransformerEncoderLayer:
+    layer = nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, batch_first=True, norm_first=True)
+    steppe.sparsify_(layer, [RestrictedNorm(), RisingThreshold()])
+    return layer
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "SAM": lambda params: SAM(params, torch.optim.AdamW, lr=0.1),
+    "Lookahead": lambda params: Lookahead(torch.optim.AdamW(params, lr=0.1)),
+    "Lookahead of Lookahead": lambda params: Lookahead(
+        Lookahead(torch.optim.AdamW(params, lr=0.1))
+    ),
+    "a holder": lambda params: Holder(torch.optim.AdamW(params, lr=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_steps_of_a_wrapped_optimizer_count_once_and_are_projected(name: str) -> None:
+    layer = sparsified_layer()
+    optimizer = WRAPPERS[name](layer.parameters())
+    link = steppe.constrain_(layer, optimizer, total_steps=10)
+    x = torch.randn(4, 5, 16)
+    for _ in range(10):
+        layer(x).square().mean().backward()
+        if isinstance(optimizer, SAM):
+            optimizer.first_step()
+            layer(x).square().mean().backward()
+            optimizer.second_step()
+        else:
+            (optimizer if isinstance(optimizer, Lookahead) else optimizer.optimizer).step()
+    assert link.state_dict() == {"step": 10}
+    assert float(layer.norm2.weight.detach().min()) >= 1.0
+    assert float(layer.linear1.threshold.multiple) == 2.0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_the_zero_redundancy_optimizers_steps_count(tmp_path: Path) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        layer = sparsified_layer()
+        optimizer = ZeroRedundancyOptimizer(layer.parameters(), torch.optim.AdamW, lr=0.1)
+        link = steppe.constrain_(layer, optimizer, total_steps=4)
+        for _ in range(4):
+            layer(torch.randn(4, 5, 16)).square().mean().backward()
+            optimizer.step()
+        assert link.state_dict() == {"step": 4}
+        assert float(layer.norm2.weight.detach().min()) >= 1.0
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("plugins", [[RestrictedNorm()], [RisingThreshold()]], ids=str)
+def test_steps_of_another_optimizer_are_noticed(plugins: list[Plugin]) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, batch_first=True, norm_first=True)
+    steppe.sparsify_(layer, plugins)
+    given = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    link = steppe.constrain_(layer, given, total_steps=100)
+    other = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    x = torch.randn(4, 5, 16)
+
+    def train() -> None:
+        for _ in range(20):
+            layer(x).square().mean().backward()
+            other.step()
+
+    with pytest.raises(ScheduleError, match="AdamW, which constrain_ was given, made no step"):
+        train()
+    link.remove()
+    train()
+
+
+def test_accumulation_and_evaluation_are_no_missing_steps() -> None:
+    layer = sparsified_layer()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    steppe.constrain_(layer, optimizer, total_steps=3)
+    x = torch.randn(4, 5, 16)
+    for _ in range(3):
+        for _ in range(30):
+            layer(x).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for _ in range(30):
+                layer(x)
+
+
+def test_what_is_no_optimizer_and_has_none_is_refused() -> None:
+    with pytest.raises(ScheduleError, match=r"expected a torch\.optim\.Optimizer or what"):
+        steppe.constrain_(sparsified_layer(), object.__new__(type("Mine", (), {})), total_steps=3)

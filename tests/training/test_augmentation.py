@@ -77,7 +77,7 @@ def test_pixels_are_normalised_per_channel() -> None:
 
 
 def test_rand_augment_of_grey_images_is_refused() -> None:
-    with pytest.raises(DataError, match="--rand_augment 0"):
+    with pytest.raises(DataError, match="rand_augment=0"):
         BatchAugmenter(Augmentation(rand_augment=9), 28, 1, 10)
 
 

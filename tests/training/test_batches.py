@@ -101,7 +101,7 @@ def test_the_length_is_the_models_or_the_zeroth_biases(tmp_path: Path) -> None:
     words_tokenizer(tmp_path)
     model = models.gpt2()
     assert batches_of(tmp_path / "a.txt", model, tmp_path)[0]["input_ids"].shape[1] == 32
-    with pytest.raises(DataError, match="at most 32 tokens, got a length of 33: --max-length 32"):
+    with pytest.raises(DataError, match="at most 32 tokens, got a length of 33: max_length=32"):
         batches_of(tmp_path / "a.txt", model, tmp_path, max_length=33)
     steppe.sparsify_(model, [steppe.ZerothBias(max_tokens=20)])
     assert batches_of(tmp_path / "a.txt", model, tmp_path)[0]["input_ids"].shape[1] == 20
@@ -167,7 +167,9 @@ def test_encoder_decoders_get_inputs_and_targets(
 def test_encoder_decoders_without_pairs_or_head_are_errors(tmp_path: Path) -> None:
     words_tokenizer(tmp_path, "pairs")
     write_jsonl(tmp_path / "a.jsonl", [{"text": "the fox", "n": 3}])
-    with pytest.raises(DataError, match=r"input/target.*text \(str\), n \(int\).*--target-column"):
+    with pytest.raises(
+        DataError, match=r"input/target.*text \(str\), n \(int\).*target_column=TARGET"
+    ):
         batches_of(tmp_path / "a.jsonl", models.t5(), tmp_path)
     headless = T5Model(T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=1))
     with pytest.raises(DataError, match="no head"):
@@ -177,7 +179,7 @@ def test_encoder_decoders_without_pairs_or_head_are_errors(tmp_path: Path) -> No
 def test_the_column_of_the_text_is_found_or_asked_for(tmp_path: Path) -> None:
     words_tokenizer(tmp_path)
     path = write_jsonl(tmp_path / "a.jsonl", [{"title": "the", "body": "fox", "n": 1}])
-    with pytest.raises(DataError, match=r"title \(str\), body \(str\), n \(int\).*--text-column"):
+    with pytest.raises(DataError, match=r"title \(str\), body \(str\), n \(int\).*text_column="):
         batches_of(path, models.gpt2(), tmp_path)
     with pytest.raises(DataError, match="expected a column of strings 'n'"):
         batches_of(path, models.gpt2(), tmp_path, text_column="n")
@@ -186,7 +188,7 @@ def test_the_column_of_the_text_is_found_or_asked_for(tmp_path: Path) -> None:
     only = write_jsonl(tmp_path / "b.jsonl", [{"body": "fox", "n": 1}])
     assert batches_of(only, models.gpt2(), tmp_path)[0]["input_ids"].shape == (1, 2)
     none = write_jsonl(tmp_path / "c.jsonl", [{"n": 1}])
-    with pytest.raises(DataError, match="--text-column NAME"):
+    with pytest.raises(DataError, match="text_column=NAME"):
         batches_of(none, models.gpt2(), tmp_path)
 
 
@@ -194,7 +196,7 @@ def test_no_tokenizer_and_another_models_tokenizer_are_errors(tmp_path: Path) ->
     (tmp_path / "a.txt").write_text(TEXT)
     model = models.gpt2()
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(DataError, match=r"has no tokenizer.*--processor"):
+    with pytest.raises(DataError, match=r"has no tokenizer.*processor=FOLDER_OR_HUB_ID"):
         batches_of(tmp_path / "a.txt", model, tmp_path / "model")
     other = words_tokenizer(tmp_path / "other", words=[f"w{i}" for i in range(80)] + ["fox"])
     with pytest.raises(DataError, match="the id 87, the vocabulary of GPT2LMHeadModel has 64"):
@@ -235,7 +237,7 @@ def test_texts_are_classified_in_a_fixed_random_order(tmp_path: Path) -> None:
     ("label", "message"),
     [
         (2, r"has 2, the model knows 2 classes"),
-        (-1, r"withheld: --split validation"),
+        (-1, r"withheld: split=validation"),
         (0.5, r"has 0.5"),
         ("cat", r"has 'cat'"),
         (None, r"has None"),
@@ -251,7 +253,7 @@ def test_labels_beyond_the_models_are_errors(tmp_path: Path, label: object, mess
 def test_the_column_of_the_classes_is_found_or_asked_for(tmp_path: Path) -> None:
     words_tokenizer(tmp_path, "masked")
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the", "sentiment": 1}])
-    with pytest.raises(DataError, match=r"'label' of classes.*--label-column NAME"):
+    with pytest.raises(DataError, match=r"'label' of classes.*label_column=NAME"):
         batches_of(path, text_classifier(), tmp_path)
     (batch,) = batches_of(path, text_classifier(), tmp_path, label_column="sentiment")
     assert batch["labels"].tolist() == [1]
@@ -367,7 +369,7 @@ def test_as_many_classes_of_other_names_go_by_position_and_are_noted(tmp_path: P
 
 def test_images_without_classes_are_an_error_unless_none_are_needed(tmp_path: Path) -> None:
     write_images(tmp_path, ("all",))
-    with pytest.raises(DataError, match="images need a folder a class"):
+    with pytest.raises(DataError, match=r"Images need a folder a class.*labels=model"):
         batches_of(tmp_path, models.vit(), tmp_path)
     loader = load_batches(Source(str(tmp_path)), models.vit(), str(tmp_path), with_classes=False)
     assert sorted(next(iter(loader))) == ["pixel_values"]
@@ -379,7 +381,9 @@ def test_damaged_images_and_processors_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="its image processor cannot be loaded"):
         batches_of(data, named_vit(*ANIMALS), tmp_path)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="--processor"):  # three means for one channel
+    with pytest.raises(
+        DataError, match="processor=FOLDER_OR_HUB_ID"
+    ):  # three means for one channel
         batches_of(data, named_vit(*ANIMALS), tmp_path)
     ViTImageProcessorPil(
         size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5]
@@ -420,8 +424,8 @@ def test_digits_and_pydoc_are_the_held_out_parts_of_the_demo() -> None:
     ("data", "model", "message"),
     [
         ("pydoc", models.gpt2, "pydoc: its tokens are bytes.*256; that of GPT2LMHeadModel has 64"),
-        ("pydoc", models.vit, "takes images, this is text.*--data digits"),
-        ("digits", models.gpt2, "takes text, this is images.*--data pydoc"),
+        ("pydoc", models.vit, "takes images, this is text.*data=digits"),
+        ("digits", models.gpt2, "takes text, this is images.*data=pydoc"),
     ],
 )
 def test_an_embedded_set_that_does_not_fit_is_one_error(

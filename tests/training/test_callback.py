@@ -199,7 +199,9 @@ def test_each_log_has_the_densities_of_the_steps_since_the_last_one(
         for key in ("density", "derivative_density"):
             assert log[key] == mean([e[key] for e in since])
             for index, name in enumerate(BLOCKS):
-                assert log[f"{key}/{name}"] == mean([e[f"{key}_per_block"][index] for e in since])
+                assert log[f"{key}_per_block/{name}"] == mean(
+                    [e[f"{key}_per_block"][index] for e in since]
+                )
     assert callback.training_density == logs[-1]["training_density"]
     assert callback.training_density_per_block == [
         mean([e["density_per_block"][index] for e in callback.history]) for index in (0, 1)
@@ -320,7 +322,9 @@ def test_tensorboard_gets_the_metrics_in_the_run_folder_of_transformers(
     assert len(list(old.iterdir())) == 1
     events = EventAccumulator(str(folder)).Reload()
     keys = ["loss", "density", "derivative_density", "training_density"]
-    keys += [f"{key}/{name}" for key in ("density", "derivative_density") for name in BLOCKS]
+    keys += [
+        f"{key}_per_block/{name}" for key in ("density", "derivative_density") for name in BLOCKS
+    ]
     for key in keys:
         written = [(event.step, event.value) for event in events.Scalars(f"train/{key}")]
         logged = [(log["step"], log[key]) for log in training_logs(trainer)]
@@ -646,7 +650,7 @@ def test_each_log_has_the_factors_of_the_ratio(tmp_path: Path) -> None:
     trainer.train()
     log = next(log for log in trainer.state.log_history if "density" in log)
     for key in ("AF_up", "AF_down", "active_gain", "squared_input_norm", "dead_neurons"):
-        assert log[key] == pytest.approx(sum(log[f"{key}/{name}"] for name in BLOCKS) / 2)
+        assert log[key] == pytest.approx(sum(log[f"{key}_per_block/{name}"] for name in BLOCKS) / 2)
     assert "AF_gate" not in log
 
 

@@ -80,7 +80,7 @@ def test_idx_items_have_the_models_size_and_channels(idx: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda path: path.unlink(), r"found no train-labels-idx1-ubyte.*--data_dir"),
+        (lambda path: path.unlink(), r"found no train-labels-idx1-ubyte.*data_dir=FOLDER"),
         (lambda path: path.write_bytes(path.read_bytes()[:-3]), "header says 20 bytes, got 17"),
         (lambda path: path.write_bytes(b"<html>"), "it begins with 3c 68 74 6d"),
         (lambda path: path.write_bytes(b""), "it begins with nothing"),
@@ -145,7 +145,7 @@ def test_without_a_held_out_split_a_tenth_is_held_out(folders: Path) -> None:
 
 
 def test_an_unknown_split_lists_those_that_are_there(folders: Path) -> None:
-    with pytest.raises(DataError, match=r"'nowhere', it has .*test.*--held_out_split"):
+    with pytest.raises(DataError, match=r"'nowhere', it has .*test.*: held_out_split=NAME"):
         load_image_data(str(folders), 16, 3, held_out_split="nowhere")
 
 

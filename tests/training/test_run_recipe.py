@@ -270,7 +270,7 @@ def test_a_step_that_does_not_fit_says_what_to_type(
     recipe = tiny_text_recipe(text / "data", text / "cache", tmp_path / "run")
     with pytest.raises(
         OutOfMemoryError,
-        match="--per_device_train_batch_size 2 --gradient_accumulation_steps 4",
+        match="per_device_train_batch_size=2, gradient_accumulation_steps=4",
     ):
         run_recipe(recipe)
 

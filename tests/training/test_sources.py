@@ -100,7 +100,7 @@ def test_folders_that_hold_no_one_kind_of_data_are_errors(tmp_path: Path) -> Non
 def test_a_split_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
     for name in ("train", "other"):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": name}])
-    with pytest.raises(DataError, match=r"none of its splits \(full, train\).*--split full"):
+    with pytest.raises(DataError, match=r"none of its splits \(full, train\).*split=full"):
         open_rows(Source(str(tmp_path)))
     with pytest.raises(DataError, match="expected a split 'test', it has: full, train"):
         open_rows(Source(str(tmp_path), split="test"))
@@ -147,7 +147,7 @@ def test_hub_ids_name_a_configuration_and_are_read_in_their_order(
     assert open_rows(Source("c4", split="train")).split == "train"
     assert asked == [("someone/some", "thing", True), ("c4", None, True)]
     splits = {"train": rows}
-    with pytest.raises(DataError, match="--split train"):  # not measured unless asked for
+    with pytest.raises(DataError, match="split=train"):  # not measured unless asked for
         open_rows(Source("c4"))
 
 

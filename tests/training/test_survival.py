@@ -141,7 +141,7 @@ def test_no_whole_checkpoint_is_an_error(whole: Path, tmp_path: Path) -> None:
 
 def test_a_folder_with_checkpoints_asks_for_resume(place: Path, whole: Path) -> None:
     recipe = tiny_text_recipe(place / "data", place / "cache", whole)
-    with pytest.raises(RecipeError, match="--resume"):
+    with pytest.raises(RecipeError, match="resume=True"):
         run_recipe(recipe)
 
 
@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(
 
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fill_up)
     out = tmp_path / "run"
-    with pytest.raises(OutputError, match=r"checkpoint-9.*No space left.*--resume"):
+    with pytest.raises(OutputError, match=r"checkpoint-9.*No space left.*resume=True"):
         run_recipe(tiny_text_recipe(place / "data", place / "cache", out))
     found = saved.last_whole_checkpoint(out, {})
     assert found is not None

@@ -99,7 +99,7 @@ def test_a_stream_has_the_windows_of_the_whole(shards: Path, cache: Path, corrup
 def test_more_processes_than_files_are_refused(shards: Path, cache: Path) -> None:
     train = load_text_data(str(shards), settings(cache, streaming=True, held_out_samples=5)).train
     require_shards(train, 3)
-    with pytest.raises(DataError, match=r"3 files for 4 processes.*--streaming false"):
+    with pytest.raises(DataError, match=r"3 files for 4 processes.*streaming=False"):
         require_shards(train, 4)
 
 
@@ -108,7 +108,7 @@ def test_more_processes_than_files_are_refused(shards: Path, cache: Path) -> Non
     [
         ({"streaming": True}, r"a stream needs a split 'validation'"),
         ({"length": 100_000}, r"at least 2 windows of 100000 tokens, got 0"),
-        ({"vocab_size": 100}, r"at least 257, got --vocab_size 100"),
+        ({"vocab_size": 100}, r"at least 257, got 100: vocab_size=257"),
         ({"held_out_split": "dev"}, r"expected a split 'dev', it has full"),
         ({"text_column": "body"}, r"'body'"),
         ({"tokenizer": "./nowhere"}, r"nowhere"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
 from steppe.activations import Activation, derivative, evaluate, is_relu
 
 COUNTERS = ("active", "derivative_active", "entries", "tokens", "samples")
+_ADDING = threading.Lock()
 SAMPLE_COUNTERS = ("samples", "tokens", "active", "derivative_active")  # rows of the moments
 
 
@@ -79,10 +82,14 @@ def count_(
         ]
     )  # [4, S]
     sampled, seen, active_entries, derivative_entries = rows.sum(1).unbind()
-    counts += torch.stack([active_entries, derivative_entries, seen * width, seen, sampled])
-    units += count_true(active.reshape(-1, width).T)
+    found = torch.stack([active_entries, derivative_entries, seen * width, seen, sampled])
+    found_units = count_true(active.reshape(-1, width).T)
     precise = rows.to(moments.dtype)
-    moments += precise @ precise.T
+    found_moments = precise @ precise.T
+    with _ADDING:  # the model may run in several threads at once
+        counts += found
+        units += found_units
+        moments += found_moments
 
 
 @count_.register_fake

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +27,20 @@ from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, scaled, sum_over
 from steppe.patterns import BlockPattern
+from steppe.per_thread import PerThread
 from steppe.routing import observers_of
 from steppe.surgery import Journal
-from steppe.tokens import TokenContext, listen
+from steppe.tokens import TokenContext, attach, listen
 
 
 class Monitor:
     """What is measured of a model's MLP blocks, streaming on the device; made by `watch`.
+
+    Args:
+        model: the model.
+        blocks: of it.
+        gradients: measure backward passes too.
+        reduction: of a loss that is not the model's own, over its terms.
 
     Attributes:
         enabled: whether forward passes, and their backward passes, are measured now.
@@ -43,27 +51,50 @@ class Monitor:
 
     def __init__(
         self,
+        model: nn.Module,
         blocks: Sequence[MLPBlock],
-        contexts: Sequence[TokenContext],
-        losses: LossContext | None,
+        gradients: bool = False,
+        reduction: Reduction = "mean",
     ) -> None:
         self.names = tuple(block.name for block in blocks)
         self.loss_factor: float | Tensor = 1.0
-        self._losses = losses
+        self._model = model
+        self._switch = _Switch()
+        self._losses = LossContext(model, reduction) if gradients else None
+        contexts, self._context_hooks = listen(model, blocks)
         self._observers = [
-            _Observer(self, block, context, losses)
+            _Observer(self._switch, block, context, self._losses)
             for block, context in zip(blocks, contexts, strict=True)
         ]
         self.enabled = True
 
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Measure while this lasts, any number of times; the model is then as it was before."""
+        journal = Journal(transient=True)
+        try:
+            journal.hold_nested_tensors_off(self._model)
+            for observer in self._observers:
+                journal.append(observers_of(observer.block.down), observer)
+            attach(journal, self._context_hooks)
+            if self._losses is not None:
+                root = unwrap(self._model)
+                journal.add_forward_pre_hook(root, self._losses.see_labels, with_kwargs=True)
+                journal.add_forward_hook(root, self._losses.see_loss)
+            for module, see in self._hooks():
+                journal.add_forward_hook(module, see)
+            yield
+        finally:
+            journal.undo()
+
     @property
     def enabled(self) -> bool:
         """Whether passes are measured now."""
-        return self._enabled
+        return self._switch.is_on
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._enabled = value
+        self._switch.is_on = value
         if self._losses is not None:
             self._losses.enabled = value
 
@@ -116,12 +147,7 @@ class Monitor:
         self.reset()
         return taken
 
-    def observe_routes(self, journal: Journal) -> None:
-        """Be told of the blocks that run around their own modules."""
-        for observer in self._observers:
-            journal.append(observers_of(observer.block.down), observer)
-
-    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor | None]]]:
+    def _hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor | None]]]:
         """The forward hooks that measure, with the modules they belong to."""
         for observer in self._observers:
             yield observer.block.activated, observer.see_p
@@ -157,23 +183,30 @@ class Monitor:
         return torch.as_tensor(self.loss_factor, dtype=torch.float64).square()
 
 
+@dataclass
+class _Switch:
+    """Whether passes are measured now; the observers do not keep their monitor alive."""
+
+    is_on: bool = True
+
+
 class _Observer:
     """Measures one block: at the layer before the activation, at a gated `up`, at `down`."""
 
     def __init__(
         self,
-        monitor: Monitor,
+        switch: _Switch,
         block: MLPBlock,
         context: TokenContext,
         losses: LossContext | None,
     ) -> None:
         self.block = block
-        self._monitor = monitor
+        self._switch = switch
         self._context = context
         self._losses = losses
         # Gated blocks run gate and up in either order: keep the first until the second comes.
-        self._gate: tuple[Tensor, Tensor] | None = None
-        self._up: Tensor | None = None
+        self._gate: PerThread[tuple[Tensor, Tensor] | None] = PerThread(None)
+        self._up: PerThread[Tensor | None] = PerThread(None)
         self.probes: dict[str, Tensor] = {}
         self._allocate(self.device)
 
@@ -203,16 +236,16 @@ class _Observer:
     @property
     def needs_dense(self) -> bool:
         """Whether a routed block's own modules must run now, for their gradients to be seen."""
-        return self._monitor.enabled and self._losses is not None
+        return self._switch.is_on and self._losses is not None
 
     def see_support(self, x: Tensor, active: Tensor, slopes: Tensor) -> None:
         """The support of a routed call."""
-        if self._monitor.enabled:
+        if self._switch.is_on:
             self._count(active, active, slopes)
 
     def see_p(self, module: nn.Module, args: tuple[Any, ...], p: Tensor) -> Tensor | None:
         """Forward hook on the activated layer."""
-        if not self._monitor.enabled or self._is_routed(p):
+        if not self._switch.is_on or self._is_routed(p):
             return None
         # The slot, not the block: the activation may have been replaced since.
         slot = self.block.act_slot
@@ -221,27 +254,29 @@ class _Observer:
         if self.block.gate is None:
             active = slopes if is_relu(act) else active_entries(act, p)
             self._count(p, active, slopes)
-        elif self._up is None:
-            self._gate = active_entries(act, p), slopes
+        elif (up := self._up.get()) is None:
+            self._gate.set((active_entries(act, p), slopes))
         else:
-            up, self._up = self._up, None
+            self._up.set(None)
             self._count(p, active_entries(act, p) & up, slopes)
         return self._tapped("activated", args[0], p, slopes)
 
     def see_up(self, module: nn.Module, args: tuple[Any, ...], up: Tensor) -> Tensor | None:
         """Forward hook on `up` of a gated block."""
-        if not self._monitor.enabled or self._is_routed(up):
+        if not self._switch.is_on or self._is_routed(up):
             return None
-        if self._gate is None:
-            self._up = up.detach() != 0
+        gate = self._gate.get()
+        if gate is None:
+            self._up.set(up.detach() != 0)
         else:
-            (active, slopes), self._gate = self._gate, None
+            active, slopes = gate
+            self._gate.set(None)
             self._count(up, active & (up.detach() != 0), slopes)
         return self._tapped("up", args[0], up, None)
 
     def see_z(self, module: nn.Module, args: tuple[Any, ...], z: Tensor) -> Tensor | None:
         """Forward hook on `down`."""
-        return self._tapped("down", args[0], z, None) if self._monitor.enabled else None
+        return self._tapped("down", args[0], z, None) if self._switch.is_on else None
 
     def _is_routed(self, output: Tensor) -> bool:
         """Whether a layer has passed its input on; `see_support` is told of such a call."""
@@ -339,22 +374,6 @@ def watch(
         >>> monitor.report().blocks[0].tokens
         10
     """
-    blocks = find_blocks(model, where, patterns)
-    contexts, context_hooks = listen(model, blocks)
-    losses = LossContext(model, reduction) if gradients else None
-    monitor = Monitor(blocks, contexts, losses)
-    journal = Journal(transient=True)
-    try:
-        journal.hold_nested_tensors_off(model)
-        monitor.observe_routes(journal)
-        for module, hook in context_hooks:
-            journal.add_forward_pre_hook(module, hook, with_kwargs=True)
-        if losses is not None:
-            root = unwrap(model)
-            journal.add_forward_pre_hook(root, losses.see_labels, with_kwargs=True)
-            journal.add_forward_hook(root, losses.see_loss)
-        for module, see in monitor.hooks():
-            journal.add_forward_hook(module, see)
+    monitor = Monitor(model, find_blocks(model, where, patterns), gradients, reduction)
+    with monitor.attached():
         yield monitor
-    finally:
-        journal.undo()

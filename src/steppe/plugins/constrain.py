@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe.blocks import unwrap
 from steppe.errors import ScheduleError
 from steppe.plugins.sparsify import (
     added_parameters,
@@ -15,6 +17,9 @@ from steppe.plugins.sparsify import (
     project_,
     require_sparsification,
 )
+from steppe.surgery import Journal
+
+_PATIENCE = 8  # SAM changes the weights twice a step, and others now and then
 
 
 class Constrained:
@@ -24,22 +29,49 @@ class Constrained:
     Usable as a context manager, which calls `remove` at the end.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, total_steps: int | None) -> None:
         self._model = model
         self._total_steps = total_steps
         self._step = 0
-        # Accelerate's wrapper hands its step on to the optimizer inside it.
-        inner = getattr(optimizer, "optimizer", optimizer)
-        self._handle = inner.register_step_post_hook(self._after_step)
+        *outer, self._innermost = optimizers_in(optimizer)
+        self._handles = [
+            one.register_step_post_hook(self._after_step) for one in (self._innermost, *outer)
+        ]
+        self._watched = next(
+            (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad),
+            None,
+        )
+        self._version = _version(self._watched)
+        self._changes = 0  # of that parameter since the last step, as far as they were seen
+        self._journal = Journal(transient=True)
+        self._journal.add_forward_pre_hook(unwrap(model), self._look)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # GradScaler calls a fused optimizer in any case and tells it on the device whether to skip.
-        # Reading it waits for the device, as GradScaler does for every other optimizer.
-        skipped = getattr(optimizer, "found_inf", None)
-        if skipped is None or not bool(skipped):
-            self._step += 1
-        self._advance()
+        if optimizer is self._innermost:  # what it is wrapped in may step, too
+            # GradScaler calls a fused optimizer in any case and tells it on the device whether to
+            # skip. Reading it waits for the device, as it does for every other optimizer.
+            skipped = getattr(optimizer, "found_inf", None)
+            if skipped is None or not bool(skipped):
+                self._step += 1
+            self._advance()
         project_(self._model)
+        self._version, self._changes = _version(self._watched), 0
+
+    def _look(self, module: nn.Module, args: Any) -> None:
+        """Before a forward pass in training, whether somebody else moves the weights."""
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+            return
+        version = _version(self._watched)
+        self._changes += version != self._version
+        self._version = version
+        if self._changes >= _PATIENCE:
+            self._changes = 0
+            raise ScheduleError(
+                f"constrain_: the weights changed before each of {_PATIENCE} forward passes, but"
+                f" {type(self._innermost).__name__}, which constrain_ was given, made no step: so"
+                " no schedule went on and no bound was kept. Give it the optimizer whose step() the"
+                " loop calls, or the one inside it that does the step"
+            )
 
     def _advance(self) -> None:
         if self._total_steps is not None:
@@ -56,7 +88,9 @@ class Constrained:
 
     def remove(self) -> None:
         """Stop projecting."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._journal.undo()
 
     def __enter__(self) -> Constrained:
         """Nothing more to do."""
@@ -78,7 +112,9 @@ def constrain_(
     """Project a model's plug-ins after every optimizer step, and drive their schedules.
 
     It hangs on ``optimizer.register_step_post_hook``: with gradient accumulation it runs once per
-    step, and a step that AMP's GradScaler skips is no step.
+    step, and a step that AMP's GradScaler skips is no step. Of an optimizer that wraps another
+    (Accelerate's, SAM, Lookahead, ZeRO), the steps of the innermost one count. A training forward
+    pass raises once the weights have changed several times without a step of it.
 
     Args:
         model: a sparsified model.
@@ -90,8 +126,8 @@ def constrain_(
 
     Raises:
         SparsificationError: the model carries no plug-in.
-        ScheduleError: a ramp without `total_steps`, or trainable new parameters that the optimizer
-            does not hold.
+        ScheduleError: a ramp without `total_steps`, trainable new parameters that the optimizer
+            does not hold, or something that is no optimizer and has none inside.
     """
     sparsification = require_sparsification(model)
     if total_steps is not None and total_steps < 1:
@@ -106,6 +142,12 @@ def constrain_(
             f"constrain_: {ramps} needs the length of the run:"
             " constrain_(model, optimizer, total_steps=10_000)"
         )
+    if not list(optimizers_in(optimizer)):
+        raise ScheduleError(
+            f"constrain_: expected a torch.optim.Optimizer or what holds one, got"
+            f" {type(optimizer).__name__}. Without one call, after each step:"
+            " steppe.advance_(model, step / total_steps); steppe.project_(model)"
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [
         name for name, p in added_parameters(model).items() if p.requires_grad and id(p) not in held
@@ -119,3 +161,23 @@ def constrain_(
     constrained = Constrained(model, optimizer, total_steps)
     constrained._advance()
     return constrained
+
+
+def optimizers_in(optimizer: Any) -> list[Optimizer]:
+    """An optimizer and those that it wraps, outermost first.
+
+    Args:
+        optimizer: the optimizer, or something that holds one as an attribute.
+    """
+    found: dict[int, Any] = {}
+    layer = [optimizer]
+    while layer:
+        found.update((id(one), one) for one in layer)
+        inside = [value for outer in layer for value in vars(outer).values()]
+        layer = [one for one in inside if isinstance(one, Optimizer) and id(one) not in found]
+    # Accelerate's wrapper is one by class alone, and can take no hook.
+    return [one for one in found.values() if hasattr(one, "_optimizer_step_post_hooks")]
+
+
+def _version(parameter: Tensor | None) -> int:
+    return 0 if parameter is None or parameter.is_inference() else parameter._version

@@ -16,7 +16,7 @@ from steppe.errors import LossError, ScheduleError, SparsificationError
 from steppe.linear import linear_weight
 from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
 from steppe.surgery import Journal
-from steppe.tokens import TokenContext, listen
+from steppe.tokens import TokenContext, attach, listen
 
 _MARK = "_steppe_penalty"  # on the second layer of a block that has one
 
@@ -64,8 +64,7 @@ class ActivationPenalty(Plugin):
         penalty = Penalty(self.strength, self.ramp, device)
         contexts, hooks = listen(model, blocks)
         journal.add_forward_pre_hook(model, penalty.begin)
-        for module, hook in hooks:
-            journal.add_forward_pre_hook(module, hook, with_kwargs=True)
+        attach(journal, hooks)
         for block, context in zip(blocks, contexts, strict=True):
             journal.add_attribute(Slot(block.down, _MARK), penalty)
             receiver = block.down if block.dropout is None else block.dropout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,9 +18,10 @@ from steppe.errors import UnfitBlockError
 from steppe.linear import linear_weight
 from steppe.plugins.base import Constraint, Plugin, ramp_progress
 from steppe.surgery import Journal
-from steppe.tokens import TokenContext, listen
+from steppe.tokens import TokenContext, attach, listen
 
 MODULE_NAME = "threshold"
+_ADDING = threading.Lock()
 DECAY = 0.95  # of the running deviation, a step
 
 
@@ -82,8 +84,7 @@ class RisingThreshold(Plugin):
     ) -> list[Constraint]:
         """Add the thresholds and the hooks that subtract them."""
         contexts, hooks = listen(model, blocks)
-        for module, hook in hooks:
-            journal.add_forward_pre_hook(module, hook, with_kwargs=True)
+        attach(journal, hooks)
         thresholds = []
         for block, context in zip(blocks, contexts, strict=True):
             threshold = Threshold(block, context)
@@ -279,7 +280,9 @@ def add_moments_(sums: Tensor, p: Tensor, counted: Tensor | None) -> None:
         counted: bool ``[N]``, False where a token is padding; None for all.
     """
     if torch._C._current_graph_task_id() == -1:
-        sums += moments_of(p.reshape(-1, p.shape[-1]), counted).to(sums.dtype)
+        moments = moments_of(p.reshape(-1, p.shape[-1]), counted).to(sums.dtype)
+        with _ADDING:  # the model may run in several threads at once
+            sums += moments
 
 
 @add_moments_.register_fake
@@ -302,7 +305,9 @@ def add_product_moments_(
     """
     if torch._C._current_graph_task_id() == -1:
         p = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-        sums += moments_of(p, counted).to(sums.dtype)
+        moments = moments_of(p, counted).to(sums.dtype)
+        with _ADDING:
+            sums += moments
 
 
 @add_product_moments_.register_fake

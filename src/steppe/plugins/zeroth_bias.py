@@ -16,7 +16,7 @@ from steppe.linear import linear_weight
 from steppe.plugins.base import Constraint, Plugin
 from steppe.sharding import full, is_sharded, local_rows
 from steppe.surgery import Journal
-from steppe.tokens import TokenContext, listen
+from steppe.tokens import TokenContext, attach, listen
 
 PARAMETER_NAME = "zeroth_bias"
 
@@ -93,8 +93,7 @@ class ZerothBias(Plugin):
         """Add the parameter and the hooks that add it to the input."""
         assert self.max_tokens is not None
         contexts, hooks = listen(model, blocks)
-        for module, hook in hooks:
-            journal.add_forward_pre_hook(module, hook, with_kwargs=True)
+        attach(journal, hooks)
         constraints: list[Constraint] = []
         for block, context in zip(blocks, contexts, strict=True):
             weight = linear_weight(block.up)

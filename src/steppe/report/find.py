@@ -51,7 +51,7 @@ def _run_files(path: Path) -> list[Path]:
     if not below:
         raise RunError(
             f"{path}: expected a folder with {RUN_FILE} in it or below it; found none. Name the"
-            " folder that a training run wrote, or a file that `steppe measure --json` wrote."
+            " folder that a training run wrote, or a file that `steppe measure` wrote."
         )
     return sorted(below, key=_natural)
 

@@ -73,7 +73,7 @@ class BatchAugmenter:
     def __init__(self, augmentation: Augmentation, size: int, channels: int, classes: int) -> None:
         if augmentation.rand_augment and channels != 3:
             raise DataError(
-                f"RandAugment needs images of 3 channels, got {channels}: --rand_augment 0"
+                f"RandAugment needs images of 3 channels, got {channels}", {"rand_augment": 0}
             )
         padding = augmentation.crop_padding
         steps: list[nn.Module] = []

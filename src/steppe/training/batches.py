@@ -193,14 +193,14 @@ def _embedded(
     """Batches of `digits` or `pydoc`, whose held-out part is always the same."""
     if source.split not in (None, "held_out"):
         raise DataError(
-            f"{source.data}: is measured on its held-out part only, got --split {source.split};"
+            f"{source.data}: is measured on its held-out part only, got split={source.split};"
             " leave it out"
         )
     if takes_images != (source.data == "digits"):
         raise DataError(
             f"{source.data}: {type(model).__name__} takes {'images' if takes_images else 'text'},"
-            f" this is {'text' if takes_images else 'images'}. Name other data, e.g. --data"
-            f" {'digits' if takes_images else 'pydoc'}"
+            f" this is {'text' if takes_images else 'images'}. Name other data",
+            {"data": "digits" if takes_images else "pydoc"},
         )
     if takes_images:
         data = load_digits_split().held_out

@@ -51,7 +51,8 @@ def text_column(rows: Rows) -> str:
         return strings[0]
     raise DataError(
         f"{rows.name}: expected a column 'text' or a single one of strings, it has"
-        f" {_described(rows)}. Say which: --text-column {strings[0] if strings else 'NAME'}"
+        f" {_described(rows)}. Say which",
+        {"text_column": strings[0] if strings else "NAME"},
     )
 
 
@@ -75,8 +76,8 @@ def pair_columns(rows: Rows) -> tuple[str, str]:
     known = ", ".join("/".join(pair) for pair in PAIRS)
     raise DataError(
         f"{rows.name}: an encoder-decoder model needs an input and a target, as columns of strings"
-        f" {known}; it has {_described(rows)}. Say which: --text-column INPUT --target-column"
-        " TARGET"
+        f" {known}; it has {_described(rows)}. Say which",
+        {"text_column": "INPUT", "target_column": "TARGET"},
     )
 
 
@@ -141,11 +142,13 @@ class Classes:
             if self._table is not None and known is not None and 0 <= known < len(self._table):
                 known = self._table[known]
         if known is None or not 0 <= known < self._number:
-            hidden = " The labels of this split are withheld: --split validation" * (value == -1)
-            raise DataError(
-                f"{self._where}: column {self.column!r} has {value!r}, the model knows"
-                f" {self._named()}.{hidden}"
-            )
+            wrong = f"{self._where}: column {self.column!r} has {value!r}, the model knows"
+            if value == -1:
+                raise DataError(
+                    f"{wrong} {self._named()}. The labels of this split are withheld",
+                    {"split": "validation"},
+                )
+            raise DataError(f"{wrong} {self._named()}.")
         return known
 
     def _mapped(self, names: Sequence[str]) -> list[int]:
@@ -199,8 +202,10 @@ def label_column(rows: Rows) -> str:
             return column
     raise DataError(
         f"{rows.name}: expected a column {asked or 'label'!r} of classes, it has"
-        f" {_described(rows)}. Say which: --label-column NAME; images need a folder a class;"
-        " without labels: --labels model"
+        f" {_described(rows)}. Images need a folder a class. Say which column it is, or measure"
+        " without labels",
+        {"label_column": "NAME"},
+        {"labels": "model"},
     )
 
 

@@ -153,13 +153,13 @@ def run_demo(
         raise ValueError(
             f"run_demo: expected at least one seed and step, got {seeds=} {max_steps=}"
         )
-    out = prepare_folder(out)
+    out = prepare_folder(out, "out")
     start = time.perf_counter()
     data_sets: dict[str, Any] = {}
     for task in TASKS:
         split = task.load()
         steps = task.steps if max_steps is None else min(task.steps, max_steps)
-        with _one_thread(), writing_to(out):
+        with _one_thread(), writing_to(out, "out"):
             arms = {
                 arm: [
                     _train_arm(task, split, arm, seed, steps, out, on_step) for seed in range(seeds)

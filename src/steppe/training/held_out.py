@@ -239,7 +239,7 @@ def _steps_of(names: Sequence[str]) -> dict[str, int]:
     if len(set(steps.values())) < len(names):
         raise CheckpointError(
             f"expected checkpoints of one run, got two of the same step: {steps}. Measure each run"
-            " by itself with --json, then: steppe report A.json B.json"
+            " by itself, and compare what was written by `steppe report`"
         )
     return steps
 

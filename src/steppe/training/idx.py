@@ -19,8 +19,9 @@ _FILES = {
 }
 _CURE = (
     "Put the four files of MNIST's kind into one folder (Fashion-MNIST: its repository, or Debian's"
-    " package dataset-fashion-mnist) and name it: --data_dir FOLDER"
+    " package dataset-fashion-mnist) and name it"
 )
+_NAMED = {"data_dir": "FOLDER"}
 
 
 def is_idx_folder(folder: Path) -> bool:
@@ -50,7 +51,8 @@ def load_idx_folder(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         if pixels.dim() != 3 or classes.shape != pixels.shape[:1]:
             raise DataError(
                 f"{folder}: expected {images} [N, H, W] and {labels} [N], got"
-                f" {list(pixels.shape)} and {list(classes.shape)}. {_CURE}"
+                f" {list(pixels.shape)} and {list(classes.shape)}. {_CURE}",
+                _NAMED,
             )
         found[split] = (pixels, classes.to(torch.int64))
     return found
@@ -95,4 +97,4 @@ def _file(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
-    raise DataError(f"{folder}: found no {name}, nor {name}.gz. {_CURE}")
+    raise DataError(f"{folder}: found no {name}, nor {name}.gz. {_CURE}", _NAMED)

@@ -62,7 +62,8 @@ class Images:
         except (ValueError, TypeError) as error:
             raise DataError(
                 f"{self._rows.name}: the image processor {type(self._processor).__name__} fails"
-                f" ({error}). Name another: --processor FOLDER_OR_HUB_ID"
+                f" ({error}). Name another",
+                {"processor": "FOLDER_OR_HUB_ID"},
             ) from None
         batch = {"pixel_values": made["pixel_values"].to(self._dtype)}
         if self._classes is not None:
@@ -100,8 +101,8 @@ class ImageShape:
         if self.shape is not None and got != self.shape:
             raise DataError(
                 f"{where}: {self.model} takes images of {_times(self.shape)} (channels, height,"
-                f" width), got {_times(got)}. Name other data, or the model's own image processor:"
-                " --processor FOLDER_OR_HUB_ID"
+                f" width), got {_times(got)}. Name other data, or the model's own image processor",
+                {"processor": "FOLDER_OR_HUB_ID"},
             )
 
 
@@ -127,13 +128,15 @@ def _load_processor(place: str, model: PreTrainedModel) -> tuple[Any, tuple[str,
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"{place}: its image processor cannot be loaded ({str(error).splitlines()[0]}). Name"
-            " another: --processor FOLDER_OR_HUB_ID"
+            " another",
+            {"processor": "FOLDER_OR_HUB_ID"},
         ) from None
     shape = _shape_of(model)
     if shape is None:
         raise DataError(
             f"{place}: found no preprocessor_config.json, and the config of {type(model).__name__}"
-            " has no image_size. Name an image processor: --processor FOLDER_OR_HUB_ID"
+            " has no image_size. Name an image processor",
+            {"processor": "FOLDER_OR_HUB_ID"},
         )
     channels, height, width = shape
     try:

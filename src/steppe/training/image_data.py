@@ -85,7 +85,8 @@ def load_image_data(
         held_out_rows = splits[name]
     else:
         raise DataError(
-            f"{data}: expected a split {name!r}, it has {', '.join(splits)}: --held_out_split NAME"
+            f"{data}: expected a split {name!r}, it has {', '.join(splits)}",
+            {"held_out_split": "NAME"},
         )
     source = Source(data)
     rows = Rows(train_rows, source, "train", is_local=True)

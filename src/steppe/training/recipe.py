@@ -319,15 +319,17 @@ def _check(recipe: Recipe, path: Path) -> None:
     """Refuse values that mean nothing."""
     model, data, arm = recipe.model, recipe.data, recipe.arm
     wrong = None
+    ways: list[dict[str, object]] = []
     if model.task not in TASKS:
         wrong = f"task: expected one of {', '.join(TASKS)}, got {model.task!r}"
     elif arm.arm not in ARMS:
         wrong = f"arm: expected one of {', '.join(ARMS)}, got {arm.arm!r}"
     elif (model.model_type is None) == (model.checkpoint is None):
-        wrong = "expected either model_type (from scratch) or checkpoint (finetuning): --checkpoint"
-        wrong += " FOLDER_OR_HUB_ID"
+        wrong = "expected either model_type (from scratch) or checkpoint (finetuning)"
+        ways = [{"checkpoint": "FOLDER_OR_HUB_ID"}]
     elif data.data_dir is None and data.dataset is None:
-        wrong = "no data: expected data_dir or dataset, e.g. --data_dir FOLDER"
+        wrong = "no data: expected data_dir or dataset"
+        ways = [{"data_dir": "FOLDER"}]
     elif not 0.0 <= arm.ramp <= 1.0:
         wrong = f"ramp: expected a share of the run in 0 … 1, got {arm.ramp}"
     elif not 0.0 <= arm.threshold_multiple < math.inf:
@@ -346,11 +348,13 @@ def _check(recipe: Recipe, path: Path) -> None:
     elif recipe.training.label_smoothing_factor:
         wrong = "label_smoothing_factor: it cannot take mixed labels; use label_smoothing"
     elif data.streaming and recipe.training.max_steps < 1:
-        wrong = "a stream has no length: expected max_steps, e.g. --max_steps 100000"
+        wrong = "a stream has no length: expected max_steps"
+        ways = [{"max_steps": 100000}]
     elif model.lora_rank and not model.lora_targets:
-        wrong = "lora_rank: expected lora_targets too, e.g. --lora_targets q v"
+        wrong = "lora_rank: expected lora_targets too"
+        ways = [{"lora_targets": "q v"}]
     if wrong is not None:
-        raise RecipeError(f"{path}: {wrong}")
+        raise RecipeError(f"{path}: {wrong}", *ways)
     model_settings(model)
 
 

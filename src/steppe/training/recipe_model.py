@@ -82,7 +82,9 @@ def _vanilla(checkpoint: str, task: str) -> PreTrainedModel:
     if sparsification_of(model) is not None:
         raise CheckpointError(
             f"{checkpoint}: is no vanilla model, it has plug-ins of steppe. Name the one that they"
-            " were put into; to go on with a run: --resume"
+            " were put into, or go on with the run that made it",
+            {"checkpoint": "FOLDER_OR_HUB_ID"},
+            {"resume": True},
         )
     if type(model) not in _MODELS[task]._model_mapping.values():
         raise CheckpointError(

@@ -166,7 +166,8 @@ class _Job:
         if vocabulary < len(data.tokenizer):
             raise RecipeError(
                 f"the model's vocabulary has {vocabulary} tokens, the tokenizer's"
-                f" {len(data.tokenizer)}. Name the model's own: --tokenizer FOLDER_OR_HUB_ID"
+                f" {len(data.tokenizer)}. Name the model's own",
+                {"tokenizer": "FOLDER_OR_HUB_ID"},
             )
         self.train, self.held_out, self.notes = data.train, data.held_out, data.notes
         require_shards(self.train, recipe.training.world_size)
@@ -206,13 +207,15 @@ def run_recipe(
         resumed = last_whole_checkpoint(folder, settings)
     elif has_checkpoints(folder):
         raise RecipeError(
-            f"{folder}: has checkpoints of an earlier run. Go on with it: --resume; or begin anew"
-            " in another folder: --output_dir FOLDER"
+            f"{folder}: has checkpoints of an earlier run. Go on with it, or begin anew in another"
+            " folder",
+            {"resume": True},
+            {"output_dir": "FOLDER"},
         )
     set_seed(recipe.training.seed)
     with reading(_place_of(recipe.data)):
         job = _Job(recipe)
-    prepare_folder(folder)  # nothing is left behind where there is no data
+    prepare_folder(folder, "output_dir")  # nothing is left behind where there is no data
     plugins = plugins_of(recipe)
     if plugins:
         sparsify_(job.model, plugins)
@@ -238,7 +241,10 @@ def run_recipe(
     metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
     loss = float(metrics["loss"])
     if not math.isfinite(loss):
-        raise NonFiniteLossError(f"{folder}: the held-out loss is {loss}. Lower --learning_rate")
+        raise NonFiniteLossError(
+            f"{folder}: the held-out loss is {loss}. Lower the learning rate",
+            {"learning_rate": recipe.training.learning_rate / 10},
+        )
     quality = {key: float(metrics[key]) for key in _QUALITY if key in metrics}
     if recipe.model.task != IMAGES:
         quality["perplexity"] = perplexity(loss)
@@ -327,8 +333,9 @@ def _place_of(asked: DataArguments) -> str:
     if not Path(asked.data_dir).expanduser().exists():
         raise DataError(
             f"{asked.data_dir}: there is no such file or folder. Put the data there, or name"
-            " another: --data_dir FOLDER"
-            + (f"; without it {asked.dataset} is fetched from the hub" if asked.dataset else "")
+            " another"
+            + (f" (without one {asked.dataset} is fetched from the hub)" if asked.dataset else ""),
+            {"data_dir": "FOLDER"},
         )
     return asked.data_dir
 
@@ -373,8 +380,9 @@ def _out_of_memory(recipe: Recipe) -> OutOfMemoryError:
     half = max(1, batch // 2)
     return OutOfMemoryError(
         f"{recipe.name}: a step of {batch} samples a device does not fit into its memory. The same"
-        f" training with less: --per_device_train_batch_size {half} --gradient_accumulation_steps"
-        f" {more}; or --gradient_checkpointing true"
+        " training with less",
+        {"per_device_train_batch_size": half, "gradient_accumulation_steps": more},
+        {"gradient_checkpointing": True},
     )
 
 

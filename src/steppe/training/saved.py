@@ -82,7 +82,8 @@ def last_whole_checkpoint(run: Path, settings: dict[str, object]) -> Path | None
         _logger.warning("%s: not whole (%s); the one before is used", folder, fault)
     if found:
         raise CheckpointError(
-            f"{run}: none of its {len(found)} checkpoints is whole. Begin anew, without --resume"
+            f"{run}: none of its {len(found)} checkpoints is whole. Begin anew",
+            {"resume": False},
         )
     return None
 
@@ -139,5 +140,6 @@ def _require_same(folder: Path, settings: dict[str, object]) -> None:
         told = ", ".join(f"{key}: {kept.get(key)!r}, now {settings[key]!r}" for key in other[:3])
         raise CheckpointError(
             f"{folder}: was made with other settings ({told}). Go on with the same ones, or begin"
-            " anew in another folder: --output_dir FOLDER"
+            " anew in another folder",
+            {"output_dir": "FOLDER"},
         )

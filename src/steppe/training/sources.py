@@ -331,7 +331,8 @@ def _choose_split(source: Source, splits: Mapping[str, Any], is_local: bool) -> 
             return name
     raise DataError(
         f"{source.data}: none of its splits ({there}) is called validation or test. Say which one"
-        f" is held out: --split {sorted(splits)[0]}"
+        " is held out",
+        {"split": sorted(splits)[0]},
     )
 
 

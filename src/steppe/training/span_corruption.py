@@ -46,12 +46,13 @@ class SpanCorruption:
         taken, spans = self._counts(raw)
         if raw - taken < spans or self._input_length(raw) != length:
             raise DataError(
-                f"span corruption: an input of {length} tokens is too short: --length 64"
+                f"span corruption: an input of {length} tokens is too short", {"length": 64}
             )
         if spans > len(self.sentinels):
             raise DataError(
                 f"span corruption: an input of {length} tokens has {spans} spans, the tokenizer"
-                f" {len(self.sentinels)} sentinels <extra_id_…>. Shorter inputs: --length 512"
+                f" {len(self.sentinels)} sentinels <extra_id_…>. Shorter inputs",
+                {"length": 512},
             )
         return raw
 
@@ -104,7 +105,8 @@ def corruption_of(tokenizer: Any) -> SpanCorruption:
     if not sentinels or tokenizer.eos_token_id is None:
         raise DataError(
             f"span corruption: expected a tokenizer with {SENTINELS[0]}, … and an end token, as"
-            " T5's have: --tokenizer google-t5/t5-base"
+            " T5's have",
+            {"tokenizer": "google-t5/t5-base"},
         )
     return SpanCorruption(sentinels, tokenizer.eos_token_id)
 

@@ -41,13 +41,15 @@ def load_tokenizer(place: str) -> Any:
     except Exception as error:  # of `tokenizers`, which raises no class of its own
         raise DataError(
             f"{place}: its tokenizer cannot be loaded ({first_line(error)}). Save it beside the"
-            " weights, or name one: --processor FOLDER_OR_HUB_ID"
+            " weights, or name one",
+            {"processor": "FOLDER_OR_HUB_ID"},
         ) from None
     # Transformers makes an empty tokenizer of a folder that has none.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise DataError(
             f"{place}: has no tokenizer. Save it beside the weights with"
-            " tokenizer.save_pretrained, or name one: --processor FOLDER_OR_HUB_ID"
+            " tokenizer.save_pretrained, or name one",
+            {"processor": "FOLDER_OR_HUB_ID"},
         )
     return tokenizer
 
@@ -72,7 +74,8 @@ def tokens_per_window(model: PreTrainedModel, asked: int | None, tokenizer: Any 
     if asked is not None and known and asked > min(known):
         raise DataError(
             f"{type(model).__name__} and its tokenizer take at most {min(known)} tokens, got a"
-            f" length of {asked}: --max-length {min(known)}"
+            f" length of {asked}",
+            {"max_length": min(known)},
         )
     return asked or min([*known, DEFAULT_LENGTH])
 
@@ -97,7 +100,8 @@ class TextBatches:
             raise DataError(
                 f"{self._rows.name}: the tokenizer gives the id {max(ids)}, the vocabulary of"
                 f" {self._model} has {self._vocabulary}. It is another model's; name the right"
-                " one: --processor FOLDER_OR_HUB_ID"
+                " one",
+                {"processor": "FOLDER_OR_HUB_ID"},
             )
         return ids
 
@@ -132,7 +136,8 @@ class Windows(TextBatches):
         if self._room < 1:
             raise DataError(
                 f"{rows.name}: {self._length} tokens leave no room for text beside the special"
-                f" ones: --max-length {DEFAULT_LENGTH}"
+                " ones",
+                {"max_length": DEFAULT_LENGTH},
             )
         end = tokenizer.eos_token_id
         plain = rows.is_plain_text or end is None or end in self._after
@@ -195,7 +200,8 @@ class MaskedWindows(Windows):
         if tokenizer.mask_token is None:
             raise DataError(
                 f"{rows.name}: {type(model).__name__} guesses masked tokens, and the tokenizer has"
-                " no mask token. Name the right one: --processor FOLDER_OR_HUB_ID"
+                " no mask token. Name the right one",
+                {"processor": "FOLDER_OR_HUB_ID"},
             )
         self._special = torch.tensor(tokenizer.all_special_ids)
         self.restart()
@@ -365,7 +371,8 @@ def check_bytes(model: PreTrainedModel, where: str) -> None:
         raise DataError(
             f"{where}: its tokens are bytes, for a model with a vocabulary of {BYTES}; that of"
             f" {type(model).__name__} has {vocabulary}. For your tokenizer name a file or folder of"
-            " text: --data FOLDER"
+            " text",
+            {"data": "FOLDER"},
         )
 
 

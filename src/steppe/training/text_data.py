@@ -103,8 +103,8 @@ def load_text_data(data: str, settings: TextSettings) -> TextData:
     held_out_name = settings.held_out_split or next((n for n in HELD_OUT if n in splits), None)
     if held_out_name is not None and held_out_name not in splits:
         raise DataError(
-            f"{data}: expected a split {held_out_name!r}, it has {', '.join(splits)}:"
-            " --held_out_split NAME"
+            f"{data}: expected a split {held_out_name!r}, it has {', '.join(splits)}",
+            {"held_out_split": "NAME"},
         )
     train = windows[name]
     notes: tuple[str, ...] = ()
@@ -116,7 +116,8 @@ def load_text_data(data: str, settings: TextSettings) -> TextData:
     elif settings.streaming:
         raise DataError(
             f"{data}: a stream needs a split 'validation' or 'test', it has {', '.join(splits)}."
-            " Name files so (validation-0.jsonl), or read it whole: --streaming false"
+            " Name files so (validation-0.jsonl), or read it whole",
+            {"streaming": False},
         )
     else:
         first = len(train) - max(1, round(len(train) * _HELD_OUT_SHARE))
@@ -150,8 +151,8 @@ def require_shards(train: Any, processes: int) -> None:
     if isinstance(train, datasets.IterableDataset) and train.n_shards < processes:
         raise DataError(
             f"the stream has {train.n_shards} files for {processes} processes, expected at least"
-            f" one each. Split the files, start {train.n_shards} processes, or read it whole:"
-            " --streaming false"
+            f" one each. Split the files, start {train.n_shards} processes, or read it whole",
+            {"streaming": False},
         )
 
 
@@ -233,5 +234,6 @@ def _require_windows(data: str, number: int, length: int, least: int = 1) -> Non
     if number < least:
         raise DataError(
             f"{data}: expected text for at least {least} windows of {length} tokens, got {number}."
-            " More text, or shorter windows: --length 64"
+            " More text, or shorter windows",
+            {"length": 64},
         )

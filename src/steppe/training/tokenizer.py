@@ -36,7 +36,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, with_sentinels: bool)
     """
     least = 256 + 1 if not with_sentinels else 256 + len(_T5_SPECIAL) + len(SENTINELS)
     if vocab_size < least:
-        raise DataError(f"expected a vocabulary of at least {least}, got --vocab_size {vocab_size}")
+        raise DataError(
+            f"expected a vocabulary of at least {least}, got {vocab_size}", {"vocab_size": least}
+        )
     if with_sentinels:
         return _train_unigram(texts, vocab_size)
     tokenizer = Tokenizer(models.BPE())

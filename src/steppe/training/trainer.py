@@ -114,7 +114,8 @@ class RecipeTrainer(Trainer):
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise OutputError(
                 f"{run / name}: cannot be written ({reason}); the checkpoints before it are whole."
-                " Make room, then the same command with --resume"
+                " Make room, then go on",
+                {"resume": True},
             ) from None
         finally:
             self._run_folder = None

@@ -1,0 +1,317 @@
+"""The callback that brings steppe into Lightning; importing this imports Lightning."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steppe.blocks import find_blocks
+from steppe.errors import MissingExtraError, NonFiniteLossError, ScheduleError
+from steppe.files import prepare_folder
+from steppe.plugins.constrain import Constrained, constrain_
+from steppe.plugins.penalty import penalties_of
+from steppe.plugins.sparsify import sparsification_of
+from steppe.runs import RUN_FILE, Run, write_run
+from steppe.training.history import History, means_of
+
+try:
+    if importlib.util.find_spec("lightning") is None:
+        import pytorch_lightning as pl
+    else:
+        from lightning import pytorch as pl  # type: ignore[no-redef]
+except ModuleNotFoundError as error:
+    raise MissingExtraError(
+        f"steppe.training.lightning needs {error.name}: pip install 'steppe[lightning]'"
+    ) from None
+
+
+class LightningCallback(History, pl.Callback):
+    """Constraints, schedules and metrics of steppe in a ``Trainer`` of Lightning.
+
+    It is to Lightning what `SteppeCallback` is to Transformers. If the module has a model with
+    plug-ins in it, their schedules follow the optimizer steps and they are projected after each of
+    them, by `constrain_`; an `ActivationPenalty` is added to the loss before the backward pass, and
+    is not in what the module logs. Every `every` steps the passes of one step are measured: what
+    `BlockReport` has, AF and its factors from the step's own backward pass. At every log
+    ``density``, ``training_density`` and the rest go to the loggers and to ``callback_metrics``, at
+    every validation ``val_density`` and the rest (``EarlyStopping(monitor="val_density")``), at
+    every test ``test_density``; those of the blocks as ``density_per_block/NAME``. All survive
+    resuming from a checkpoint. Sums go over processes, once per log.
+
+    Nothing stays on the model, also where training ends by an error: it is watched only while a
+    step or an evaluation that is measured runs.
+
+    ``steppe.json`` in the log's folder (``trainer.log_dir``, else ``default_root_dir``) has all of
+    it, for ``steppe report``.
+
+    A loss that the module computes from logits is taken for a mean over the samples of the
+    micro-batch; of a Hugging Face model's own loss each sample's is told.
+
+    Args:
+        every: measure one optimizer step in so many, ≥ 1.
+        per_block: log each block too, not only the whole model.
+        flatness: measure the backward pass too, not only the densities.
+
+    Raises:
+        ValueError: `every` is below 1.
+        MissingExtraError: Lightning is not installed; raised by importing this module.
+
+    Example:
+        ``pl.Trainer(max_steps=10_000, callbacks=[LightningCallback()]).fit(module, loader)``
+    """
+
+    def __init__(self, every: int = 50, per_block: bool = True, flatness: bool = True) -> None:
+        if every < 1:
+            raise ValueError(f"LightningCallback: expected every ≥ 1, got {every}")
+        super().__init__()
+        self.every = every
+        self.per_block = per_block
+        self.flatness = flatness
+        self._restored: dict[str, Any] = {}
+        self._logs: list[dict[str, Any]] = []
+        self._constrained: Constrained | None = None
+        self._turn: int | None = None  # the step that is measured, counted from 1
+        self._passing = ExitStack()  # what is on the model now
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of Lightning keeps; all processes call this."""
+        self._settle()
+        return {**self._kept(), "logs": self._logs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint when training starts."""
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Get ready to measure; take up what a checkpoint kept.
+
+        Raises:
+            ScheduleError: not one optimizer, or a schedule and no end of the run.
+        """
+        self._leave()
+        restored, self._restored = self._restored, {}
+        model = _model_of(pl_module)
+        self._begin(model, self.flatness, restored)
+        self._logs = list(restored.get("logs", []))
+        self._turn = None
+        if sparsification_of(model) is None:
+            return
+        if len(trainer.optimizers) != 1:
+            raise ScheduleError(
+                f"LightningCallback: expected one optimizer, got {len(trainer.optimizers)}. Take"
+                " the callback out, and after each step of the one that trains the plug-ins call"
+                " steppe.project_(model)"
+            )
+        total = trainer.estimated_stepping_batches
+        if math.isinf(total) and sparsification_of(model).has_schedule:  # type: ignore[union-attr]
+            raise ScheduleError(
+                "LightningCallback: the plug-ins' ramps need the length of the run:"
+                " Trainer(max_steps=10_000)"
+            )
+        self._constrained = constrain_(
+            model, trainer.optimizers[0], None if math.isinf(total) else int(total)
+        )
+        self._constrained.load_state_dict({"step": trainer.global_step})
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the model if this step is to be measured."""
+        assert self._monitor is not None
+        self._passing.close()
+        step = trainer.global_step + 1
+        if trainer.global_step % self.every == 0:
+            if self._turn != step:
+                self._monitor.reset()  # of a step that did not end
+            self._turn = step
+            pieces = trainer.accumulate_grad_batches if _is_automatic(pl_module) else 1
+            self._monitor.loss_factor = _scale(trainer) / pieces
+            self._passing.enter_context(self._monitor.attached())
+
+    def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: Tensor) -> None:
+        """Add the penalties to the loss, in place: Lightning takes no other one."""
+        pieces = trainer.accumulate_grad_batches if _is_automatic(pl_module) else 1
+        penalized = loss
+        for penalty in penalties_of(pl_module):
+            penalized = penalty.add_to(penalized, _scale(trainer) / pieces)
+        if penalized is not loss:
+            loss.copy_(penalized)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Put the tallies of a step that is done aside; log them where Lightning logs.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; looked at where Lightning logs.
+        """
+        self._passing.close()
+        step = trainer.global_step
+        if self._turn == step:
+            self._turn = None
+            self._put_aside(step)
+        last = self._logs[-1]["step"] if self._logs else 0
+        if step == last or not trainer.log_every_n_steps or step % trainer.log_every_n_steps:
+            return
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        log: dict[str, float] = {}
+        if isinstance(loss, Tensor):
+            log["loss"] = float(loss)
+            if not math.isfinite(log["loss"]):
+                raise NonFiniteLossError(
+                    f"the training loss is {log['loss']} at step {step}. Clip gradients"
+                    " (gradient_clip_val=1.0), warm up longer, or lower the learning rate"
+                )
+        self._settle()
+        metrics = self._metrics_since_last_log(self.per_block)
+        pl_module.log_dict(metrics, on_step=True, on_epoch=False)
+        self._keep_log(step, {**log, **metrics})
+
+    def on_validation_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Watch the model through a validation."""
+        self._watch_evaluation(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what a validation measured."""
+        tallies = self._log_evaluation(pl_module, "val_")
+        if _is_of_training(trainer):
+            self._note_held_out(trainer.global_step, tallies)
+
+    def on_validation_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Keep what everybody logged of a validation."""
+        if _is_of_training(trainer):
+            seen = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self._keep_log(trainer.global_step, seen)
+
+    def on_test_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Watch the model through a test."""
+        self._watch_evaluation(pl_module)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what a test measured."""
+        self._log_evaluation(pl_module, "test_")
+
+    def on_save_checkpoint(
+        self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write what is known of the run."""
+        if self._monitor is not None:
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Log what no log has had, and write what is known of the run."""
+        self._settle()
+        metrics = self._metrics_since_last_log(self.per_block)
+        if metrics:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
+            self._keep_log(trainer.global_step, metrics)
+        self._write(trainer, pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Leave the model as it was."""
+        self._leave()
+
+    def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """Leave the model as it was."""
+        self._leave()
+
+    def run(self, trainer: Any, pl_module: nn.Module, name: str = "") -> Run:
+        """What is known of the run.
+
+        Args:
+            trainer: Lightning's.
+            pl_module: the module, to name its model's class, its activations and its plug-ins.
+            name: what to call the run; the name of its folder by default.
+        """
+        (group, *_) = trainer.optimizers[0].param_groups
+        settings: dict[str, Any] = {
+            "learning_rate": float(group.get("initial_lr", group["lr"])),
+            "weight_decay": float(group.get("weight_decay", 0.0)),
+            "optim": type(trainer.optimizers[0]).__name__,
+            "max_steps": trainer.max_steps,
+            "num_train_epochs": trainer.max_epochs,
+            "gradient_accumulation_steps": trainer.accumulate_grad_batches,
+            "world_size": trainer.world_size,
+            "max_grad_norm": trainer.gradient_clip_val,
+            "precision": str(trainer.precision),
+            "measured_every": self.every,
+        }
+        return self._run(
+            _model_of(pl_module),
+            name or _folder(trainer).resolve().name,
+            settings,
+            {"lightning": getattr(pl, "__version__", "")},
+            self._logs,
+        )
+
+    def _watch_evaluation(self, pl_module: nn.Module) -> None:
+        """Watch the model until `_log_evaluation`."""
+        self._passing.close()
+        monitor = self._monitor_of_evaluation(_model_of(pl_module))
+        self._passing.enter_context(monitor.attached())
+
+    def _log_evaluation(self, pl_module: Any, prefix: str) -> Any:
+        """Log what was measured since `_watch_evaluation`; the tallies."""
+        self._passing.close()
+        tallies, entry = self._evaluated()
+        names = self._names_of_evaluation() if self.per_block else ()
+        metrics = {prefix + key: value for key, value in means_of([entry], names).items()}
+        pl_module.log_dict(metrics, on_step=False, on_epoch=True)
+        return tallies
+
+    def _keep_log(self, step: int, metrics: dict[str, float]) -> None:
+        """Keep a log for the record of the run; what is of a block stands in the history."""
+        of_model = {name: value for name, value in metrics.items() if "/" not in name}
+        self._logs.append({"step": step, **of_model})
+
+    def _leave(self) -> None:
+        """Take everything off the model and the optimizer."""
+        self._passing.close()
+        if self._constrained is not None:
+            self._constrained.remove()
+            self._constrained = None
+
+    def _write(self, trainer: Any, pl_module: nn.Module) -> None:
+        if trainer.is_global_zero:
+            folder = prepare_folder(_folder(trainer), "default_root_dir")
+            write_run(self.run(trainer, pl_module), folder / RUN_FILE)
+
+
+def _model_of(pl_module: nn.Module) -> nn.Module:
+    """The model in a module: the sparsified one, else the Hugging Face one, else all of it."""
+    for module in pl_module.modules():
+        if sparsification_of(module) is not None:
+            return module
+    downs = {block.down for block in find_blocks(pl_module)}
+    for module in pl_module.modules():
+        if hasattr(module, "config") and downs <= set(module.modules()):
+            return module
+    return pl_module
+
+
+def _is_automatic(pl_module: Any) -> bool:
+    """Whether Lightning divides the loss by the number of micro-batches."""
+    return bool(pl_module.automatic_optimization)
+
+
+def _is_of_training(trainer: Any) -> bool:
+    """Whether a validation is one during training."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+
+def _scale(trainer: Any) -> float:
+    """What the loss is multiplied by in half precision."""
+    scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _folder(trainer: Any) -> Path:
+    """Where the record of the run is written."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
