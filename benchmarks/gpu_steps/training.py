@@ -1,7 +1,8 @@
 """Step: train a GPT on Python sources, with or without plug-ins: one arm a process."""
 
-from __future__ import importlib
+from __future__ import annotations
 
+import importlib
 import math
 import time
 from dataclasses import dataclass, field
