@@ -126,6 +126,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ),
     ("steppe.training.held_out",),
     ("steppe.report", "steppe.training", "steppe.training.demo", "steppe.training.run_recipe"),
+    ("steppe.flags",),
     ("steppe.cli",),
 )
 # Neither of a pair sees the other.

@@ -30,57 +30,11 @@ from typer.core import TyperGroup
 import steppe
 from steppe.errors import MissingExtraError, SteppeError
 from steppe.files import prepare_folder, write_json
+from steppe.flags import in_flags
 from steppe.runs import write_run
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-# The flag for each setting that an error of the library may name, by command. A setting that is not
-# here cannot be given to the command, and the error says nothing of it.
-FLAGS: dict[str, dict[str, str]] = {
-    "demo": {"out": "--out"},
-    "train": {
-        "processor": "--tokenizer",
-        "max_length": "--length",
-        **{
-            name: f"--{name}"
-            for name in (
-                "checkpoint",
-                "data_dir",
-                "gradient_accumulation_steps",
-                "gradient_checkpointing",
-                "held_out_split",
-                "learning_rate",
-                "length",
-                "lora_targets",
-                "max_steps",
-                "output_dir",
-                "per_device_train_batch_size",
-                "rand_augment",
-                "resume",
-                "streaming",
-                "text_column",
-                "tokenizer",
-                "vocab_size",
-            )
-        },
-    },
-    "measure": {
-        "data": "--data",
-        "json_file": "--json",
-        "label_column": "--label-column",
-        "labels": "--labels",
-        "max_length": "--max-length",
-        "processor": "--processor",
-        "split": "--split",
-        "target_column": "--target-column",
-        "text_column": "--text-column",
-    },
-    "report": {"out": "--out"},
-    "bench": {"json_file": "--json", "plot": "--plot"},
-    "blocks": {},
-    "calibrate": {},
-}
 
 
 class DtypeChoice(str, Enum):
@@ -106,23 +60,10 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except SteppeError as error:
-            message = _in_flags(error, str(ctx.invoked_subcommand))
+            message = in_flags(error, str(ctx.invoked_subcommand))
             console = Console(stderr=True)
             console.print(f"[bold red]error:[/] {_escape(message)}", highlight=False)
             raise typer.Exit(USAGE_ERROR) from None
-
-
-def _in_flags(error: SteppeError, command: str) -> str:
-    """The message of an error, with the flags of a command in place of settings."""
-    flags = FLAGS[command]
-
-    def written(name: str, value: object) -> str | None:
-        if name not in flags:
-            return None
-        given = str(value).lower() if isinstance(value, bool) else str(value)
-        return f"{flags[name]} {given}"
-
-    return error.with_settings(written)
 
 
 app = typer.Typer(
