@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from steppe.candidates import Candidate, candidates, listed, share_of
-from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning
+from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning, SparsificationError
 from steppe.linear import linear_shape
 from steppe.patterns import PATTERNS, BlockPattern
+from steppe.record import unapplied
 
 # Wrappers that hold one inner module under a name of their own, and leave its behaviour alone.
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -162,6 +163,7 @@ def find_blocks(
     Raises:
         BlocksNotFoundError: no module matches any pattern, or `where` refused all that do, or with
             `strict` something that looks like an MLP is not found.
+        SparsificationError: the config has the record of plug-ins that the model does not have.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, 2, 32, norm_first=True, batch_first=True)
@@ -169,6 +171,7 @@ def find_blocks(
         [(8, 32)]
     """
     root = unwrap(model)
+    _refuse_record(root)
     found = coverage(root, patterns)
     blocks, left = found.blocks, found.left
     if not blocks:
@@ -189,6 +192,18 @@ def find_blocks(
             f"`where` refused all {len(blocks)} MLP blocks of {type(root).__name__}: {names}"
         )
     return kept
+
+
+def _refuse_record(root: nn.Module) -> None:
+    """Refuse a model that is not what its config says, as a loader without steppe leaves it."""
+    model = unapplied(root)
+    if model is not None:
+        raise SparsificationError(
+            f"{type(model).__name__}: its config has the record of plug-ins that the model does not"
+            " have, so it is another function than the one that was saved, or it was made of the"
+            " config of one with plug-ins. Load the folder with steppe.load_pretrained(...); for a"
+            " plain model, first: steppe.restore_(model)"
+        )
 
 
 def _all_blocks(root: nn.Module, patterns: Sequence[BlockPattern]) -> list[MLPBlock]:

@@ -107,8 +107,9 @@ def plugin_from_settings(settings: dict[str, Any], kinds: Sequence[type[Plugin]]
     key = arguments.pop("plugin", None)
     if not isinstance(key, str) or key not in by_key:
         raise CheckpointError(
-            f"config.json names the plug-in {key!r}; this version of steppe knows"
-            f" {', '.join(sorted(by_key))}. Update steppe, or check the file."
+            f"config.json names the plug-in {key!r}; known are {', '.join(sorted(by_key))}. If it"
+            " is your own: steppe.load_pretrained(..., plugins=[ItsClass]). Else update steppe, or"
+            " check the file."
         )
     try:
         return by_key[key](**arguments)

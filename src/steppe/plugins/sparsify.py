@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,15 @@ from steppe.plugins.penalty import ActivationPenalty
 from steppe.plugins.restricted_norm import RestrictedNorm
 from steppe.plugins.rising_threshold import RisingThreshold
 from steppe.plugins.zeroth_bias import ZerothBias
+from steppe.record import (
+    APPLIED,
+    RECORD_VERSION,
+    Holder,
+    erase_records,
+    holders_of,
+    own_configs,
+    unapplied,
+)
 from steppe.routing import route_of
 from steppe.surgery import Journal, forget_compiled_code
 
@@ -28,9 +36,6 @@ PLUGINS: tuple[type[Plugin], ...] = (
     RisingThreshold,
     ActivationPenalty,
 )
-CONFIG_KEY = "steppe"  # where a Hugging Face config keeps the record
-RECORD_VERSION = 1
-_ATTRIBUTE = "_steppe_sparsification"
 
 
 @dataclass
@@ -58,11 +63,13 @@ class Sparsification:
         applied: each plug-in, in the order in which they came.
         progress: share of the run that is done, in [0, 1].
         journal: what was done for all of them.
+        holders: the models that keep this and the record of it, the one that was given first.
     """
 
     applied: list[Applied] = field(default_factory=list)
     progress: float = 0.0
     journal: Journal = field(default_factory=Journal, repr=False)
+    holders: list[Holder] = field(default_factory=list, repr=False)
 
     @property
     def constraints(self) -> list[Constraint]:
@@ -80,6 +87,14 @@ class Sparsification:
         for applied in reversed(self.applied):
             applied.journal.undo()
         self.journal.undo()
+        for holder in self.holders:
+            holder.erase()
+
+    def keep(self) -> None:
+        """Note it on the models, and in the configs that ``save_pretrained`` writes."""
+        record = self.record()
+        for holder in self.holders:
+            holder.write(self, record)
 
     def record(self) -> dict[str, Any]:
         """The JSON values that stand in ``config.json``."""
@@ -157,17 +172,22 @@ def sparsify_(
             new.applied.append(applied)
             applied.constraints += plugin.apply(root, blocks, applied.journal)
         if old is None:
-            _own_config(root)
+            own_configs(root)
         before = old or Sparsification()
-        after = Sparsification(
-            applied=before.applied + new.applied,
+        all_applied = before.applied + new.applied
+        changed = [name for applied in all_applied for name in applied.names]
+        Sparsification(
+            applied=all_applied,
             progress=before.progress,
             journal=before.journal.followed_by(new.journal),
-        )
-        _keep(root, after)
+            holders=holders_of(root, changed),
+        ).keep()
     except BaseException:  # also Ctrl-C: never half a model
         new.undo()
-        _keep(root, old)
+        for holder in holders_of(root, names):
+            holder.erase()
+        if old is not None:
+            old.keep()
         raise
     forget_compiled_code()
     return model
@@ -189,8 +209,10 @@ def restore_(model: nn.Module) -> nn.Module:
         SparsificationError: the model carries no plug-in.
     """
     root = unwrap(model)
+    if sparsification_of(root) is None and unapplied(root) is not None:
+        erase_records(root)  # of plug-ins that it never had
+        return model
     require_sparsification(root).undo()
-    _keep(root, None)
     forget_compiled_code()
     return model
 
@@ -206,15 +228,16 @@ def take_out_(model: nn.Module, applied: Applied) -> None:
     sparsification = require_sparsification(root)
     applied.journal.undo()
     sparsification.applied.remove(applied)
-    if not sparsification.applied:
-        sparsification.journal.undo()
-    _keep(root, sparsification if sparsification.applied else None)
+    if sparsification.applied:
+        sparsification.keep()
+    else:
+        sparsification.undo()
     forget_compiled_code()
 
 
 def sparsification_of(model: nn.Module) -> Sparsification | None:
     """What `sparsify_` did to a model, or None."""
-    return getattr(unwrap(model), _ATTRIBUTE, None)
+    return getattr(unwrap(model), APPLIED, None)
 
 
 def require_sparsification(model: nn.Module) -> Sparsification:
@@ -270,7 +293,7 @@ def advance_(model: nn.Module, progress: float) -> nn.Module:
     sparsification.progress = progress
     for constraint in sparsification.constraints:
         constraint.advance(progress)
-    _keep(root, sparsification)
+    sparsification.keep()
     return model
 
 
@@ -311,31 +334,3 @@ def _refuse_duplicates(
                 f"{again[0]}: has {type(applied.plugin).__name__} already; the model is unchanged."
                 " To start over: steppe.restore_(model)"
             )
-
-
-def _own_config(root: nn.Module) -> None:
-    """Give a model a config of its own: models built from one config object share it."""
-    shared = getattr(root, "config", None)
-    if not _is_hugging_face(shared):
-        return
-    own = copy.deepcopy(shared)
-    for module in root.modules():
-        if module.__dict__.get("config") is shared:
-            module.__dict__["config"] = own
-
-
-def _keep(root: nn.Module, sparsification: Sparsification | None) -> None:
-    """Keep what was done on the model and in the config that save_pretrained writes."""
-    config = getattr(root, "config", None)
-    if sparsification is not None:
-        setattr(root, _ATTRIBUTE, sparsification)
-        if _is_hugging_face(config):
-            setattr(config, CONFIG_KEY, sparsification.record())
-        return
-    root.__dict__.pop(_ATTRIBUTE, None)
-    if _is_hugging_face(config) and hasattr(config, CONFIG_KEY):
-        delattr(config, CONFIG_KEY)
-
-
-def _is_hugging_face(config: object) -> bool:
-    return callable(getattr(config, "to_dict", None))

@@ -22,7 +22,7 @@ from transformers import (
 
 from steppe.checkpoints import load_pretrained
 from steppe.errors import CheckpointError, MissingExtraError
-from steppe.plugins.sparsify import CONFIG_KEY
+from steppe.record import RECORD_KEY
 from steppe.training.sources import first_line
 
 _AUTO_CLASSES = (AutoModelForImageClassification, AutoModelForMaskedLM, AutoModelForCausalLM)
@@ -48,7 +48,7 @@ def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
     checkpoint = str(checkpoint)
     config = load_config(checkpoint)
     load = partial(_load_whole, _class_of(config))
-    if hasattr(config, CONFIG_KEY):
+    if hasattr(config, RECORD_KEY):
         model: Any = load_pretrained(load, checkpoint)
     else:
         model = load(checkpoint)

@@ -38,7 +38,8 @@ from steppe import (
 )
 from steppe.errors import CheckpointError, SteppeError
 from steppe.plugins.jumping_relu import MixedActivation
-from steppe.plugins.sparsify import CONFIG_KEY, RECORD_VERSION, require_sparsification
+from steppe.plugins.sparsify import require_sparsification
+from steppe.record import METHOD_MARK, RECORD_KEY, RECORD_VERSION, WEIGHTS_MARK
 
 PROGRESS = 0.2
 MIX = 0.4  # of a ramp over half the run
@@ -124,9 +125,17 @@ def test_progress_mix_and_record_come_back(name: str, tmp_path: Path) -> None:
     mixes = [float(m.mix) for m in loaded.modules() if isinstance(m, MixedActivation)]
     assert mixes == pytest.approx([MIX] * len(mixes))
     assert mixes
-    record = json.loads((tmp_path / "config.json").read_text())[CONFIG_KEY]
-    assert getattr(loaded.config, CONFIG_KEY) == getattr(model.config, CONFIG_KEY) == record
+    record = json.loads((tmp_path / "config.json").read_text())[RECORD_KEY]
+    assert getattr(loaded.config, RECORD_KEY) == getattr(model.config, RECORD_KEY) == record
     assert record["version"] == RECORD_VERSION
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_folder_without_marks_goes_on_loading(name: str, tmp_path: Path) -> None:
+    model = sparsified(name)
+    model.save_pretrained(tmp_path)
+    take_marks_off(tmp_path)
+    assert torch.equal(logits(load_pretrained(LOADERS[name], tmp_path)), logits(model))
 
 
 def test_a_loaded_model_saves_the_same_files(folder: Path, tmp_path: Path) -> None:
@@ -244,7 +253,7 @@ def test_a_model_of_your_own_loads_with_its_pattern(tmp_path: Path) -> None:
     model = sparsify_(Own(), [ZerothBias(max_tokens=3)], patterns=[Own.PATTERN])
     nn.init.normal_(model.wide.zeroth_bias.detach())
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    config = {CONFIG_KEY: require_sparsification(model).record()}
+    config = {RECORD_KEY: require_sparsification(model).record()}
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     def load(folder: str) -> nn.Module:
@@ -309,22 +318,22 @@ def test_a_plain_model_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
 
 
 def _record(**changes: Any) -> Edit:
-    return lambda config: config[CONFIG_KEY].update(changes)
+    return lambda config: config[RECORD_KEY].update(changes)
 
 
 def _without(key: str) -> Edit:
-    return lambda config: config[CONFIG_KEY].pop(key)
+    return lambda config: config[RECORD_KEY].pop(key)
 
 
 def _plug_in(index: int, **changes: Any) -> Edit:
-    return lambda config: config[CONFIG_KEY]["plugins"][index].update(changes)
+    return lambda config: config[RECORD_KEY]["plugins"][index].update(changes)
 
 
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        pytest.param(lambda c: c.update({CONFIG_KEY: [1]}), "damaged", id="record is a list"),
-        pytest.param(lambda c: c.update({CONFIG_KEY: "yes"}), "damaged", id="record is text"),
+        pytest.param(lambda c: c.update({RECORD_KEY: [1]}), "damaged", id="record is a list"),
+        pytest.param(lambda c: c.update({RECORD_KEY: "yes"}), "damaged", id="record is text"),
         pytest.param(_without("version"), "damaged.*version", id="no version"),
         pytest.param(_without("progress"), "damaged.*progress", id="no progress"),
         pytest.param(_without("plugins"), "damaged.*plugins", id="no plug-ins"),
@@ -366,7 +375,7 @@ def test_a_damaged_record_is_refused_before_the_weights_are_read(
         pytest.param(_record(plugins=[]), id="no plug-in at all"),
         pytest.param(_plug_in(0, blocks=[]), id="no block at all"),
         pytest.param(
-            lambda c: c[CONFIG_KEY]["plugins"].append(c[CONFIG_KEY]["plugins"][0]), id="twice"
+            lambda c: c[RECORD_KEY]["plugins"].append(c[RECORD_KEY]["plugins"][0]), id="twice"
         ),
         pytest.param(_plug_in(1, floor=5.0, ramp=0.0), id="a floor above the saved scale"),
     ],
@@ -388,8 +397,8 @@ def test_blocks_of_another_model_are_an_error_that_names_both(folder: Path) -> N
 def test_the_record_of_another_architecture_is_an_error(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "opt"
     sparsified("opt").save_pretrained(other)
-    record = json.loads((other / "config.json").read_text())[CONFIG_KEY]
-    edit_config(folder, lambda config: config.update({CONFIG_KEY: record}))
+    record = json.loads((other / "config.json").read_text())[RECORD_KEY]
+    edit_config(folder, lambda config: config.update({RECORD_KEY: record}))
     with pytest.raises(CheckpointError, match="another model"):
         load_pretrained(load_causal, folder)
 
@@ -434,7 +443,7 @@ def test_truncated_tensors_of_ours_are_an_error_that_names_the_file(
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("model.safetensors.index.json", b"{", "damaged"),
+        ("model.safetensors.index.json", b"{", "not valid JSON"),
         ("model.safetensors.index.json", b"[]", "damaged"),
         ("model.safetensors.index.json", b"{}", "damaged"),
         (LAST_SHARD, b"\x10", "truncated"),
@@ -548,19 +557,32 @@ def reports() -> Iterator[list[str]]:
     assert not logger.filters, "the filter must go after loading"
 
 
+def take_marks_off(folder: Path) -> None:
+    """Make a folder what steppe wrote before there were marks."""
+    edit_config(folder, lambda config: [config.pop(key) for key in (WEIGHTS_MARK, METHOD_MARK)])
+
+
 @pytest.mark.parametrize("shard_size", ["1GB", "10KB"])
+@pytest.mark.parametrize("has_marks", [True, False])
 def test_our_tensors_are_not_reported_as_unexpected(
-    tmp_path: Path, reports: list[str], shard_size: str
+    tmp_path: Path, reports: list[str], shard_size: str, has_marks: bool
 ) -> None:
     sparsified().save_pretrained(tmp_path, max_shard_size=shard_size)
-    load_causal(tmp_path)
-    assert ["LOAD REPORT" in message for message in reports] == [True], "nothing to be silent about"
-    reports.clear()
+    if not has_marks:
+        take_marks_off(tmp_path)
+        load_causal(tmp_path)
+        assert ["LOAD REPORT" in message for message in reports] == [True], "nothing to hold back"
+        reports.clear()
     load_pretrained(load_causal, tmp_path)
     assert reports == []
 
 
-def test_other_unexpected_tensors_are_still_reported(folder: Path, reports: list[str]) -> None:
+@pytest.mark.parametrize("has_marks", [True, False])
+def test_other_unexpected_tensors_are_still_reported(
+    folder: Path, reports: list[str], has_marks: bool
+) -> None:
+    if not has_marks:
+        take_marks_off(folder)
     edit_weights(folder, lambda tensors: tensors.update({"junk.weight": torch.zeros(2)}))
     load_pretrained(load_causal, folder)
     assert len(reports) == 1

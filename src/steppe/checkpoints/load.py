@@ -1,0 +1,314 @@
+"""Load a checkpoint of a sparsified model: the stock model, and what steppe did to it.
+
+``save_pretrained`` needs no help: the plug-ins' tensors are in the state dict, and what was done
+stands in the config. Loading reads safetensors only; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from steppe.blocks import find_blocks, unwrap
+from steppe.checkpoints.weights import Weights, find, read_json
+from steppe.errors import CheckpointError, SteppeError
+from steppe.patterns import BlockPattern
+from steppe.plugins.base import Plugin, plugin_from_settings
+from steppe.plugins.sparsify import PLUGINS, advance_, sparsification_of, sparsify_
+from steppe.record import RECORD_KEY, RECORD_VERSION, erase_records
+
+_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Own:
+    """What of the user's own a record may name.
+
+    Attributes:
+        patterns: patterns that `sparsify_` was given.
+        plugins: classes of plug-ins.
+    """
+
+    patterns: Sequence[BlockPattern] = ()
+    plugins: Sequence[type[Plugin]] = ()
+
+
+# What `load_pretrained` was given, for the loader that it calls.
+_current_own: ContextVar[Own | None] = ContextVar("current_own", default=None)
+
+
+def current_own() -> Own:
+    """What the `load_pretrained` around this call was given."""
+    return _current_own.get() or Own()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a config says that was done.
+
+    Attributes:
+        applied: the plug-ins with the names of their blocks.
+        progress: share of the run that was done, in [0, 1].
+    """
+
+    applied: list[tuple[Plugin, list[str]]]
+    progress: float
+
+    @property
+    def blocks(self) -> set[str]:
+        """The names of all blocks."""
+        return {name for _, names in self.applied for name in names}
+
+
+def load_pretrained(
+    load: Callable[[str], nn.Module],
+    folder: str | Path,
+    patterns: Sequence[BlockPattern] = (),
+    plugins: Sequence[type[Plugin]] = (),
+) -> nn.Module:
+    """A model as ``save_pretrained`` saved it after `sparsify_`, plug-ins and schedules included.
+
+    Args:
+        load: loads the stock model, e.g. ``AutoModelForCausalLM.from_pretrained``; options go in
+            with ``functools.partial(AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16)``.
+        folder: the folder that was saved, or a hub id.
+        patterns: patterns of your own that `sparsify_` was given.
+        plugins: classes of plug-ins of your own that it was given.
+
+    Returns:
+        The model, in the mode that `load` left it in.
+
+    Raises:
+        CheckpointError: no or a corrupt ``config.json``, a model without plug-ins, another model's
+            record, or tensors that are missing or of another shape.
+        ValueError: a plug-in of your own has the key of another.
+
+    Example:
+        ``model = load_pretrained(AutoModelForCausalLM.from_pretrained, "out")``
+    """
+    folder, own = str(folder), Own(tuple(patterns), tuple(plugins))
+    record = _read_record(folder, own)
+    weights = Weights.of(folder)
+    token = _current_own.set(own)
+    try:
+        with _held_load_reports() as reports:
+            model = load(folder)
+    finally:
+        _current_own.reset(token)
+    root = unwrap(model)
+    # Of a folder without marks, or by a loader of the user's, the model comes without plug-ins.
+    is_plain = sparsification_of(root) is None
+    left = apply_record_(root, record, weights, own) if is_plain else set()
+    for report in reports:
+        # It calls our tensors unexpected there; let it speak if there is anything else.
+        if not is_plain or left or "MISSING" in report.getMessage():
+            logging.getLogger(report.name).handle(report)
+    return model
+
+
+def apply_record_(root: nn.Module, record: Record, weights: Weights, own: Own) -> set[str]:
+    """Do to a stock model what a record says, and fill what that adds.
+
+    Args:
+        root: the model, with the weights of its own.
+        record: of its config.
+        weights: of its checkpoint.
+        own: what the record may name.
+
+    Returns:
+        The names of tensors in the checkpoint that the model does not have.
+
+    Raises:
+        CheckpointError: the record is another model's, or a tensor is missing or of another shape.
+    """
+    erase_records(root)
+    before = set(root.state_dict())
+    to_model = _renaming(root, record, own.patterns)
+    try:
+        for plugin, names in record.applied:
+            _sparsify_blocks(root, plugin, {to_model(name) for name in names}, own.patterns)
+    except SteppeError as error:
+        raise CheckpointError(f"{weights.place}: the record cannot be applied: {error}") from None
+    advance_(root, record.progress)
+    state = root.state_dict()
+    saved_as = _saved_names(root, state)
+    in_file = {to_model(name): name for name in weights.files}
+    ours = {saved_as[name]: state[name] for name in state if name not in before}
+    weights.copy_into(ours, in_file)
+    return set(in_file) - {*saved_as.values(), *state}
+
+
+def load_weights_(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Fill all of a model's tensors from a folder that its own ``save_pretrained`` wrote.
+
+    Names are translated as ``from_pretrained`` does it: Transformers 5 saves some architectures
+    (ViT) under the names of older versions, and ``load_state_dict`` would pass over those.
+
+    Args:
+        model: of the same class, with the same plug-ins.
+        folder: the folder.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another shape, or damaged.
+    """
+    root = unwrap(model)
+    weights = Weights.of(str(folder))
+    state = root.state_dict()
+    saved_as = _saved_names(root, state)
+    held = {state[name].data_ptr() for name in state if saved_as[name] in weights.files}
+    # Of tied tensors one is saved.
+    wanted = {
+        saved_as[name]: tensor
+        for name, tensor in state.items()
+        if saved_as[name] in weights.files or tensor.data_ptr() not in held
+    }
+    weights.copy_into(wanted, {})
+    return model
+
+
+def parse_record(record: Any, path: str, own: Own) -> Record:
+    """A record of the JSON values that stand in a config.
+
+    Args:
+        record: the values.
+        path: what errors name.
+        own: the plug-ins that it may name besides steppe's.
+
+    Raises:
+        CheckpointError: it is damaged, or of a newer steppe.
+        ValueError: a plug-in of the user's has the key of another.
+    """
+    try:
+        version = record["version"]
+        progress = float(record["progress"])
+        entries = [dict(entry) for entry in record["plugins"]]
+        names = [[str(name) for name in entry.pop("blocks")] for entry in entries]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: the record under {RECORD_KEY!r} is damaged ({type(error).__name__}: {error})"
+        ) from None
+    if version != RECORD_VERSION or not 0.0 <= progress <= 1.0:
+        raise CheckpointError(
+            f"{path}: expected a record of version {RECORD_VERSION} with progress in 0 … 1, got"
+            f" version {version!r}, progress {progress}. A newer steppe may have written it."
+        )
+    if not entries or not all(names):
+        raise CheckpointError(
+            f"{path}: the record under {RECORD_KEY!r} is damaged (no plug-in, or one for no block)"
+        )
+    kinds = (*PLUGINS, *own.plugins)
+    for kind in own.plugins:
+        if [one.key for one in kinds].count(kind.key) > 1:
+            raise ValueError(
+                f"{kind.__name__}: another plug-in has the key {kind.key!r}. Give it its own."
+            )
+    read = [plugin_from_settings(entry, kinds) for entry in entries]
+    return Record(list(zip(read, names, strict=True)), progress)
+
+
+def _read_record(folder: str, own: Own) -> Record:
+    """The record in the ``config.json`` of a folder or a hub repository."""
+    path = find(folder, _CONFIG)
+    if path is None:
+        raise CheckpointError(f"{folder}: expected a model folder or hub id, found no {_CONFIG}")
+    config = read_json(path)
+    record = config.get(RECORD_KEY) if isinstance(config, dict) else None
+    if record is None:
+        raise CheckpointError(
+            f"{path}: no record of steppe; this is a plain model. Load it as such, then"
+            " steppe.sparsify_(model, [...])"
+        )
+    return parse_record(record, str(path), own)
+
+
+def _renaming(
+    root: nn.Module, record: Record, patterns: Sequence[BlockPattern]
+) -> Callable[[str], str]:
+    """How names in the checkpoint become names in the model.
+
+    They differ by the prefix of the base model where one of the two has a head and the other not.
+    """
+    found = {block.name for block in find_blocks(root, patterns=patterns)}
+    prefix = f"{getattr(root, 'base_model_prefix', '')}."
+    for rename in (_same, _Prefix(prefix, add=False), _Prefix(prefix, add=True)):
+        if {rename(name) for name in record.blocks} <= found:
+            return rename
+    raise CheckpointError(
+        f"the record names blocks that {type(root).__name__} does not have:"
+        f" {', '.join(sorted(record.blocks - found)[:3])}; it has {', '.join(sorted(found)[:3])}."
+        " Is this the checkpoint of another model?"
+    )
+
+
+def _same(name: str) -> str:
+    return name
+
+
+class _Prefix:
+    """Adds a prefix to names, or takes it off where it is."""
+
+    def __init__(self, prefix: str, add: bool) -> None:
+        self._prefix = prefix
+        self._add = add
+
+    def __call__(self, name: str) -> str:
+        return self._prefix + name if self._add else name.removeprefix(self._prefix)
+
+
+def _sparsify_blocks(
+    root: nn.Module, plugin: Plugin, names: set[str], patterns: Sequence[BlockPattern]
+) -> None:
+    """Apply one plug-in to the blocks of these names."""
+    sparsify_(root, [plugin], where=lambda block: block.name in names, patterns=patterns)
+
+
+def _saved_names(root: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name in the checkpoint of each tensor of the model.
+
+    Transformers 5 keeps the names of older versions in the file for some architectures (ViT).
+    """
+    if not hasattr(root, "save_pretrained"):
+        return {name: name for name in state}
+    # Here, not above: `load` has imported transformers, `import steppe` does not.
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved_as: dict[str, str] = {}
+    for name, tensor in state.items():
+        # One by one: the result does not say which name became which.
+        names = list(revert_weight_conversion(root, {name: tensor}))  # type: ignore[arg-type]
+        saved_as[name] = names[0] if len(names) == 1 else name
+    return saved_as
+
+
+@contextmanager
+def _held_load_reports() -> Iterator[list[logging.LogRecord]]:
+    """Collect what Transformers logs of a checkpoint's keys instead of printing it."""
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        report = "LOAD REPORT" in record.getMessage()
+        if report:
+            held.append(record)
+        return not report
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(hold)
+    try:
+        yield held
+    except BaseException:
+        logger.removeFilter(hold)
+        for record in held:
+            logger.handle(record)
+        raise
+    finally:
+        logger.removeFilter(hold)
