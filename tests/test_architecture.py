@@ -68,7 +68,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.measures", "steppe.plugins"),
     ("steppe.checkpoints.weights", "steppe.sigma"),
     ("steppe.checkpoints.load",),
-    ("steppe.checkpoints.stock",),
+    ("steppe.checkpoints.adapters", "steppe.checkpoints.stock"),
     ("steppe.checkpoints",),
     ("steppe.computation",),
     ("steppe.dry_run",),
@@ -143,7 +143,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "kornia": ("steppe.training",),
     "lightning": ("steppe.training.lightning",),
     "matplotlib": ("steppe.report",),
-    "peft": ("steppe.training",),
+    "peft": ("steppe.training", "steppe.checkpoints.adapters"),
     "plotly": ("steppe.report",),
     "pytorch_lightning": ("steppe.training.lightning",),
     "rich": ("steppe.cli", "steppe.explain", "steppe.report"),
@@ -160,6 +160,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "transformers": ("steppe.training", "steppe.checkpoints"),
     "triton": ("steppe.ops.cuda",),
     "typer": ("steppe.cli",),
+    "wrapt": ("steppe.checkpoints",),
 }
 HEAVY = (
     "accelerate",

@@ -42,3 +42,8 @@ def linear_weight(module: nn.Module) -> Tensor:
     weight = getattr(module, "base_layer", module).weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def is_adapted(module: object) -> bool:
+    """Whether PEFT has wrapped a layer, to adapt it or to train a copy (``modules_to_save``)."""
+    return hasattr(module, "base_layer") or hasattr(module, "original_module")

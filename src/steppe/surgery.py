@@ -188,6 +188,15 @@ class Journal:
         """Where the registered parameters are."""
         return [edit.slot for edit in self._edits if isinstance(edit, _ParameterEdit)]
 
+    def added_tensors(self) -> list[Slot]:
+        """Where parameters, and modules that may hold tensors, were put."""
+        slots = [edit.slot for edit in self._edits if isinstance(edit, _AddedEdit | _AttributeEdit)]
+        return [
+            slot
+            for slot in slots
+            if isinstance(getattr(slot.module, slot.name), nn.Parameter | nn.Module)
+        ]
+
     def add_parameter(self, slot: Slot, parameter: nn.Parameter) -> None:
         """Register a new parameter beside the existing ones."""
         slot.module.register_parameter(slot.name, parameter)

@@ -25,6 +25,7 @@ from steppe.plugins.sparsify import PLUGINS, advance_, sparsification_of, sparsi
 from steppe.record import RECORD_KEY, RECORD_VERSION, erase_records
 
 _CONFIG = "config.json"
+ADAPTER_RECORD = "steppe_config.json"  # beside an adapter of PEFT
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,16 @@ class Own:
 
 # What `load_pretrained` was given, for the loader that it calls.
 _current_own: ContextVar[Own | None] = ContextVar("current_own", default=None)
+
+
+@contextmanager
+def _told(own: Own) -> Iterator[None]:
+    """Within it, `current_own` is `own`."""
+    token = _current_own.set(own)
+    try:
+        yield
+    finally:
+        _current_own.reset(token)
 
 
 def current_own() -> Own:
@@ -78,7 +89,8 @@ def load_pretrained(
     Args:
         load: loads the stock model, e.g. ``AutoModelForCausalLM.from_pretrained``; options go in
             with ``functools.partial(AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16)``.
-        folder: the folder that was saved, or a hub id.
+        folder: the folder that was saved, or a hub id. If an adapter of PEFT is in it, `load` puts
+            that on a model: ``lambda folder: PeftModel.from_pretrained(base, folder)``.
         patterns: patterns of your own that `sparsify_` was given.
         plugins: classes of plug-ins of your own that it was given.
 
@@ -94,14 +106,13 @@ def load_pretrained(
         ``model = load_pretrained(AutoModelForCausalLM.from_pretrained, "out")``
     """
     folder, own = str(folder), Own(tuple(patterns), tuple(plugins))
+    if find(folder, _CONFIG) is None and find(folder, ADAPTER_RECORD) is not None:
+        with _told(own):
+            return load(folder)  # by PEFT, which steppe has taught to do the rest
     record = _read_record(folder, own)
     weights = Weights.of(folder)
-    token = _current_own.set(own)
-    try:
-        with _held_load_reports() as reports:
-            model = load(folder)
-    finally:
-        _current_own.reset(token)
+    with _told(own), _held_load_reports() as reports:
+        model = load(folder)
     root = unwrap(model)
     # Of a folder without marks, or by a loader of the user's, the model comes without plug-ins.
     is_plain = sparsification_of(root) is None
@@ -113,7 +124,9 @@ def load_pretrained(
     return model
 
 
-def apply_record_(root: nn.Module, record: Record, weights: Weights, own: Own) -> set[str]:
+def apply_record_(
+    root: nn.Module, record: Record, weights: Weights, own: Own, by_file_names: bool = True
+) -> set[str]:
     """Do to a stock model what a record says, and fill what that adds.
 
     Args:
@@ -121,6 +134,8 @@ def apply_record_(root: nn.Module, record: Record, weights: Weights, own: Own) -
         record: of its config.
         weights: of its checkpoint.
         own: what the record may name.
+        by_file_names: whether the names in the files are those of ``save_pretrained``, and not the
+            model's.
 
     Returns:
         The names of tensors in the checkpoint that the model does not have.
@@ -138,7 +153,7 @@ def apply_record_(root: nn.Module, record: Record, weights: Weights, own: Own) -
         raise CheckpointError(f"{weights.place}: the record cannot be applied: {error}") from None
     advance_(root, record.progress)
     state = root.state_dict()
-    saved_as = _saved_names(root, state)
+    saved_as = _saved_names(root, state) if by_file_names else {name: name for name in state}
     in_file = {to_model(name): name for name in weights.files}
     ours = {saved_as[name]: state[name] for name in state if name not in before}
     weights.copy_into(ours, in_file)

@@ -24,6 +24,10 @@ class Constraint:
 
     reads_norm: ClassVar[bool] = False
 
+    def changed(self) -> list[nn.Parameter]:
+        """The model's own parameters that `project` changes, frozen ones too."""
+        return []
+
     def advance(self, progress: float) -> None:
         """Set schedules.
 

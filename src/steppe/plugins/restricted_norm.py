@@ -114,6 +114,12 @@ class _Floor(Constraint):
         self._ramp = ramp
         self._current = floor * ramp_progress(0.0, ramp)
 
+    def changed(self) -> list[nn.Parameter]:
+        """The scale."""
+        scale = self._norm.weight
+        assert isinstance(scale, nn.Parameter)
+        return [scale]
+
     def advance(self, progress: float) -> None:
         """Raise the floor."""
         self._current = self._floor * ramp_progress(progress, self._ramp)

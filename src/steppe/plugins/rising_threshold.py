@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from steppe.blocks import MLPBlock, Slot
 from steppe.errors import UnfitBlockError
-from steppe.linear import linear_weight
+from steppe.linear import is_adapted, linear_weight
 from steppe.plugins.base import Constraint, Plugin, ramp_progress
 from steppe.surgery import Journal
 from steppe.tokens import TokenContext, attach, listen
@@ -67,7 +67,7 @@ class RisingThreshold(Plugin):
 
     def check(self, block: MLPBlock) -> None:
         """Refuse a first layer that PEFT adapts, or one with a `threshold` of its own."""
-        if hasattr(block.activated, "base_layer"):
+        if is_adapted(block.activated):
             raise UnfitBlockError(
                 f"{block.name}: PEFT adapts the first layer of the MLP, and merging would throw the"
                 " threshold away. Name the attention alone in target_modules, or leave the block"

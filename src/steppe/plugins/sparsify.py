@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from steppe.blocks import MLPBlock, find_blocks, unwrap
 from steppe.errors import SparsificationError
@@ -269,6 +269,36 @@ def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{names[slot.module]}.{slot.name}".lstrip("."): getattr(slot.module, slot.name)
         for slot in slots
+    }
+
+
+def changed_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint needs besides the model's own weights as they were before `sparsify_`.
+
+    Args:
+        model: any model.
+
+    Returns:
+        The tensors that plug-ins added, and the model's own that they change even where those are
+        frozen (the scale of a norm), by name; empty if there are none.
+    """
+    sparsification = sparsification_of(model)
+    if sparsification is None:
+        return {}
+    root = unwrap(model)
+    names = {module: name for name, module in root.named_modules()}
+    added = {
+        f"{names[slot.module]}.{slot.name}".lstrip(".")
+        for applied in sparsification.applied
+        for slot in applied.journal.added_tensors()
+        if slot.module in names
+    }
+    ours = {id(one) for constraint in sparsification.constraints for one in constraint.changed()}
+    owned = {name for name, parameter in root.named_parameters() if id(parameter) in ours}
+    return {
+        name: tensor
+        for name, tensor in root.state_dict().items()
+        if name in owned or any(name == one or name.startswith(f"{one}.") for one in added)
     }
 
 

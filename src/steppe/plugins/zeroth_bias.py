@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from steppe.blocks import MLPBlock, Slot, max_tokens_of
 from steppe.errors import TokenPositionError, UnfitBlockError
-from steppe.linear import linear_weight
+from steppe.linear import is_adapted, linear_weight
 from steppe.plugins.base import Constraint, Plugin
 from steppe.sharding import full, is_sharded, local_rows
 from steppe.surgery import Journal
@@ -72,7 +72,7 @@ class ZerothBias(Plugin):
                 f"{block.name}: ZerothBias is bounded by the scale of the block's norm, and"
                 f" {_kind(block.norm)} has none. Leave the block out: sparsify_(..., where=...)"
             )
-        if any(hasattr(layer, "base_layer") for layer in (block.up, block.gate)):
+        if is_adapted(block.up) or is_adapted(block.gate):
             raise UnfitBlockError(
                 f"{block.name}: PEFT adapts the first layer of the MLP, and merging would throw the"
                 " zeroth bias away. Name the attention alone in target_modules, or leave the block"
