@@ -28,6 +28,7 @@ from steppe import (
     sparsify_,
     watch,
 )
+from steppe.errors import LossError
 from steppe.measures.flatness import (
     _CHUNK,
     COLUMNS,
@@ -36,7 +37,7 @@ from steppe.measures.flatness import (
     squared_weight_gradient,
     tap,
 )
-from steppe.measures.report import ratio_of_sums
+from steppe.measures.report import ratio_of_sums, report_from_dict
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -423,9 +424,72 @@ def test_a_loss_outside_the_model_is_a_mean_or_a_sum_by_what_is_said() -> None:
     for reduction in ("mean", "sum"):
         with watch(model, gradients=True, reduction=reduction) as monitor:  # type: ignore[arg-type]
             loss = F.cross_entropy(model(**batch).logits, labels, reduction=reduction)
-            (loss * 8.0).backward()
             monitor.loss_factor = 8.0
+            (loss * 8.0).backward()
         assert monitor.report().blocks[0].AF_up == pytest.approx(want, rel=PRECISE)
+
+
+def outside_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of an image model, made outside of it, with gradients in half precision."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.autocast("cpu", torch.float16):
+        return F.cross_entropy(model(**inputs).logits.float(), batch["labels"])
+
+
+@pytest.mark.parametrize("bad_at", [[0], [1], [0, 3], []])
+def test_passes_that_overflow_are_left_out_and_counted(bad_at: list[int]) -> None:
+    model, batch = build("vit", dtype=torch.float32), batch_for("vit", torch.float32)
+    reports = []
+    for bad in (bad_at, []):
+        with watch(model, gradients=True) as monitor:
+            for step in range(4):
+                if step in bad_at and step not in bad:
+                    continue
+                scale = 2.0**100 if step in bad else 2.0 ** (4 + step)
+                monitor.loss_factor = scale
+                (outside_loss(model, batch) * scale).backward()
+        reports.append(monitor.report())
+    for got, want in zip(reports[0].blocks, reports[1].blocks, strict=True):
+        assert got.non_finite_passes == len(bad_at)
+        assert want.non_finite_passes == 0
+        assert got.samples == want.samples * 4 / (4 - len(bad_at)), "of the forward passes"
+        for name in ("AF_up", "AF_down", "active_gain", "squared_gradient_norm_up"):
+            assert getattr(got, name) == pytest.approx(getattr(want, name), rel=1e-9)
+            assert 0 < getattr(got, name) < math.inf
+    values = reports[0].to_dict()
+    assert report_from_dict(values).to_dict() == values
+    del values["non_finite_passes_per_block"]  # as of an older run
+    assert report_from_dict(values).blocks[0].non_finite_passes == 0
+
+
+def test_where_every_pass_overflows_there_is_no_flatness_but_a_count() -> None:
+    model, batch = build("vit", dtype=torch.float32), batch_for("vit", torch.float32)
+    with watch(model, gradients=True) as monitor:
+        monitor.loss_factor = 2.0**100
+        (outside_loss(model, batch) * 2.0**100).backward()
+    report = monitor.report()
+    assert [block.non_finite_passes for block in report.blocks] == [1] * len(report.blocks)
+    assert all(math.isnan(block.AF_up) and block.density > 0 for block in report.blocks)
+
+
+def test_a_factor_of_the_models_own_loss_that_changes_is_refused() -> None:
+    model, batch = build("gpt2"), batch_for("gpt2")
+    with watch(model, gradients=True) as monitor:
+        for factor in (4.0, 2.0):
+            (model(**batch).loss * factor).backward()
+        with pytest.raises(LossError, match=r"monitor.report\(\); monitor.reset\(\)"):
+            monitor.report()
+        monitor.reset()  # what it says
+        (model(**batch).loss * 2.0).backward()
+        assert monitor.report().blocks[0].AF_up > 0
+
+
+def test_a_factor_that_is_told_too_late_is_refused() -> None:
+    model, batch = build("vit", dtype=torch.float32), batch_for("vit", torch.float32)
+    with watch(model, gradients=True) as monitor:
+        (outside_loss(model, batch) * 8.0).backward()
+        with pytest.raises(LossError, match="before backward"):
+            monitor.loss_factor = 8.0
 
 
 # ---- what the loop does

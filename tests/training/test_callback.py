@@ -15,6 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     PrinterCallback,
@@ -491,6 +492,67 @@ def test_transformers_can_restore_the_callback_by_itself(tmp_path: Path) -> None
     assert restored.history == callback.history
 
 
+@pytest.mark.parametrize(
+    "changed", [{"every": 2}, {"per_block": False}, {"flatness": False}, {"every": 3}]
+)
+def test_resuming_with_other_settings_keeps_the_history(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 4}
+    train(tmp_path, gpt2(), SteppeCallback(every=1), max_steps=4, **options)
+    callback = SteppeCallback(**{"every": 1, **changed})
+    train(tmp_path, gpt2(), callback, resume=tmp_path / "checkpoint-4", **options)
+    every = changed.get("every", 1)
+    steps = [1, 2, 3, 4, *(step + 1 for step in range(4, STEPS) if step % every == 0)]
+    assert [entry["step"] for entry in callback.history] == steps
+    assert json.loads((tmp_path / "steppe.json").read_text())["steps"] == steps
+    assert 0 < callback.training_density < 1
+
+
+def test_each_trial_of_a_search_has_its_own_record(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    callback = SteppeCallback(every=1)
+    trainer = make_trainer(tmp_path, gpt2(), callback, max_steps=2, save_strategy="steps")
+    trainer.model_init, trainer.eval_dataset = lambda: gpt2(), dataset(4)
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)},
+        backend="optuna",
+        n_trials=2,
+        compute_objective=lambda metrics: metrics["eval_density"],
+    )
+    rates = [
+        json.loads((tmp_path / f"run-{trial}" / "steppe.json").read_text())["settings"][
+            "learning_rate"
+        ]
+        for trial in range(2)
+    ]
+    assert rates[0] != rates[1]
+    assert not (tmp_path / "steppe.json").exists()
+
+
+def test_a_resumed_vit_has_all_its_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def vit(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return sparsify_(models.vit(), [ZerothBias()])
+
+    pictures = models.images(24)
+    data = [{"pixel_values": one, "labels": i % 10} for i, one in enumerate(pictures)]
+    options = {"save_strategy": "steps", "save_steps": 4, "learning_rate": 0.05}
+    states = []
+    for name, resume in (("whole", None), ("resumed", tmp_path / "whole" / "checkpoint-4")):
+        trainer = make_trainer(
+            tmp_path / name, vit(0 if resume is None else 1), SteppeCallback(), **options
+        )
+        trainer.train_dataset, trainer.data_collator = data, default_data_collator
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        states.append(trainer.model.state_dict())
+        assert ("resumed without" in caplog.text) == (resume is not None)
+    assert_equal_states(states[1], states[0])
+
+
 # ---- a loss that is no number
 
 
@@ -663,12 +725,57 @@ def test_densities_alone_hang_nothing_into_the_backward_pass(tmp_path: Path) -> 
     assert callback.training_density > 0
 
 
-def test_a_loss_outside_the_model_is_a_mean_over_the_micro_batch(tmp_path: Path) -> None:
-    callbacks = SteppeCallback(every=STEPS), SteppeCallback(every=STEPS)
-    make_trainer(tmp_path / "a", rough_gpt2(), callbacks[0]).train()
-    make_trainer(tmp_path / "b", rough_gpt2(), callbacks[1], label_smoothing_factor=1e-6).train()
-    inside, outside = (callback.history[0]["AF_up_per_block"] for callback in callbacks)
-    assert outside == pytest.approx(inside, rel=0.5)
+class Outside(Trainer):
+    """A Trainer whose user makes the loss himself."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits, labels[:, 1:].flatten())
+
+
+def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func", "compute_loss"])
+@pytest.mark.parametrize(("size", "pieces"), [(4, 1), (2, 2), (1, 4)])
+def test_a_loss_outside_the_model_gives_the_flatness_of_the_one_inside(
+    tmp_path: Path, how: str, size: int, pieces: int
+) -> None:
+    # As many labels in each, so that a mean over means is one over all.
+    items = [{**one, "labels": one["input_ids"]} for one in dataset(4)]
+    found = []
+    for kind in ("inside", how):
+        callbacks = [SteppeCallback(every=1), SteppeCallback(every=1)]
+        options: dict[str, Any] = {} if kind != "label_smoothing_factor" else {kind: 1e-9}
+        args = TrainingArguments(
+            str(tmp_path / kind),
+            max_steps=1,
+            per_device_train_batch_size=4 if kind == "inside" else size,
+            gradient_accumulation_steps=1 if kind == "inside" else pieces,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            **options,
+        )
+        trainer = (Outside if kind == "compute_loss" else Trainer)(
+            model=rough_gpt2(),
+            args=args,
+            train_dataset=items,
+            callbacks=callbacks,
+            compute_loss_func=summed_loss if kind == "compute_loss_func" else None,
+        )
+        made = dict(vars(trainer))
+        trainer.train()
+        assert {key: vars(trainer)[key] for key in ("compute_loss_func", "label_smoother")} == {
+            key: made[key] for key in ("compute_loss_func", "label_smoother")
+        }
+        assert "compute_loss" not in vars(trainer)
+        found.append([callback.history[0]["AF_up_per_block"] for callback in callbacks])
+    for outside in found[1]:
+        assert outside == pytest.approx(found[0][0], rel=1e-4)
 
 
 def test_the_record_of_the_run_stands_in_its_folder(tmp_path: Path) -> None:

@@ -111,6 +111,11 @@ class Weights:
                     wanted[name].copy_(tensors.get_tensor(names.get(name, name)))
 
 
+def has_weights(folder: str) -> bool:
+    """Whether a folder or a hub repository holds the weights of a model as safetensors."""
+    return find(folder, WEIGHTS) is not None or find(folder, _INDEX) is not None
+
+
 def find(folder: str, file: str) -> Path | None:
     """A file of a local folder or of a hub repository.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 COLUMNS = (
     "samples",
@@ -33,11 +34,12 @@ def new_probe(device: torch.device) -> Tensor:
     """A leaf whose gradient gathers the moments of one tap.
 
     Returns:
-        float64 ``[8, 8]`` of zeros that requires grad; float32 on devices without float64.
+        float64 ``[9, 8]`` of zeros that requires grad; float32 on devices without float64. Its last
+        row begins with the number of passes that were left out, since they are not finite.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
     size = len(COLUMNS)
-    return torch.zeros(size, size, dtype=dtype, device=device, requires_grad=True)
+    return torch.zeros(size + 1, size, dtype=dtype, device=device, requires_grad=True)
 
 
 def tap(
@@ -54,6 +56,7 @@ def tap(
     Args:
         output: what the layer returned, ``[*, F]``.
         probe: of `new_probe`; Σ_s w_s w_sᵀ is added to its gradient, w_s the `COLUMNS` of sample s.
+            A pass with a number that is not finite, as GradScaler skips it, is counted instead.
         layer_input: what the layer received, ``[*, D]``; kept until the backward pass, as the layer
             itself keeps it for its weight's gradient.
         layout: number of samples, and whether tokens are the first dimension.
@@ -102,7 +105,10 @@ class _Tap(torch.autograd.Function):
                 scale,
             ).to(ctx.probe_dtype)
             moments = rows.mT @ rows
-        return grad, moments, None, None, None, None, None
+            is_finite = moments.isfinite().all()
+            left_out = F.pad((~is_finite).to(moments).reshape(1, 1), (0, moments.shape[1] - 1))
+            found = torch.cat([torch.where(is_finite, moments, 0.0), left_out])
+        return grad, found, None, None, None, None, None
 
 
 def by_sample(tensor: Tensor, samples: int, tokens_first: bool) -> Tensor:
@@ -223,7 +229,7 @@ def tap_loss(loss: Tensor, probe: Tensor) -> Tensor:
 
     Args:
         loss: scalar.
-        probe: of `new_loss_probe`; 1 and f² are added to its gradient, f the factor.
+        probe: of `new_loss_probe`; 1, f and f² are added to its gradient, f the factor.
 
     Returns:
         The same value.
@@ -233,9 +239,9 @@ def tap_loss(loss: Tensor, probe: Tensor) -> Tensor:
 
 
 def new_loss_probe(device: torch.device) -> Tensor:
-    """A leaf whose gradient gathers the factors of `tap_loss`, ``[2]``."""
+    """A leaf whose gradient gathers the factors of `tap_loss`, ``[3]``."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros(2, dtype=dtype, device=device, requires_grad=True)
+    return torch.zeros(3, dtype=dtype, device=device, requires_grad=True)
 
 
 class _LossTap(torch.autograd.Function):
@@ -249,6 +255,6 @@ class _LossTap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient as it is, and 1 and its square."""
+        """The gradient as it is, and 1, itself and its square."""
         factor = grad.detach().to(ctx.probe_dtype)
-        return grad, torch.stack([torch.ones_like(factor), factor.square()])
+        return grad, torch.stack([torch.ones_like(factor), factor, factor.square()])

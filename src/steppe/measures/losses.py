@@ -26,6 +26,7 @@ class LossContext:
             batch's loss into that of each sample's own; None where the reduction alone tells.
         reduction: of the loss over its terms.
         given: `scale` was set from outside and the model's arguments do not change it.
+        outside: the scale of a call that is told no labels, where somebody knows it.
     """
 
     def __init__(self, model: nn.Module, reduction: Reduction) -> None:
@@ -36,6 +37,7 @@ class LossContext:
         self.scale: Tensor | None = None
         self.reduction: Reduction = reduction
         self.given = False
+        self.outside: Tensor | None = None
         self.enabled = False
         parameter = next(root.parameters(), torch.empty(0))
         self.probe = new_loss_probe(torch.device("cpu") if parameter.is_meta else parameter.device)
@@ -49,7 +51,7 @@ class LossContext:
         self.scale = (
             sample_scale(labels, self._shifted, self.reduction, told.get("num_items_in_batch"))
             if isinstance(labels, Tensor)
-            else None
+            else self.outside
         )
 
     def see_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -58,9 +60,18 @@ class LossContext:
             return
         loss = getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
-            if self.probe.device != loss.device:
-                self.probe = new_loss_probe(loss.device)
-            output.loss = tap_loss(loss, self.probe)
+            output.loss = self.tapped(loss)
+
+    def tapped(self, loss: Tensor) -> Tensor:
+        """The same loss, whose backward pass tells its factor."""
+        if self.probe.device != loss.device:
+            self.probe = new_loss_probe(loss.device)
+        return tap_loss(loss, self.probe)
+
+    def tapped_outside(self, loss: Tensor) -> Tensor:
+        """A loss from outside, likewise, if the model was told no labels."""
+        is_outside = self.enabled and self.outside is not None and self.scale is self.outside
+        return self.tapped(loss) if is_outside and loss.requires_grad else loss
 
     def scale_of(self, samples: int, device: torch.device, name: str) -> Tensor:
         """What each sample's gradient is multiplied by.

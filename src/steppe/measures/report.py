@@ -47,6 +47,8 @@ class BlockReport:
         squared_gradient_norm_down: the same for `down`.
         standard_errors: standard error over samples of the means above, by their names, and of
             `AF_per_entry` and `weighted_activation_gradient`.
+        non_finite_passes: number of backward passes with an infinite or NaN gradient, as GradScaler
+            skips their steps; they are in the densities alone.
     """
 
     name: str
@@ -69,6 +71,7 @@ class BlockReport:
     squared_gradient_norm_gate: float
     squared_gradient_norm_down: float
     standard_errors: dict[str, float]
+    non_finite_passes: int = 0
 
     @property
     def AF_activated(self) -> float:  # noqa: N802  # the paper's symbol
@@ -144,6 +147,8 @@ def report_from_dict(values: dict[str, Any]) -> Report:
     """
     values = from_json(values)
     names = [field.name for field in fields(BlockReport)]
+    # Runs of before they were counted have none.
+    values = {"non_finite_passes_per_block": [0] * len(values["name_per_block"]), **values}
     columns = [values[f"{name}_per_block"] for name in names]
     rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     for row in rows:

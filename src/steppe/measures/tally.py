@@ -29,8 +29,9 @@ class Tally:
         counts: int64 ``[5]``, the `COUNTERS`.
         units: int64 ``[F]``, on how many tokens each hidden unit was active.
         moments: float64 ``[4, 4]``, second moments of the `SAMPLE_COUNTERS`.
-        activated: float64 ``[8, 8]``, second moments of the `COLUMNS` of the layer that the
-            activation reads; zeros where there was no backward pass.
+        activated: float64 ``[9, 8]``, second moments of the `COLUMNS` of the layer that the
+            activation reads, and a row that begins with the number of backward passes that were not
+            finite and are in no other row; zeros where there was no backward pass.
         up: the same of the `up` of a gated block; zeros in others.
         down: the same of `down`.
     """
@@ -51,15 +52,16 @@ def scaled(moments: Tensor, squared_factor: Tensor) -> Tensor:
     """Moments for a loss that was multiplied on its way to ``backward``.
 
     Args:
-        moments: ``[8, 8]`` of the `COLUMNS`.
+        moments: ``[9, 8]`` as in a `Tally`.
         squared_factor: scalar, the square of the factor.
 
     Returns:
-        ``[8, 8]``, those of the loss itself.
+        ``[9, 8]``, those of the loss itself.
     """
     factors = torch.ones_like(moments[0])
     factors[-len(GRADIENT_COLUMNS) :] /= squared_factor.to(factors)
-    return moments * factors * factors.unsqueeze(-1)
+    scales = torch.cat([factors.outer(factors), torch.ones_like(factors).unsqueeze(0)])
+    return torch.where(moments == 0, 0.0, moments * scales)  # 0 also for the factor of no pass
 
 
 def sum_over(
@@ -112,8 +114,9 @@ def report_of(blocks: Sequence[MLPBlock], tallies: Sequence[Tally]) -> Report:
 
 def _block_report(block: MLPBlock, tally: Tally) -> BlockReport:
     counts = dict(zip(COUNTERS, tally.counts.tolist(), strict=True))
-    activated, gated = tally.activated, block.gate is not None
-    up = tally.up if gated else activated
+    taps = (tally.activated, tally.up, tally.down)
+    (activated, up, down), gated = (moments[:-1] for moments in taps), block.gate is not None
+    up = up if gated else activated
     gate = activated if gated else torch.zeros_like(activated)
     estimates: dict[str, tuple[float, float]] = {
         "density": _ratio(tally.moments, SAMPLE_COUNTERS, ["active"], ["tokens"], block.d_hidden),
@@ -130,7 +133,7 @@ def _block_report(block: MLPBlock, tally: Tally) -> BlockReport:
             activated, COLUMNS, ["gain", "tokens"], ["derivative_active", "squared_input"]
         ),
     }
-    for layer, moments in (("up", up), ("gate", gate), ("down", tally.down)):
+    for layer, moments in (("up", up), ("gate", gate), ("down", down)):
         estimates[f"AF_{layer}"] = _ratio(moments, COLUMNS, ["flatness"], ["samples"])
         estimates[f"squared_gradient_norm_{layer}"] = _ratio(
             moments, COLUMNS, ["squared_weight_gradient"], ["samples"]
@@ -149,6 +152,7 @@ def _block_report(block: MLPBlock, tally: Tally) -> BlockReport:
         tokens=counts["tokens"],
         dead_neurons=int((tally.units == 0).sum()) if counts["tokens"] else 0,
         neuron_frequency=frequency_histogram(tally.units, counts["tokens"]),
+        non_finite_passes=int(max(moments[-1, 0] for moments in taps)),
         standard_errors={name: error for name, (_, error) in estimates.items()},
         **means,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +46,10 @@ class Monitor:
     Attributes:
         enabled: whether forward passes, and their backward passes, are measured now.
         names: the blocks' names, in forward order.
-        loss_factor: what the loss was multiplied by before ``backward``, where it is not the
-            model's own, whose factor is measured; 1 by default. A number or a 0-dim tensor.
+        loss_factor: what the loss is multiplied by before ``backward``, where it is not the model's
+            own, whose factor is measured; 1 by default. A number or a 0-dim tensor. One that is set
+            later is that of the passes that follow: ``monitor.loss_factor = scaler.get_scale()``
+            before each.
     """
 
     def __init__(
@@ -57,7 +60,8 @@ class Monitor:
         reduction: Reduction = "mean",
     ) -> None:
         self.names = tuple(block.name for block in blocks)
-        self.loss_factor: float | Tensor = 1.0
+        self._loss_factor: float | Tensor = 1.0
+        self._has_loss_factor = False
         self._model = model
         self._switch = _Switch()
         self._losses = LossContext(model, reduction) if gradients else None
@@ -98,6 +102,25 @@ class Monitor:
         if self._losses is not None:
             self._losses.enabled = value
 
+    @property
+    def loss_factor(self) -> float | Tensor:
+        """What the loss is multiplied by before ``backward`` now."""
+        return self._loss_factor
+
+    @loss_factor.setter
+    def loss_factor(self, value: float | Tensor) -> None:
+        is_measured = self._losses is not None and self._losses.probe.grad is not None
+        if not is_measured and any(probe.grad is not None for probe in self.probes()):
+            if not self._has_loss_factor:
+                raise LossError(
+                    "monitor.loss_factor: a backward pass has gone by without it. Set it before"
+                    " backward(), or call monitor.reset()."
+                )
+            squared_factor = self._squared_loss_factor()
+            for observer in self._observers:
+                observer.settle(squared_factor)
+        self._loss_factor, self._has_loss_factor = value, True
+
     def counts(self, group: dist.ProcessGroup | None = None) -> Tensor:
         """The counts so far.
 
@@ -119,10 +142,12 @@ class Monitor:
             Means over the samples since the start or the last `reset`.
 
         Raises:
-            LossError: gradients were asked for and none came.
+            LossError: gradients were asked for and none came, or the factor of the model's own loss
+                changed meanwhile.
         """
+        self._refuse_changed_factor()
         tallies = self._tallies(group)
-        if self._losses is not None and not any(tally.activated[0, 0] > 0 for tally in tallies):
+        if self._losses is not None and not any(tally.activated[:, 0].any() for tally in tallies):
             raise LossError(
                 "watch(gradients=True): no gradient came to any block. Call loss.backward() while"
                 " watching, not under torch.no_grad(); for densities alone: watch(model)."
@@ -160,6 +185,24 @@ class Monitor:
         """The leaves whose gradients gather what backward passes tell."""
         return [probe for observer in self._observers for probe in observer.probes.values()]
 
+    @contextmanager
+    def outside_loss(self, scale: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+        """For passes whose loss is made outside of the model, where that is not told the labels.
+
+        Args:
+            scale: float ``[S]``, what turns the gradient of the batch's loss into that of each
+                sample's own.
+
+        Yields:
+            What the loss must go through: it measures by what it is multiplied afterwards.
+        """
+        assert self._losses is not None
+        self._losses.outside = scale
+        try:
+            yield self._losses.tapped_outside
+        finally:
+            self._losses.outside = None
+
     def use_scale(self, scale: Tensor | None) -> None:
         """Set what turns the gradient of the next batch's loss into that of each sample's own.
 
@@ -175,12 +218,25 @@ class Monitor:
         tallies = [observer.tally(squared_factor).cpu() for observer in self._observers]
         return tallies if group is None else sum_over(tallies, self._observers[0].device, group)
 
+    def _refuse_changed_factor(self) -> None:
+        """Refuse passes of several factors, whose moments are one sum by now."""
+        factors = None if self._losses is None else self._losses.probe.grad
+        if factors is None:
+            return
+        passes, total, squares = factors.tolist()
+        if passes * squares > total * total * (1.0 + 1e-6) or not math.isfinite(squares):
+            raise LossError(
+                "watch(gradients=True): what the loss is multiplied by before backward() has"
+                " changed since the last reset; GradScaler changes it after a step that it skips."
+                " Report after each step: report = monitor.report(); monitor.reset()"
+            )
+
     def _squared_loss_factor(self) -> Tensor:
         """The square of what the loss was multiplied by, measured where it was the model's own."""
         factors = None if self._losses is None else self._losses.probe.grad
         if factors is not None:
-            return factors[1] / factors[0]
-        return torch.as_tensor(self.loss_factor, dtype=torch.float64).square()
+            return factors[2] / factors[0]
+        return torch.as_tensor(self._loss_factor, dtype=torch.float64).square()
 
 
 @dataclass
@@ -208,6 +264,7 @@ class _Observer:
         self._gate: PerThread[tuple[Tensor, Tensor] | None] = PerThread(None)
         self._up: PerThread[Tensor | None] = PerThread(None)
         self.probes: dict[str, Tensor] = {}
+        self._settled: dict[str, Tensor] = {}  # of passes with an earlier factor of the loss
         self._allocate(self.device)
 
     @property
@@ -222,16 +279,29 @@ class _Observer:
             tensor.zero_()
         for probe in self.probes.values():
             probe.grad = None
+        self._settled.clear()
+
+    def settle(self, squared_factor: Tensor) -> None:
+        """Have what was gathered so far be of a loss that was multiplied by this."""
+        for name, probe in self.probes.items():
+            if probe.grad is not None:
+                self._settled[name] = self._gradients(name, squared_factor)
+                probe.grad = None
 
     def tally(self, squared_factor: Tensor) -> Tally:
         """A copy of what was gathered so far."""
-        gradients = []
-        for name in ("activated", "up", "down"):
-            moments = self.probes[name].grad if name in self.probes else None
-            if moments is None:
-                moments = torch.zeros(len(COLUMNS), len(COLUMNS), dtype=self.moments.dtype)
-            gradients.append(scaled(moments, squared_factor))
+        gradients = (self._gradients(name, squared_factor) for name in ("activated", "up", "down"))
         return Tally(self.counts.clone(), self.units.clone(), self.moments.clone(), *gradients)
+
+    def _gradients(self, name: str, squared_factor: Tensor) -> Tensor:
+        """What backward passes told at a layer, for the loss itself."""
+        moments = self.probes[name].grad if name in self.probes else None
+        settled = self._settled.get(name)
+        if moments is None:
+            shape = (len(COLUMNS) + 1, len(COLUMNS))
+            return torch.zeros(shape, dtype=self.moments.dtype) if settled is None else settled
+        found = scaled(moments, squared_factor)
+        return found if settled is None else found + settled
 
     @property
     def needs_dense(self) -> bool:
@@ -322,6 +392,7 @@ class _Observer:
         self.counts = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
         self.units = torch.zeros(self.block.d_hidden, dtype=torch.int64, device=device)
         self.moments = torch.zeros(rows, rows, dtype=torch.float64, device=device)
+        self._settled.clear()
         if self._losses is not None:
             self.probes = {name: new_probe(device) for name in ("activated", "down")}
             if self.block.gate is not None:
@@ -349,9 +420,11 @@ def watch(
     factors, see `BlockReport`. The loop's own numbers do not change. Each sample's own loss is told
     from the model's ``labels``; where a Hugging Face model computes the loss, what it is multiplied
     by before ``backward`` (accumulation, a GradScaler, the number of processes) is measured and
-    undone, and must not change between two reports. For a loss computed outside the model,
-    `reduction` says how it is made of the samples' losses, and ``monitor.loss_factor`` what it is
-    multiplied by. Forward passes without a backward pass count in the densities alone.
+    undone, and must not change between two reports. A pass in which a gradient is infinite or NaN
+    is left out of what is of gradients, and counted. For a loss computed outside the model,
+    `reduction` says how it is made of the samples' losses, and ``monitor.loss_factor``, set before
+    ``backward``, what it is multiplied by: ``monitor.loss_factor = 1 / accumulation``. Forward
+    passes without a backward pass count in the densities alone.
 
     Args:
         model: the model; wrappers are seen through.

@@ -51,6 +51,8 @@ def measure_table(report: Report) -> Table:
         if any(not math.isnan(getattr(block, key)) for block in report.blocks):
             columns.append((heading, [_with_error(block, key) for block in report.blocks]))
     columns.append(("dead\nunits", [f"{b.dead_neurons}\nof {b.d_hidden}" for b in report.blocks]))
+    if any(block.non_finite_passes for block in report.blocks):
+        columns.append(("passes\nnot finite", [str(b.non_finite_passes) for b in report.blocks]))
     if any(not math.isnan(block.active_gain) for block in report.blocks):
         columns.append(("iden-\ntity", [_deviation(block) for block in report.blocks]))
     for heading, _ in columns:

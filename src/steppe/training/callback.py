@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -32,8 +33,10 @@ from steppe.plugins.sparsify import (
 from steppe.runs import RUN_FILE, Run, write_run
 from steppe.surgery import Journal
 from steppe.training.history import HEADLINE, History, means_of
-from steppe.training.interception import AroundCallback, attend
+from steppe.training.interception import AroundCallback, attend, resumed_from
+from steppe.training.outside_loss import seen_from_outside
 from steppe.training.penalized import PenalizedLoss
+from steppe.training.resumed import complete_weights_
 
 # What a reader of a run wants to know of how it was trained.
 _SETTINGS = (
@@ -77,13 +80,18 @@ class SteppeCallback(History, AroundCallback, ExportableState):
     the densities of the whole model stand for it. The run's own survive resuming from a checkpoint.
     Sums go over processes, once per log.
 
+    Resuming goes on with the same history, whatever `every` and the others were before. Where the
+    stock Trainer resumes without some of the weights (ViT), they are loaded, with a warning. Each
+    trial of a hyper-parameter search has a record of its own, in the folder of its checkpoints.
+
     Nothing stays on the model: it is watched only while the Trainer is in the very step or
     evaluation that is measured, however that ends.
 
     ``steppe.json`` in the output folder has all of it, for ``steppe report``.
 
-    A loss that the Trainer computes outside of the model (label smoothing, ``compute_loss_func``)
-    is taken for a mean over the samples of the micro-batch.
+    A loss that is made outside of the model (label smoothing, ``compute_loss_func``, a
+    ``compute_loss`` of your own) is taken for a mean over labels: over those of the whole step
+    where the Trainer tells the function their number, else over those of the micro-batch.
 
     Args:
         every: measure one optimizer step in so many, ≥ 1.
@@ -106,6 +114,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         self.flatness = flatness
         self._is_training = False
         self._is_turn = False  # of the step that runs, to be measured
+        self._folder = ""  # of the run's record
         self._penalized: PenalizedLoss | None = None
         self._evaluated_last: tuple[str, list[Tally], dict[str, Any]] | None = None
 
@@ -145,7 +154,11 @@ class SteppeCallback(History, AroundCallback, ExportableState):
                 f"SteppeCallback: one process for {args.n_gpu} GPUs runs the hooks in threads that"
                 f" race (nn.DataParallel). Start with: torchrun --nproc_per_node {args.n_gpu} ..."
             )
-        attend(self)
+        trainer = attend(self)
+        complete_weights_(trainer, resumed_from(trainer))
+        self._folder = str(args.output_dir)
+        if state.is_hyper_param_search:  # not a recipe's, which writes its checkpoints elsewhere
+            self._folder = str(Trainer._get_output_dir(trainer, trainer._trial))
         # Of a run that starts anew the state holds what this object had from the last one.
         self._begin(model, self.flatness, self._kept_by(state) if state.global_step > 0 else {})
         self._penalized = None
@@ -288,6 +301,12 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         with ExitStack() as stack:
             if self._is_turn and self._monitor is not None:
                 stack.enter_context(self._monitor.attached())
+                if self.flatness:
+                    told = inspect.signature(Trainer.training_step).bind(trainer, *args, **kwargs)
+                    items = told.arguments.get("num_items_in_batch")
+                    stack.enter_context(
+                        seen_from_outside(trainer, self._monitor, told.arguments["inputs"], items)
+                    )
             if self._penalized is not None and trainer.model is not None:
                 journal = Journal(transient=True)
                 stack.callback(journal.undo)
@@ -337,13 +356,13 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         logs.update({key: value for key, value in whole.items() if key not in metrics})
 
     def _kept_by(self, state: TrainerState) -> dict[str, Any]:
-        """The attributes that a checkpoint kept of a callback with these arguments."""
+        """The attributes that a checkpoint kept of this callback, whatever its arguments were."""
         by_class: Any = state.stateful_callbacks  # Transformers: a dict, of lists if there are two
         entries = by_class.get(type(self).__name__, [])
-        for entry in entries if isinstance(entries, list) else [entries]:
-            if entry["args"] == self.state()["args"]:
-                return dict(entry["attributes"])
-        return {}
+        entries = entries if isinstance(entries, list) else [entries]
+        same = [entry for entry in entries if entry["args"] == self.state()["args"]]
+        kept = same or (entries if len(entries) == 1 else [])
+        return dict(kept[0]["attributes"]) if kept else {}
 
     def run(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, name: str = ""
@@ -361,7 +380,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         settings["optim"] = str(getattr(args.optim, "value", args.optim))
         return self._run(
             model,
-            name or Path(str(args.output_dir)).resolve().name,
+            name or Path(self._folder or str(args.output_dir)).resolve().name,
             {**settings, "measured_every": self.every},
             {"transformers": transformers.__version__},
             state.log_history,
@@ -369,7 +388,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
 
     def _write(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
         if model is not None and state.is_world_process_zero:
-            folder = prepare_folder(str(args.output_dir), "output_dir")
+            folder = prepare_folder(self._folder, "output_dir")
             write_run(self.run(args, state, model), folder / RUN_FILE)
 
 

@@ -62,7 +62,7 @@ class AroundCallback(TrainerCallback):
         return log(*args, **kwargs)
 
 
-def attend(callback: AroundCallback) -> None:
+def attend(callback: AroundCallback) -> Trainer:
     """Let a callback run around methods of the Trainer that calls an event of it just now.
 
     What prints is told of events after all others from now on, and not of all metrics. Nothing more
@@ -70,6 +70,9 @@ def attend(callback: AroundCallback) -> None:
 
     Args:
         callback: one of the Trainer's callbacks. Once it is none any more, the methods run alone.
+
+    Returns:
+        The Trainer.
 
     Raises:
         ScheduleError: no Trainer calls.
@@ -86,6 +89,19 @@ def attend(callback: AroundCallback) -> None:
     ]
     # Another list: the handler is going through this one.
     handler.callbacks = [*others, _Shorten(callback), *consoles]
+    return trainer
+
+
+def resumed_from(trainer: Trainer) -> str | None:
+    """The folder that a Trainer has resumed from, asked while it trains; None if it starts anew."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # Of no other frame: one whose variables are asked for keeps what they are, long after.
+        if frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
+            folder = frame.f_locals.get("resume_from_checkpoint")
+            return folder if isinstance(folder, str) else None
+        frame = frame.f_back
+    return None
 
 
 class _Shorten(TrainerCallback):

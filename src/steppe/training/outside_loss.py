@@ -1,0 +1,73 @@
+"""The loss that the Trainer makes outside of the model, from labels that the model is not told."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer
+
+from steppe.blocks import shifts_labels
+from steppe.measures.losses import sample_scale
+from steppe.measures.watch import Monitor
+
+
+@contextmanager
+def seen_from_outside(
+    trainer: Trainer, monitor: Monitor, inputs: Any, items: Tensor | int | None
+) -> Iterator[None]:
+    """Within it, a monitor knows how a loss outside of the model is made of the samples'.
+
+    It is a mean over the labels of the whole step, all micro-batches and processes, where the
+    Trainer tells their number to the function that makes it (``compute_loss_func``, label
+    smoothing); else, and where ``compute_loss`` is the user's own, over those of this micro-batch.
+
+    Args:
+        trainer: whose training step runs within it.
+        monitor: of the training steps, with gradients.
+        inputs: of the training step.
+        items: labels of the whole step, where the Trainer counts them.
+    """
+    name = _maker(trainer)
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    if name is None or not isinstance(labels, Tensor) or labels.dim() == 0:
+        yield
+        return
+    make = getattr(trainer, name)
+    takes_items = "num_items_in_batch" in inspect.signature(make).parameters
+    assert trainer.model is not None
+    scale = sample_scale(
+        labels.to(trainer.args.device),
+        shifts_labels(trainer.model),
+        "mean",
+        items if takes_items and name != "compute_loss" else None,
+    )
+    assert scale is not None
+    with monitor.outside_loss(scale) as tapped:
+
+        @functools.wraps(make)
+        def make_and_tap(*args: Any, **kwargs: Any) -> Any:
+            made = make(*args, **kwargs)
+            return tapped(made) if isinstance(made, Tensor) else made
+
+        before = trainer.__dict__.get(name)
+        setattr(trainer, name, make_and_tap)
+        try:
+            yield
+        finally:
+            if before is None:
+                delattr(trainer, name)
+            else:
+                setattr(trainer, name, before)
+
+
+def _maker(trainer: Trainer) -> str | None:
+    """The attribute that makes the loss, or None where the model does."""
+    if type(trainer).compute_loss is not Trainer.compute_loss:
+        return "compute_loss"
+    names = ("compute_loss_func", "label_smoother")  # the first that there is
+    return next((name for name in names if getattr(trainer, name, None) is not None), None)
