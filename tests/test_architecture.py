@@ -51,6 +51,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "steppe.measures.curvature",
         "steppe.measures.density",
         "steppe.measures.flatness",
+        "steppe.measures.generation",
         "steppe.plugins.base",
     ),
     ("steppe.measures.losses", "steppe.measures.report"),

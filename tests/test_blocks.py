@@ -30,7 +30,7 @@ from models import D_HIDDEN, D_MODEL, MAX_TOKENS, VOCABULARY
 from steppe.blocks import (
     MLPBlock,
     coverage,
-    decoder_stack,
+    decoders,
     find_blocks,
     find_nested_tensor_encoders,
     forward_parameters,
@@ -962,12 +962,12 @@ def test_patches_need_not_be_square() -> None:
     assert max_tokens_of(model) == 2 * 8 + 1
 
 
-def test_only_an_encoder_decoder_has_a_decoder_stack() -> None:
+def test_only_an_encoder_decoder_has_a_decoder() -> None:
     model = models.t5()
-    assert decoder_stack(model) is model.get_submodule("decoder")
-    assert decoder_stack(compiled(model)) is model.get_submodule("decoder")
-    assert decoder_stack(models.opt()) is None
-    assert decoder_stack(models.torch_encoder()) is None
+    for one in (model, compiled(model), nn.Sequential(model)):
+        assert list(decoders(one)) == [(model, model.get_submodule("decoder"))]
+    assert list(decoders(models.opt())) == []
+    assert list(decoders(models.torch_encoder())) == []
 
 
 def test_widths_of_linear_layers() -> None:

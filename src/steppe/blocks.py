@@ -14,7 +14,7 @@ from steppe.candidates import Candidate, candidates, listed, share_of
 from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning, SparsificationError
 from steppe.linear import linear_shape
 from steppe.patterns import PATTERNS, BlockPattern
-from steppe.record import unapplied
+from steppe.record import config_of, unapplied
 
 # Wrappers that hold one inner module under a name of their own, and leave its behaviour alone.
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -295,7 +295,7 @@ def max_tokens_of(model: nn.Module) -> int | None:
         Number of tokens, or None where the config sets no limit (T5's relative positions) or there
         is no config.
     """
-    config = getattr(unwrap(model), "config", None)
+    config = config_of(stock_model(model))
     for key in ("max_position_embeddings", "n_positions"):
         limit = getattr(config, key, None)
         # T5 keeps `n_positions` from its tokenizer; its attention has no such limit.
@@ -310,19 +310,49 @@ def max_tokens_of(model: nn.Module) -> int | None:
     return (height // patch_height) * (width // patch_width) + 1
 
 
-def decoder_stack(model: nn.Module) -> nn.Module | None:
-    """The decoder of an encoder-decoder model, whose padding is known from the labels alone."""
+def stock_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face model that knows what the others are asked: its config, what labels mean.
+
+    Args:
+        model: any module.
+
+    Returns:
+        What is below known wrappers, if it has a config or holds no Hugging Face model or several;
+        else the one that it holds (a LightningModule, an ``AveragedModel``).
+    """
     root = unwrap(model)
-    if not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
-        return None
-    get_decoder: Any = getattr(root, "get_decoder", None)
-    return get_decoder() if get_decoder is not None else None
+    if config_of(root) is not None:
+        return root
+    found = list(_outermost_models(root))
+    return found[0] if len(found) == 1 else root
+
+
+def _outermost_models(root: nn.Module) -> Iterator[nn.Module]:
+    """The Hugging Face models within a module that are in no other one."""
+    for child in root.children():
+        if config_of(child) is not None and hasattr(type(child), "save_pretrained"):
+            yield child
+        else:
+            yield from _outermost_models(child)
+
+
+def decoders(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Encoder-decoder models within a model, the innermost last, each with its decoder.
+
+    A decoder's padding is known from the labels of the model alone.
+    """
+    for module in unwrap(model).modules():
+        get_decoder: Any = getattr(module, "get_decoder", None)
+        if get_decoder is not None and getattr(config_of(module), "is_encoder_decoder", False):
+            decoder = get_decoder()
+            if isinstance(decoder, nn.Module) and decoder is not module:
+                yield module, decoder
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether a Hugging Face model predicts each label from the tokens before it."""
-    root = unwrap(model)
-    if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+    """Whether a Hugging Face model, or the one in a wrapper, predicts a label from those before."""
+    root = stock_model(model)
+    if getattr(config_of(root), "is_encoder_decoder", False):
         return False
     names = [kind.__name__ for kind in type(root).__mro__]
     return any("ForCausalLM" in name or "LMHeadModel" in name for name in names)

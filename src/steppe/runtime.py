@@ -218,8 +218,9 @@ def restore_(model: nn.Module) -> nn.Module:
 
 
 def acceleration_of(model: nn.Module) -> Acceleration | None:
-    """What `accelerate_` did to a model, or None."""
-    return getattr(unwrap(model), _ATTRIBUTE, None)
+    """What `accelerate_` did to a model, or to one in it (an ``AveragedModel``'s), or None."""
+    modules = unwrap(model).modules()
+    return next((vars(one)[_ATTRIBUTE] for one in modules if _ATTRIBUTE in vars(one)), None)
 
 
 def _decelerate(acceleration: Acceleration) -> None:

@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from steppe.blocks import MLPBlock, decoder_stack, forward_parameters, unwrap
+from steppe.blocks import MLPBlock, decoders, forward_parameters
 from steppe.errors import TokenPositionError
 from steppe.per_thread import PerThread
 from steppe.surgery import Journal
 
 IGNORED_LABEL = -100  # what Hugging Face's losses skip
+# Of stacks that pad their input on the right: Longformer and LED, BigBird, Reformer.
+_PADDING_METHODS = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
 
 
 class Tokens(NamedTuple):
@@ -43,14 +46,22 @@ class TokenContext:
     kept after the call, since gradient checkpointing runs the blocks again in the backward pass.
     With two forward passes before one checkpointed backward, both must have equal masks.
 
+    Args:
+        parameters: of the stack's forward.
+        pads: whether the stack may append padding that its caller does not see.
+
     Attributes:
         decoder_labels: of the call of an encoder-decoder model that this thread is in.
+        finished: bool ``[B]``, the rows that ``generate`` goes on feeding though they have ended;
+            None outside of it.
     """
 
-    def __init__(self, parameters: Sequence[str]) -> None:
+    def __init__(self, parameters: Sequence[str], pads: bool = False) -> None:
         self._parameters = tuple(parameters)
+        self._pads = pads
         self._told = PerThread(Tokens(), inherits=True)
         self.decoder_labels: PerThread[Tensor | None] = PerThread(None)
+        self.finished: PerThread[Tensor | None] = PerThread(None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of the stack's forward."""
@@ -80,6 +91,10 @@ class TokenContext:
                 mask = labels != IGNORED_LABEL
             # With a cache the mask covers the cached tokens too.
             mask = None if mask is None else mask[:, -tokens:]
+            finished = self.finished.get()
+            if finished is not None and len(finished) == shape[0]:
+                goes_on = ~finished.unsqueeze(1)
+                mask = goes_on.expand(shape) if mask is None else mask & goes_on
         self._told.enter(Tokens(shape, mask, positions, offset))
         self.decoder_labels.set(None)
 
@@ -101,6 +116,13 @@ class TokenContext:
     def positions(self) -> Tensor | None:
         """As of `Tokens`."""
         return self._told.get().positions
+
+    def positions_of(self, tokens: int) -> Tensor | None:
+        """The positions of a number of tokens, those that the stack has appended at 0."""
+        positions = self.positions
+        if positions is None or not self._pads or positions.shape[1] >= tokens:
+            return positions
+        return F.pad(positions, (0, tokens - positions.shape[1]))
 
     @property
     def offset(self) -> int | Tensor:
@@ -129,7 +151,11 @@ class TokenContext:
             tokens = self.shape[1]
         else:
             tokens = x.shape[0]
-        if self.shape is not None and self.shape[0] * self.shape[1] != x.numel() // x.shape[-1]:
+        if (
+            self.shape is not None
+            and self.shape[0] * self.shape[1] != x.numel() // x.shape[-1]
+            and not self._is_padded(x)
+        ):
             raise TokenPositionError(
                 f"{block.name}: the model was called with {self.shape[0]} × {self.shape[1]} tokens,"
                 f" the MLP got {list(x.shape)}. Chunked feed-forward layers are not supported: set"
@@ -168,12 +194,28 @@ class TokenContext:
         Raises:
             TokenPositionError: the mask has another number of tokens than the tensor.
         """
-        if self.mask is not None and self.mask.numel() * hidden.shape[-1] != hidden.numel():
+        mask = self.mask
+        if self._is_padded(hidden):
+            assert self.shape is not None
+            mask = hidden.new_ones(self.shape, dtype=torch.bool) if mask is None else mask
+            return F.pad(mask, (0, hidden.shape[1] - self.shape[1]), value=False)
+        if mask is not None and mask.numel() * hidden.shape[-1] != hidden.numel():
             raise TokenPositionError(
-                f"{block.name}: the padding mask has {list(self.mask.shape)} tokens, the hidden"
+                f"{block.name}: the padding mask has {list(mask.shape)} tokens, the hidden"
                 f" tensor is {list(hidden.shape)}"
             )
-        return self.mask
+        return mask
+
+    def _is_padded(self, tensor: Tensor) -> bool:
+        """Whether the stack has appended tokens to those that it was called with."""
+        shape = self.shape
+        return (
+            self._pads
+            and shape is not None
+            and tensor.dim() == 3
+            and tensor.shape[0] == shape[0]
+            and tensor.shape[1] > shape[1]
+        )
 
 
 class DecoderLabels:
@@ -210,18 +252,19 @@ def listen(
     by_stack: dict[int, TokenContext] = {}
     contexts: list[TokenContext] = []
     hooks: list[tuple[nn.Module, PreHook]] = []
-    decoder = decoder_stack(model)
+    owners = {part: owner for owner, decoder in decoders(model) for part in decoder.modules()}
     for block in blocks:
         if block.stack is None:
             contexts.append(TokenContext(()))
             continue
         if id(block.stack) not in by_stack:
-            context = TokenContext(forward_parameters(block.stack))
+            pads = any(hasattr(block.stack, name) for name in _PADDING_METHODS)
+            context = TokenContext(forward_parameters(block.stack), pads)
             by_stack[id(block.stack)] = context
             hooks.append((block.stack, context))
-            root = unwrap(model)
-            if block.stack is decoder and decoder is not root:
-                hooks.append((root, DecoderLabels(forward_parameters(root), context)))
+            owner = owners.get(block.stack)
+            if owner is not None and owner is not block.stack:
+                hooks.append((owner, DecoderLabels(forward_parameters(owner), context)))
         contexts.append(by_stack[id(block.stack)])
     return contexts, hooks
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steppe.blocks import forward_parameters, shifts_labels, unwrap
+from steppe.blocks import forward_parameters, shifts_labels, stock_model, unwrap
 from steppe.errors import LossError
 from steppe.measures.flatness import new_loss_probe, tap_loss
+from steppe.surgery import Journal
 from steppe.tokens import IGNORED_LABEL, arguments_by_name
 
 Reduction = Literal["mean", "sum"]
@@ -32,7 +33,10 @@ class LossContext:
     def __init__(self, model: nn.Module, reduction: Reduction) -> None:
         require_reduction("watch", reduction)
         root = unwrap(model)
-        self._parameters = forward_parameters(root)
+        self.speakers = (root,) if stock_model(root) is root else (root, stock_model(root))
+        self._parameters = {one: forward_parameters(one) for one in self.speakers}
+        self._in_root = False  # in a call of a wrapper
+        self._is_tapped = False  # and the loss of the model in it has been seen
         self._shifted = shifts_labels(root)
         self.scale: Tensor | None = None
         self.reduction: Reduction = reduction
@@ -42,25 +46,44 @@ class LossContext:
         parameter = next(root.parameters(), torch.empty(0))
         self.probe = new_loss_probe(torch.device("cpu") if parameter.is_meta else parameter.device)
 
-    def see_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook on the model."""
-        if not self.enabled or self.given:
+    def attach(self, journal: Journal) -> None:
+        """Register the hooks: on the model, and on the one in it if that one is told the labels."""
+        for speaker in self.speakers:
+            journal.add_forward_pre_hook(speaker, self._see_labels, with_kwargs=True)
+            journal.add_forward_hook(speaker, self._see_loss)
+        if len(self.speakers) > 1:
+            journal.add_forward_hook(self.speakers[0], self._leave, always=True)
+
+    def _leave(self, *arguments: Any) -> None:
+        """Forward hook on a wrapper, called also where its forward has raised."""
+        self._in_root = self._is_tapped = False
+
+    def _see_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook on a model."""
+        if not self.enabled:
             return
-        told = arguments_by_name(self._parameters, args, kwargs)
+        if module is self.speakers[0] and len(self.speakers) > 1:
+            self._in_root = True
+        if self.given:
+            return
+        told = arguments_by_name(self._parameters[module], args, kwargs)
         labels = told.get("labels")
+        if self._in_root and module is self.speakers[-1] and not isinstance(labels, Tensor):
+            return  # the wrapper around it may have been told
         self.scale = (
             sample_scale(labels, self._shifted, self.reduction, told.get("num_items_in_batch"))
             if isinstance(labels, Tensor)
             else self.outside
         )
 
-    def see_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook on the model."""
-        if not self.enabled or not torch.is_grad_enabled():
+    def _see_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook on a model; the loss that a wrapper hands on is seen once."""
+        if not self.enabled or self._is_tapped or not torch.is_grad_enabled():
             return
         loss = getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
             output.loss = self.tapped(loss)
+            self._is_tapped = self._in_root
 
     def tapped(self, loss: Tensor) -> Tensor:
         """The same loss, whose backward pass tells its factor."""
@@ -173,7 +196,7 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
         LossError: there are none, or they are of no classification or language model.
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    config = getattr(unwrap(model), "config", None)
+    config = getattr(stock_model(model), "config", None)
     problem = getattr(config, "problem_type", None)
     if (
         not isinstance(logits, Tensor)

@@ -39,8 +39,8 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
     Args:
         model: the model.
-        batch: a mapping (keyword arguments), a tuple or list (the first is the input, the rest are
-            targets), or a tensor.
+        batch: a mapping (keyword arguments), a tuple, named tuple or list (the first is the input,
+            the rest are targets), or a tensor.
 
     Returns:
         What the model returns.
@@ -57,7 +57,8 @@ def to_device(batch: Any, model: nn.Module) -> Any:
     if isinstance(batch, Mapping):
         return {key: _to(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)([_to(value, device) for value in batch])
+        moved = [_to(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return _to(batch, device)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from steppe.activations import Activation, is_relu
-from steppe.blocks import MLPBlock, find_blocks, unwrap
+from steppe.blocks import MLPBlock, find_blocks
 from steppe.errors import LossError
 from steppe.linear import linear_weight
 from steppe.measures.density import (
@@ -24,6 +24,7 @@ from steppe.measures.density import (
     sloped_entries,
 )
 from steppe.measures.flatness import COLUMNS, by_sample, new_probe, tap
+from steppe.measures.generation import listen_to_generation
 from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, scaled, sum_over
@@ -42,6 +43,7 @@ class Monitor:
         blocks: of it.
         gradients: measure backward passes too.
         reduction: of a loss that is not the model's own, over its terms.
+        counts_generation: whether passes within the model's ``generate`` are measured.
 
     Attributes:
         enabled: whether forward passes, and their backward passes, are measured now.
@@ -58,7 +60,9 @@ class Monitor:
         blocks: Sequence[MLPBlock],
         gradients: bool = False,
         reduction: Reduction = "mean",
+        counts_generation: bool = True,
     ) -> None:
+        self._counts_generation = counts_generation
         self.names = tuple(block.name for block in blocks)
         self._loss_factor: float | Tensor = 1.0
         self._has_loss_factor = False
@@ -81,15 +85,25 @@ class Monitor:
             for observer in self._observers:
                 journal.append(observers_of(observer.block.down), observer)
             attach(journal, self._context_hooks)
+            contexts = [hook for _, hook in self._context_hooks if isinstance(hook, TokenContext)]
+            around = nullcontext if self._counts_generation else self._paused
+            listen_to_generation(self._model, contexts, journal, around)
             if self._losses is not None:
-                root = unwrap(self._model)
-                journal.add_forward_pre_hook(root, self._losses.see_labels, with_kwargs=True)
-                journal.add_forward_hook(root, self._losses.see_loss)
+                self._losses.attach(journal)
             for module, see in self._hooks():
                 journal.add_forward_hook(module, see)
             yield
         finally:
             journal.undo()
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Measure nothing while this lasts."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
 
     @property
     def enabled(self) -> bool:
@@ -413,8 +427,9 @@ def watch(
     ``attention_mask``, ``src_key_padding_mask``, or a decoder's ignored labels) count nowhere;
     dropout is not seen in the densities; a forward pass repeated by gradient checkpointing counts
     once. Works under autocast and ``torch.compile``. The hooks are gone afterwards, also when the
-    loop raises. A copy of the model that is made meanwhile (``copy.deepcopy``, ``torch.save``, a
-    process that is spawned) is not watched.
+    loop raises. In ``generate`` a row counts until its end-of-sequence token, not what it is fed
+    afterwards; with beams all rows count. A copy of the model that is made meanwhile
+    (``copy.deepcopy``, ``torch.save``, a process that is spawned) is not watched.
 
     With `gradients` the backward passes of the loop are measured too: augmented flatness and its
     factors, see `BlockReport`. The loop's own numbers do not change. Each sample's own loss is told

@@ -152,6 +152,12 @@ def sparsify_(
     if not plugins:
         raise ValueError("sparsify_: no plug-in given, e.g. sparsify_(model, [ZerothBias()])")
     old = sparsification_of(root)
+    if old is not None and old.holders[0].module is not root:
+        raise SparsificationError(
+            f"{type(root).__name__}: the plug-ins that are in it were put into"
+            f" {type(old.holders[0].module).__name__}; put more into that, or first"
+            " steppe.restore_(model)"
+        )
     _refuse_duplicates(plugins, names, old)
     for block in blocks:
         if route_of(block.down) is not None:
@@ -236,8 +242,27 @@ def take_out_(model: nn.Module, applied: Applied) -> None:
 
 
 def sparsification_of(model: nn.Module) -> Sparsification | None:
-    """What `sparsify_` did to a model, or None."""
-    return getattr(unwrap(model), APPLIED, None)
+    """What `sparsify_` did to a model, or to the one in it (an ``AveragedModel``'s), or None.
+
+    Raises:
+        SparsificationError: to several models in it.
+    """
+    root = unwrap(model)
+    found: Sparsification | None = root.__dict__.get(APPLIED)
+    if found is not None:
+        return found
+    inside = {
+        id(module.__dict__[APPLIED]): module
+        for module in reversed(list(root.modules()))
+        if APPLIED in module.__dict__
+    }
+    if len(inside) > 1:
+        names = {module: name for name, module in root.named_modules()}
+        raise SparsificationError(
+            f"{type(root).__name__} holds {len(inside)} models with plug-ins:"
+            f" {', '.join(sorted(names[module] for module in inside.values()))}. Name one of them"
+        )
+    return next((module.__dict__[APPLIED] for module in inside.values()), None)
 
 
 def require_sparsification(model: nn.Module) -> Sparsification:

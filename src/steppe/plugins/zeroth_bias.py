@@ -132,7 +132,7 @@ class _AddZerothBias:
 
     def _at_positions(self, bias: Tensor, tokens: int) -> Tensor:
         """Rows of the table for the current call."""
-        positions, offset = self._context.positions, self._context.offset
+        positions, offset = self._context.positions_of(tokens), self._context.offset
         if isinstance(offset, Tensor):
             if positions is None:
                 positions = (torch.arange(tokens, device=bias.device) + offset).unsqueeze(0)

@@ -73,7 +73,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
 
     Every evaluation of the Trainer is measured too, whoever asks for it: ``eval_density`` and the
     rest are among its metrics (``metric_for_best_model="eval_density"``), also per block in its
-    log.
+    log. What it generates (``predict_with_generate``) is left out.
 
     Logs are complete before the Trainer sends them, so all of it is in
     ``trainer.state.log_history`` and with every reporter that ``report_to`` names. On the console

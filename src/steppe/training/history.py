@@ -101,7 +101,10 @@ class History:
         """What measures an evaluation, at zero; the same one each time, for torch.compile."""
         if self._evaluation is None or self._evaluation[0] is not model:
             with torch.inference_mode(False):  # Lightning evaluates under it, others do not
-                self._evaluation = model, Monitor(model, find_blocks(model))
+                self._evaluation = (
+                    model,
+                    Monitor(model, find_blocks(model), counts_generation=False),
+                )
         monitor = self._evaluation[1]
         monitor.reset()
         return monitor
