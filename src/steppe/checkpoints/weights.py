@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -131,7 +132,7 @@ def find(folder: str, file: str) -> Path | None:
     """
     if Path(folder).is_dir():
         path = Path(folder) / file
-        return _checked(path) if path.is_symlink() or path.exists() else None
+        return _checked(path) if os.path.lexists(path) else None
     # Here, not above: half of what `import steppe` would take, for what a local folder never needs.
     from huggingface_hub import errors, hf_hub_download
 

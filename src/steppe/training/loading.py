@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from steppe.checkpoints import load_pretrained
+from steppe.checkpoints.weights import Weights
 from steppe.errors import CheckpointError, MissingExtraError
 from steppe.record import RECORD_KEY
 from steppe.training.sources import first_line
@@ -51,6 +52,7 @@ def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
     if hasattr(config, RECORD_KEY):
         model: Any = load_pretrained(load, checkpoint)
     else:
+        Weights.of(checkpoint)  # no file is read that is not of the folder, or no safetensors
         model = load(checkpoint)
     return model.eval()
 
