@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 
 from steppe.errors import OutputError
 
+_PROBE = 2**20  # bytes; a writer that ran into the end of the disk leaves less
+
 
 def prepare_folder(folder: str | Path, setting: str | None = None) -> Path:
     """Make a folder and make sure that it can be written to.
@@ -34,6 +36,22 @@ def prepare_folder(folder: str | Path, setting: str | None = None) -> Path:
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"\0" * 4096)
     return path
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Why nothing can be written to a folder, or None if something can.
+
+    Args:
+        folder: the folder; one that is not there is unwritable.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * _PROBE)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 @contextmanager

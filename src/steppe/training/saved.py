@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
+from typing import Any
 
 from steppe.errors import CheckpointError
 from steppe.files import write_json
 
 MANIFEST = "steppe-checkpoint.json"
-"""Written last: the size of every file of the checkpoint."""
+"""Written last: the digest of every file of the checkpoint."""
 UNFINISHED = ".unfinished"
 """Folder, within a run's, of the checkpoint that is being written."""
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
+_LARGEST_MANIFEST = 2**24  # bytes; one of 10,000 files takes 1 MB
+_CHUNK = 2**20
 _logger = logging.getLogger(__name__)
 
 
 def seal_checkpoint(folder: Path, settings: dict[str, object]) -> None:
-    """Note what a whole checkpoint consists of.
+    """Note what a whole checkpoint consists of, once the disk has all of it.
+
+    Without waiting for the disk a power cut leaves files of the right size, full of zeros.
 
     Args:
         folder: with all files of all processes.
@@ -32,8 +39,13 @@ def seal_checkpoint(folder: Path, settings: dict[str, object]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
-    write_json(folder / MANIFEST, {"settings": settings, "bytes": sizes})
+    digests = {}
+    for path in _files(folder):
+        digests[str(path.relative_to(folder))] = _digest(path)
+        _wait_for_disk(path)
+    write_json(folder / MANIFEST, {"settings": settings, "sha256": digests})
+    for path in (folder / MANIFEST, *_folders(folder)):
+        _wait_for_disk(path)
 
 
 def publish_checkpoint(run: Path, name: str) -> None:
@@ -47,6 +59,7 @@ def publish_checkpoint(run: Path, name: str) -> None:
     if target.exists():
         shutil.rmtree(target)
     (run / UNFINISHED / name).rename(target)
+    _wait_for_disk(run)
     discard_unfinished(run)
 
 
@@ -75,11 +88,14 @@ def last_whole_checkpoint(run: Path, settings: dict[str, object]) -> Path | None
     """
     found = sorted(_numbered(run), reverse=True)
     for _, folder in found:
-        fault = _fault_of(folder)
-        if fault is None:
-            _require_same(folder, settings)
-            return folder
-        _logger.warning("%s: not whole (%s); the one before is used", folder, fault)
+        try:
+            manifest = _read_manifest(folder)
+            _require_whole(folder, manifest)
+        except _NotWholeError as fault:
+            _logger.warning("%s: not whole (%s); the one before is used", folder, fault)
+            continue
+        _require_same(folder, manifest, settings)
+        return folder
     if found:
         raise CheckpointError(
             f"{run}: none of its {len(found)} checkpoints is whole. Begin anew",
@@ -105,36 +121,65 @@ def _numbered(run: Path) -> Iterator[tuple[int, Path]]:
             yield int(match[1]), path
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+class _NotWholeError(Exception):
+    """What a checkpoint lacks."""
 
 
-def _fault_of(folder: Path) -> str | None:
-    """What a checkpoint lacks, or None."""
+@dataclass(frozen=True)
+class _Manifest:
+    """What a checkpoint consists of.
+
+    Attributes:
+        settings: of its run.
+        digests: SHA-256 of each file, by its path in the folder.
+    """
+
+    settings: Mapping[str, Any]
+    digests: Mapping[str, str]
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    """The manifest of a checkpoint."""
+    path = folder / MANIFEST
     try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["bytes"]
+        state = path.lstat()
+        if not stat.S_ISREG(state.st_mode) or state.st_size > _LARGEST_MANIFEST:
+            raise _NotWholeError(f"{MANIFEST} is no file, or far too large")
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"no {MANIFEST}"
-    except (KeyError, TypeError, ValueError) as error:
-        return f"{MANIFEST} is damaged: {error}"
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"no {name}"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                return f"{name} is damaged: {error}"
-    return None
+        raise _NotWholeError(f"no {MANIFEST}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _NotWholeError(f"{MANIFEST} is damaged: {error}") from None
+    content = content if isinstance(content, dict) else {}
+    settings, digests = content.get("settings"), content.get("sha256")
+    if (
+        not isinstance(settings, dict)
+        or not isinstance(digests, dict)
+        or not digests
+        or not all(isinstance(one, str) for one in digests.values())
+    ):
+        raise _NotWholeError(f"{MANIFEST} is damaged: expected settings and a digest for each file")
+    return _Manifest(settings, digests)
 
 
-def _require_same(folder: Path, settings: dict[str, object]) -> None:
+def _require_whole(folder: Path, manifest: _Manifest) -> None:
+    """Refuse a checkpoint of which a file is not what was written."""
+    there = {str(path.relative_to(folder)) for path in _files(folder)} - {MANIFEST}
+    if there != set(manifest.digests):
+        odd = sorted(there ^ set(manifest.digests))[0]
+        raise _NotWholeError(f"{'a strange' if odd in there else 'no'} {odd[:100]!r}")
+    for name, digest in manifest.digests.items():
+        try:
+            is_same = _digest(folder / name) == digest
+        except OSError as error:
+            raise _NotWholeError(f"{name} cannot be read: {error.strerror}") from None
+        if not is_same:
+            raise _NotWholeError(f"{name} is damaged")
+
+
+def _require_same(folder: Path, manifest: _Manifest, settings: dict[str, object]) -> None:
     """Refuse to go on with another recipe."""
-    kept = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["settings"]
+    kept = manifest.settings
     other = [key for key in settings if kept.get(key) != settings[key]]
     if other:
         told = ", ".join(f"{key}: {kept.get(key)!r}, now {settings[key]!r}" for key in other[:3])
@@ -143,3 +188,32 @@ def _require_same(folder: Path, settings: dict[str, object]) -> None:
             " anew in another folder",
             {"output_dir": "FOLDER"},
         )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Everything in a folder that is no folder, by name; a link counts as what it is."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, which must be one: no link, no device and no pipe."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise OSError(0, "no regular file")
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def _wait_for_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -17,7 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from steppe.checkpoints import load_weights_
 from steppe.errors import OutputError
-from steppe.files import writing_to
+from steppe.files import why_unwritable, writing_to
 from steppe.training.saved import (
     UNFINISHED,
     discard_unfinished,
@@ -106,12 +106,14 @@ class RecipeTrainer(Trainer):
             if self.args.should_save:
                 seal_checkpoint(self._run_folder / name, self._settings)
                 publish_checkpoint(run, name)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            # torch.save tells a full disk as a RuntimeError of its writer.
-            if isinstance(error, RuntimeError) and "riter" not in str(error):
-                raise
+        except Exception as error:
+            # Of a full disk torch.save says nothing but that its writer has failed.
+            reason = why_unwritable(self._run_folder)
+            if isinstance(error, OSError | SafetensorError):
+                reason = reason or getattr(error, "strerror", None) or str(error).splitlines()[0]
             shutil.rmtree(self._run_folder, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            if reason is None:
+                raise
             raise OutputError(
                 f"{run / name}: cannot be written ({reason}); the checkpoints before it are whole."
                 " Make room, then go on",
