@@ -19,6 +19,6 @@ def test_code_blocks_of_a_page_run_in_order(
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
     for skipped, code in BLOCK.findall((DOCS / page).read_text("utf-8")):
-        compiled = compile(code, page, "exec")
+        compiled = compile(code, page, "exec", dont_inherit=True)
         if not skipped:
             exec(compiled, names)
