@@ -21,7 +21,7 @@ PACKAGE = Path(steppe.__file__).parent
 # A module imports from lines above its own only. A new file gets a place here.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.printable",),
-    ("steppe.errors",),
+    ("steppe.errors", "steppe.tables"),
     ("steppe.files", "steppe.per_thread", "steppe.sharding"),
     (
         "steppe.ops.native",
@@ -146,7 +146,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "peft": ("steppe.training",),
     "plotly": ("steppe.report",),
     "pytorch_lightning": ("steppe.training.lightning",),
-    "rich": ("steppe.commands", "steppe.explanation", "steppe.report", "steppe.terminal"),
+    "rich": ("steppe.commands", "steppe.explanation", "steppe.tables", "steppe.terminal"),
     "safetensors": (
         "steppe.checkpoints",
         "steppe.files",

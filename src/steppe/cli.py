@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
-INTERRUPTED = 128 + signal.SIGINT  # as shells have it
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main() -> None:
     """Run the command line, and exit with its code."""
-    try:
-        from steppe.commands import run
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup has it ignored
+        signal.signal(signal.SIGINT, end_at_once)
+    from steppe.commands import run
 
-        code = run()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends what is still winding up
-        print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+    sys.exit(run())
+
+
+def end_at_once(signal_number: int, frame: object) -> None:
+    """End the process with one line.
+
+    While modules are imported, an exception will not do: they turn it into another or swallow it.
+    """
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

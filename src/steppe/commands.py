@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shlex
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 USAGE_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED = 130  # as in steppe.cli
 # typer has a click of its own since version 0.26; in either, this is what a wrong flag raises.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
@@ -81,9 +82,6 @@ def run() -> int:
 
     Returns:
         The exit code.
-
-    Raises:
-        KeyboardInterrupt: it was interrupted where it had done nothing yet.
     """
     prepare_streams()
     try:
@@ -130,7 +128,7 @@ def demo(
 ) -> None:
     """Train a tiny Transformer on two real data sets: vanilla, control, and with plug-ins."""
     _quieten_libraries()
-    try:
+    with _extra("demo", "demo"):
         from steppe.report import (
             demo_table,
             find_runs,
@@ -139,10 +137,6 @@ def demo(
             write_report,
         )
         from steppe.training.demo import labels_of_runs, run_demo
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"`steppe demo` needs {error.name}: pip install 'steppe[demo]'"
-        ) from None
     out = expanded(out)
     plot, page = out / "density.png", out / "report.html"
     for path in (plot, page):
@@ -192,14 +186,10 @@ def train(
     devices: torchrun --nproc_per_node 8 -m steppe.cli train RECIPE
     """
     _quieten_libraries()
-    try:
+    with _extra("train", "recipes"):
         from steppe.report import find_runs, recipe_table, write_report
         from steppe.training.recipe import list_recipes, read_recipe
         from steppe.training.run_recipe import run_recipe
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"`steppe train` needs {error.name}: pip install 'steppe[recipes]'"
-        ) from None
     if list_them or recipe is None:
         table = Table.grid(Column(no_wrap=True, style="bold"), Column(), padding=(0, 2, 0, 0))
         for name, about in list_recipes().items():
@@ -274,15 +264,11 @@ def measure(
 ) -> None:
     """Measure checkpoints on held-out data: densities, augmented flatness and its factors."""
     _quieten_libraries()
-    try:
+    with _extra("measure", "data"):
         from steppe.report import curve_table, measure_table
         from steppe.runs import write_run
         from steppe.training.held_out import measure_checkpoints
         from steppe.training.sources import Source
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"`steppe measure` needs {error.name}: pip install 'steppe[data]'"
-        ) from None
     if json_file is not None:
         json_file = prepare_file(expanded(json_file), "json_file")
     source = Source(
@@ -414,13 +400,9 @@ def blocks(
 ) -> None:
     """Show the MLP blocks of a model, and what looks like one and is not found; without weights."""
     _quieten_libraries()
-    try:
+    with _extra("blocks", "recipes"):
         from steppe.report import blocks_table
         from steppe.training.loading import empty_model
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"`steppe blocks` needs {error.name}: pip install 'steppe[recipes]'"
-        ) from None
     from steppe.blocks import coverage
     from steppe.candidates import Candidate, listed
 
@@ -485,11 +467,27 @@ def calibrate(
 @contextmanager
 def _interruptible(consequence: str) -> Iterator[None]:
     """Let Ctrl-C end a command with one line that says what it left."""
+    outside = signal.getsignal(signal.SIGINT)
+    if outside is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         complain(consequence, "interrupted;")
         raise typer.Exit(INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGINT, outside)
+
+
+@contextmanager
+def _extra(command: str, extra: str) -> Iterator[None]:
+    """Tell which extra has the packages that a command imports."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"`steppe {command}` needs {error.name}: pip install 'steppe[{extra}]'"
+        ) from None
 
 
 def _at_home(name: str) -> str:
