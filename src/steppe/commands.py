@@ -169,7 +169,10 @@ def demo(
         say_path(line)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def train(
     context: typer.Context,
     recipe: Annotated[
@@ -179,22 +182,35 @@ def train(
     list_them: Annotated[
         bool, typer.Option("--list", help="The recipes that come with steppe.")
     ] = False,
+    help_wanted: Annotated[
+        bool, typer.Option("--help", help="Show this, or behind a RECIPE all its keys, and exit.")
+    ] = False,
 ) -> None:
     """Train by a recipe: steppe train RECIPE [--any_key value] [--arm ARM] [--resume].
 
     Every key of the recipe and every one of transformers' TrainingArguments is a flag. On several
     devices: torchrun --nproc_per_node 8 -m steppe.cli train RECIPE
     """
+    if help_wanted and recipe is None:
+        typer.echo(context.get_help())
+        return
     _quieten_libraries()
     with _extra("train", "recipes"):
         from steppe.report import find_runs, recipe_table, write_report
         from steppe.training.recipe import list_recipes, read_recipe
+        from steppe.training.recipe_keys import keys_of
         from steppe.training.run_recipe import run_recipe
     if list_them or recipe is None:
         table = Table.grid(Column(no_wrap=True, style="bold"), Column(), padding=(0, 2, 0, 0))
         for name, about in list_recipes().items():
             table.add_row(name, about)
         show_table(table)
+        return
+    if help_wanted:
+        for title, keys in keys_of(recipe).items():
+            say(title, style="bold")
+            for key in keys:
+                say(f"  --{key.name} {key.value}".rstrip(), f"      {key.help}")
         return
     asked = read_recipe(recipe, context.args)
     folder = Path(str(asked.training.output_dir))

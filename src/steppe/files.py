@@ -31,8 +31,8 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise SteppeError(
-            f"{path}: there is no user {Path(path).parts[0][1:]}. If it is the name of a folder"
-            f" here, write ./{path}"
+            f"{path}: there is no home folder {Path(path).parts[0]}. If it is a name in this"
+            f" folder, write ./{path}"
         ) from None
 
 
