@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import os
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as in steppe.cli
+# What can be wrong with a file that somebody names, wherever it is opened.
+_OF_THE_WORLD = (
+    *(errno.EACCES, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM),
+    *(errno.EROFS, errno.ESTALE),
+)
 # typer has a click of its own since version 0.26; in either, this is what a wrong flag raises.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
@@ -65,7 +71,11 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except SteppeError as error:
             complain(in_flags(error, str(ctx.invoked_subcommand)))
-            raise typer.Exit(USAGE_ERROR) from None
+        except OSError as error:
+            if error.errno not in _OF_THE_WORLD or error.filename is None:
+                raise
+            complain(f"{error.filename}: {error.strerror}")
+        raise typer.Exit(USAGE_ERROR)
 
 
 app = typer.Typer(

@@ -268,6 +268,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, Mapping):
         raise RecipeError(f"{path}: expected lines `key: value`, got {type(values).__name__}")
+    for key, value in values.items():
+        if "\0" in str(value):
+            raise RecipeError(f"{path}: {key}: expected text, got a zero byte in {value!r}")
     return {str(key): value for key, value in values.items()}
 
 
@@ -349,6 +352,8 @@ class _Parser(HfArgumentParser):
             *parsed, left = self.parse_args_into_dataclasses(
                 [*flags, *overrides], look_for_args_file=False, return_remaining_strings=True
             )
+        except RecipeError:
+            raise
         # Of TrainingArguments' own checks, and of values that JSON does not have.
         except (ValueError, TypeError, ImportError, OverflowError, RecursionError) as error:
             raise RecipeError(f"{self.where}: {error}") from None
