@@ -518,6 +518,8 @@ def _extra(command: str, extra: str) -> Iterator[None]:
 
 def _at_home(name: str) -> str:
     """A hub id or data set as it is, a path without its ``~``."""
+    if not name:
+        raise SteppeError("expected a path or an id, got an empty one")
     return str(expanded(name)) if name.startswith("~") else name
 
 

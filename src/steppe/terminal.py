@@ -90,7 +90,7 @@ def complain(message: str, first: str = "error:") -> None:
 
 
 def progress_bars() -> Progress:
-    """Bars on the standard output."""
+    """Bars on the standard output, if it is a terminal."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -98,6 +98,7 @@ def progress_bars() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=_out,
+        disable=not _out.is_terminal,
     )
 
 

@@ -408,6 +408,8 @@ def _check(recipe: Recipe, parser: _Parser) -> None:
         raise RecipeError(f"{parser.where}: {missing}", way)
     model_settings(model)
     for key in _PATHS:
+        if values[key] == "":
+            raise RecipeError(f"{parser.place_of(key)}{key}: expected a path, got an empty one")
         if str(values[key]).startswith("~"):
             home = str(expanded(values[key]))
             if key in _NO_PATHS_YET:

@@ -31,7 +31,7 @@ from steppe.errors import (
     OutOfMemoryError,
     RecipeError,
 )
-from steppe.files import prepare_folder, write_json
+from steppe.files import prepare_file, write_json
 from steppe.measures import measure
 from steppe.measures.measure import call_model
 from steppe.plugins import sparsify_
@@ -69,6 +69,8 @@ from steppe.training.text_data import TextSettings, load_text_data, require_shar
 from steppe.training.trainer import Prepare, RecipeTrainer, SoftCrossEntropy
 
 SUMMARY_VERSION = 1
+SUMMARY = "summary.json"
+"""File of what came of a run, within its folder."""
 RESULT = "model"
 """Folder of the trained model, within the run's."""
 _PIXEL_MEAN = _PIXEL_STD = 0.5  # of each channel, as ViT was trained
@@ -215,7 +217,8 @@ def run_recipe(
     set_seed(recipe.training.seed)
     with reading(_place_of(recipe.data)):
         job = _Job(recipe)
-    prepare_folder(folder, "output_dir")  # nothing is left behind where there is no data
+    for name in (SUMMARY, RUN_FILE):  # nothing is left behind where there is no data
+        prepare_file(folder / name, "output_dir")
     plugins = plugins_of(recipe)
     if plugins:
         sparsify_(job.model, plugins)
@@ -288,7 +291,7 @@ def run_recipe(
             ),
             folder / RUN_FILE,
         )
-        write_json(folder / "summary.json", summary)
+        write_json(folder / SUMMARY, summary)
     return summary
 
 
