@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from transformers.utils import logging
 
 import models
 from steppe import commands, terminal
@@ -33,6 +34,31 @@ TRAIN = ("train", "text-gpt", "--data_dir", "data", "--use_cpu", "true")
 MEASURE = ("measure", "model", "--data", "pydoc")
 
 ODD: list[tuple[tuple[str, ...], str]] = [
+    (("nonsense",), "nonsense"),
+    (("demo", "--seeds", "0"), "--seeds"),
+    (("demo", "--max-steps", "many"), "--max-steps"),
+    (("measure", "out"), "--data"),
+    (("measure", "--data", "pydoc"), "CHECKPOINT"),
+    ((*MEASURE, "--labels", "mine"), "--labels"),
+    (("report",), "RUN"),
+    (("bench", "--threads", "0"), "--threads"),
+    (("bench", "fast"), "fast"),
+    (("calibrate", "--threads", "0"), "--threads"),
+    (("calibrate", "--dtype", "float64"), "--dtype"),
+    (("calibrate", "now"), "now"),
+    (("train", "text-gtp"), "steppe train text-gpt"),
+    (("train", "text-gpt", "--data_dir", "./nowhere"), "there is no such file or folder"),
+    (("train", "text-gpt", "--lerning_rate", "1"), "--learning_rate"),
+    (("train", "text-gpt"), "--data_dir FOLDER"),
+    (("train", "fashion-mnist-vit", "--data_dir", "taken"), "images or IDX files, found none"),
+    ((*MEASURE[:1], "none", *MEASURE[2:]), "none: "),
+    ((*MEASURE[:1], "data", *MEASURE[2:]), "data: found no config.json"),
+    (("measure", "model", "--data", "none.txt"), "none.txt"),
+    (("measure", "model", "--data", "digits"), "digits"),
+    ((*MEASURE, "--device", "abacus"), "abacus"),
+    (("report", "none"), "none"),
+    (("report", "notes.json"), "notes.json: expected a run of version"),
+    (("report", "data"), "data: expected a folder with steppe.json"),
     ((HUGE,), "No such command"),
     (("-h",), "see: steppe --help"),
     (("demo", "--seeds", HUGE), "--seeds"),
@@ -68,6 +94,8 @@ ODD: list[tuple[tuple[str, ...], str]] = [
     ((*TRAIN, "--model_config", '{"n_embd": -4}'), "model_type, model_config: RuntimeError"),
     ((*TRAIN, "--model_config", '{"n_head": 0}'), "model_type, model_config: ZeroDivisionError"),
     ((*TRAIN, "--tokenizer", "~nouser"), "./~nouser"),
+    ((*TRAIN, "--vocab_size", "99999999999"), "error: vocab_size: expected 1 … 10000000"),
+    ((*TRAIN, "--task", "image-classification"), "model_type: gpt2 has no image_size"),
     (("measure", "", "--data", "pydoc"), "expected a path or an id"),
     (("measure", "~nouser", "--data", "pydoc"), "./~nouser"),
     (("measure", LONG, "--data", "pydoc"), "File name too long"),
@@ -83,6 +111,9 @@ ODD: list[tuple[tuple[str, ...], str]] = [
     (("report", "run.json", "--out", "./taken/../run.json"), "would replace a run"),
     (("bench", "--json", "taken"), "taken: it is a folder. Name another place: --json PATH"),
     (("bench", "--plot", "taken"), "taken: it is a folder. Name another place: --plot PATH"),
+    (("report", "/dev/zero"), "/dev/zero: expected a file, got a device"),
+    (("bench", "--threads", "99999999999999999999"), "--threads"),
+    (("calibrate", "--threads", "99999999999999999999"), "--threads"),
     (("bench", "--json", "one", "--plot", "./one"), "two files"),
     (("blocks", ""), "expected a path or an id"),
     (("blocks", LONG), "File name too long"),
@@ -103,6 +134,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, text in (
         ("data/text.txt", TEXT * 20),
         ("file", "mine"),
+        ("notes.json", "{}"),
         ("taken/summary.json/file", ""),
         ("page/report.html/file", ""),
         ("version.json", json.dumps({"version": HOSTILE + HUGE, "training": []})),
@@ -115,8 +147,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     write_run(Run(name="a run", model="M", tokens_per_sample=1.0), tmp_path / "run.json")
-    datasets.disable_progress_bars()  # as the command line does before it imports datasets
+    models.gpt2().save_pretrained(tmp_path / "model")
+    words_tokenizer(tmp_path / "model")
+    datasets.disable_progress_bars()  # as the command line does before it imports them
+    logging.disable_progress_bar()
     yield tmp_path
+    logging.enable_progress_bar()
     datasets.enable_progress_bars()
 
 
@@ -240,8 +276,6 @@ def test_a_pipe_reads_the_path_as_one_line_in_any_encoding(place: Path, encoding
 def test_a_table_is_printed_to_a_stream_that_knows_ascii_only(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models.gpt2().save_pretrained(place / "model")
-    words_tokenizer(place / "model")
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     words = ["measure", "model", "--data", "data", "--max-length", "16", "--json", "held-out.json"]

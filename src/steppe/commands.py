@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 USAGE_ERROR = 2
+MOST_THREADS = 4096
 INTERRUPTED = 130  # as in steppe.cli
 # What can be wrong with a file that somebody names, wherever it is opened.
 _OF_THE_WORLD = (
@@ -365,7 +366,8 @@ def report(
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A first look, in seconds.")] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch and the kernels; as torch has it.")
+        int | None,
+        typer.Option(min=1, max=MOST_THREADS, help="Of torch and the kernels; as torch has it."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
     plot: Annotated[
@@ -452,7 +454,8 @@ def calibrate(
         DtypeChoice | None, typer.Option(help="Of the blocks; both by default.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch and the kernels; as torch has it.")
+        int | None,
+        typer.Option(min=1, max=MOST_THREADS, help="Of torch and the kernels; as torch has it."),
     ] = None,
 ) -> None:
     """Measure from which density on dense is faster on this machine; accelerate_ goes by it.

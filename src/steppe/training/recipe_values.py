@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _LARGEST_SEED = 2**32 - 1  # numpy's
+_LARGEST_VOCABULARY = 10**7  # the tokenizer reserves its memory at once, and aborts without it
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ RANGES: Mapping[str, Range] = {
             "per_device_eval_batch_size",
             "per_device_train_batch_size",
             "repeated_augmentation",
-            "vocab_size",
         ),
         _at_least(1),
     ),
@@ -80,6 +80,7 @@ RANGES: Mapping[str, Range] = {
     "rand_augment": _between(0, 30),
     "random_erasing": _SHARE,
     "save_total_limit": _at_least(1),
+    "vocab_size": _between(1, _LARGEST_VOCABULARY),
     "threshold_ramp": Range(
         "a share of the run, more than 0 and at most 1", lambda value: 0 < value <= 1
     ),

@@ -98,7 +98,12 @@ class _Job:
         recipe, asked = self.recipe, self.recipe.data
         # The sizes are the model's, its number of classes is the data's.
         config = config_of(recipe)
-        size, channels = int(config.image_size), int(getattr(config, "num_channels", 3))
+        if not isinstance(getattr(config, "image_size", None), int):
+            raise RecipeError(
+                f"model_type: {config.model_type} has no image_size, so it is no model of square"
+                f" images, which the task {IMAGES} needs"
+            )
+        size, channels = config.image_size, int(getattr(config, "num_channels", 3))
         data = load_image_data(
             _place_of(asked),
             size,
