@@ -93,6 +93,8 @@ ODD: list[tuple[tuple[str, ...], str]] = [
     ((*TRAIN, "--output_dir", "page"), "page/report.html: it is a folder"),
     ((*TRAIN, "--model_config", '{"n_embd": -4}'), "model_type, model_config: RuntimeError"),
     ((*TRAIN, "--model_config", '{"n_head": 0}'), "model_type, model_config: ZeroDivisionError"),
+    ((*TRAIN, "--accelerator_config", "none.json"), "text-gpt: [Errno 2] No such file"),
+    ((*TRAIN, "--report_to", "nowhere"), "text-gpt: nowhere is not supported"),
     ((*TRAIN, "--tokenizer", "~nouser"), "./~nouser"),
     ((*TRAIN, "--vocab_size", "99999999999"), "error: vocab_size: expected 1 … 10000000"),
     ((*TRAIN, "--task", "image-classification"), "model_type: gpt2 has no image_size"),

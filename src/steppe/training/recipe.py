@@ -354,8 +354,15 @@ class _Parser(HfArgumentParser):
             )
         except RecipeError:
             raise
-        # Of TrainingArguments' own checks, and of values that JSON does not have.
-        except (ValueError, TypeError, ImportError, OverflowError, RecursionError) as error:
+        # Of TrainingArguments' own checks, files that it reads, and values that JSON does not have.
+        except (
+            ValueError,
+            TypeError,
+            ImportError,
+            OSError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise RecipeError(f"{self.where}: {error}") from None
         if left:
             raise RecipeError(

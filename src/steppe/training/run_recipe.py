@@ -30,6 +30,7 @@ from steppe.errors import (
     NonFiniteLossError,
     OutOfMemoryError,
     RecipeError,
+    SteppeError,
 )
 from steppe.files import prepare_file, write_json
 from steppe.measures import measure
@@ -229,7 +230,12 @@ def run_recipe(
         sparsify_(job.model, plugins)
     tuner = add_lora_(job.model, recipe)
     callback = SteppeCallback(every=recipe.arm.measure_every)
-    trainer = _trainer(job, settings, [callback, _Teller(on_step, on_log)])
+    try:
+        trainer = _trainer(job, settings, [callback, _Teller(on_step, on_log)])
+    except SteppeError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # of the Trainer's own checks
+        raise RecipeError(f"{recipe.name}: {error}") from error
     if on_log is not None and trainer.is_world_process_zero():
         for note in job.notes:
             on_log(note)
@@ -243,6 +249,10 @@ def run_recipe(
         if not any(word in str(error).lower() for word in _FULL_MEMORY):
             raise
         raise _out_of_memory(recipe) from None
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise RecipeError(f"{recipe.name}: {error.args[0]}") from None
     seconds = time.perf_counter() - start
     if tuner is not None:
         tuner.merge_and_unload()
