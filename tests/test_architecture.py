@@ -20,7 +20,8 @@ PACKAGE = Path(steppe.__file__).parent
 
 # A module imports from lines above its own only. A new file gets a place here.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("steppe.errors",),
+    ("steppe.printable",),
+    ("steppe.errors", "steppe.tables"),
     ("steppe.files", "steppe.per_thread", "steppe.sharding"),
     (
         "steppe.ops.native",
@@ -74,7 +75,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.computation",),
     ("steppe.dry_run",),
     ("steppe.runtime",),
-    ("steppe.explain",),
+    ("steppe.explanation",),
+    ("steppe.public",),
     ("steppe",),
     ("steppe.runs",),
     ("steppe.bench",),
@@ -95,8 +97,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "steppe.training.outside_loss",
         "steppe.training.penalized",
         "steppe.training.quality",
+        "steppe.training.recipe_values",
         "steppe.training.resumed",
-        "steppe.training.recipe",
         "steppe.training.saved",
         "steppe.training.span_corruption",
     ),
@@ -105,6 +107,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "steppe.report.series",
         "steppe.training.callback",
         "steppe.training.lightning",
+        "steppe.training.recipe",
         "steppe.training.sources",
         "steppe.training.trainer",
     ),
@@ -112,6 +115,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "steppe.report.figures",
         "steppe.report.readings",
         "steppe.training.columns",
+        "steppe.training.recipe_keys",
         "steppe.training.tokenizer",
     ),
     (
@@ -132,7 +136,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ),
     ("steppe.training.held_out",),
     ("steppe.report", "steppe.training", "steppe.training.demo", "steppe.training.run_recipe"),
-    ("steppe.flags",),
+    ("steppe.flags", "steppe.terminal"),
+    ("steppe.commands",),
     ("steppe.cli",),
 )
 # Neither of a pair sees the other.
@@ -149,7 +154,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "peft": ("steppe.training", "steppe.checkpoints.adapters"),
     "plotly": ("steppe.report",),
     "pytorch_lightning": ("steppe.training.lightning",),
-    "rich": ("steppe.cli", "steppe.explain", "steppe.report"),
+    "rich": ("steppe.commands", "steppe.explanation", "steppe.tables", "steppe.terminal"),
     "safetensors": (
         "steppe.checkpoints",
         "steppe.files",
@@ -162,8 +167,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch.distributed.tensor": (),
     "transformers": ("steppe.training", "steppe.checkpoints"),
     "triton": ("steppe.ops.cuda",),
-    "typer": ("steppe.cli",),
-    "wrapt": ("steppe.checkpoints",),
+    "typer": ("steppe.commands",),
+    "wrapt": ("steppe", "steppe.checkpoints"),
 }
 HEAVY = (
     "accelerate",
@@ -404,9 +409,30 @@ def test_ops_know_no_module() -> None:
 
 
 def test_importing_steppe_loads_nothing_heavy() -> None:
-    loaded = loaded_by("import steppe")
+    loaded = loaded_by("import steppe; steppe.find_blocks")
     assert set(SOURCES) & loaded >= {"steppe", "steppe.plugins.sparsify"}
     assert heavy(loaded) == []
+
+
+def test_the_public_names_are_imported_at_the_first_use() -> None:
+    assert set(SOURCES) & loaded_by("import steppe") == {"steppe"}
+    assert "steppe.plugins.sparsify" in loaded_by("from steppe import *; find_blocks")
+
+
+def test_no_public_name_is_a_modules_too() -> None:
+    """Whichever is imported last would hide the other."""
+    assert not {f"steppe.{name}" for name in PUBLIC} & set(SOURCES)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_modules_below_import_each_other_past_the_public_names(name: str) -> None:
+    """`from steppe import tokens` asks steppe for a public name, which imports all of them."""
+    found = [
+        node
+        for node in ast.walk(ast.parse(SOURCES[name]))
+        if isinstance(node, ast.ImportFrom) and node.module == "steppe"
+    ]
+    assert not found
 
 
 def test_the_check_of_what_is_loaded_can_fail() -> None:

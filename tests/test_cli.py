@@ -44,35 +44,6 @@ def test_version_and_help_say_what_there_is() -> None:
         assert command in described
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["nonsense"], "nonsense"),
-        (["demo", "--seeds", "0"], "--seeds"),
-        (["demo", "--max-steps", "many"], "--max-steps"),
-        (["measure", "out"], "--data"),
-        (["measure", "--data", "pydoc"], "CHECKPOINT"),
-        (["measure", "out", "--data", "pydoc", "--labels", "mine"], "--labels"),
-        (["report"], "RUN"),
-        (["bench", "--threads", "0"], "--threads"),
-        (["bench", "fast"], "fast"),
-        (["calibrate", "--threads", "0"], "--threads"),
-        (["calibrate", "--dtype", "float64"], "--dtype"),
-        (["calibrate", "now"], "now"),
-        (["train", "text-gtp"], "steppe train text-gpt"),
-        (["train", "text-gpt", "--data_dir", "./nowhere"], "there is no such file or folder"),
-        (["train", "text-gpt", "--lerning_rate", "1"], "--learning_rate"),
-        (["train", "text-gpt"], "--data_dir FOLDER"),
-        (
-            ["train", "fashion-mnist-vit", "--data_dir", "tests/native"],
-            "images or IDX files, found none",
-        ),
-    ],
-)
-def test_wrong_arguments_exit_with_2_and_are_named(arguments: list[str], named: str) -> None:
-    assert named in message_of(run(*arguments))
-
-
 def test_an_output_folder_that_is_a_file_is_one_error_and_nothing_is_trained(
     tmp_path: Path,
 ) -> None:
@@ -194,33 +165,6 @@ def test_measure_samples_labels_or_does_without(tmp_path: Path, measurable: list
     assert results["model"].AF_up > 0
     assert math.isnan(results["none"].AF_up)
     assert results["none"].density == results["model"].density
-
-
-def test_measure_refuses_with_one_error_and_writes_nothing(
-    tmp_path: Path, measurable: list[str]
-) -> None:
-    checkpoint, options = measurable[0], measurable[2:]
-    written = tmp_path / "held-out.json"
-    for arguments, expected in (
-        ([str(tmp_path / "none"), *options], "none"),
-        ([str(tmp_path / "run"), *options], "config.json"),
-        ([checkpoint, "--data", str(tmp_path / "none.txt")], "none.txt"),
-        ([checkpoint, "--data", "digits"], "digits"),
-        ([checkpoint, *options, "--device", "abacus"], "abacus"),
-    ):
-        message = message_of(run("measure", *arguments, "--json", str(written)))
-        assert message.startswith("error: ")
-        assert expected in message
-    assert not written.exists()
-
-
-def test_report_refuses_what_is_no_run(tmp_path: Path) -> None:
-    (tmp_path / "notes.json").write_text("{}")
-    page = tmp_path / "page.html"
-    for path in ("notes.json", "none", "."):
-        message = message_of(run("report", str(tmp_path / path), "--out", str(page)))
-        assert message.startswith("error: ")
-    assert not page.exists()
 
 
 def test_bench_prints_a_table_and_writes_rows_and_a_plot(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from transformers import TrainingArguments
 from typer.main import get_command
 
 import steppe
-from steppe import cli, errors
+from steppe import errors
+from steppe.commands import app
 from steppe.errors import DataError, OutputError, SteppeError
 from steppe.flags import FLAGS, in_flags
 from steppe.training import recipe
@@ -31,7 +32,7 @@ CLASSES = [
 
 
 def below_the_command_line() -> list[Path]:
-    return [path for path in SOURCE.rglob("*.py") if path.name not in ("cli.py", "flags.py")]
+    return [path for path in SOURCE.rglob("*.py") if path.name not in ("commands.py", "flags.py")]
 
 
 def docstrings_of(tree: ast.AST) -> set[ast.AST]:
@@ -96,7 +97,7 @@ def test_the_search_for_flags_finds_them() -> None:
 def test_every_flag_of_the_table_is_one_that_the_command_takes(command: str) -> None:
     known = {
         option
-        for parameter in get_command(cli.app).commands[command].params
+        for parameter in get_command(app).commands[command].params
         for option in parameter.opts
     }
     if command == "train":  # whose flags are the keys of a recipe
@@ -111,7 +112,7 @@ def test_every_flag_of_the_table_is_one_that_the_command_takes(command: str) -> 
 
 
 def test_the_table_has_all_commands_and_every_setting_that_an_error_names() -> None:
-    assert set(FLAGS) == set(get_command(cli.app).commands)
+    assert set(FLAGS) == set(get_command(app).commands)
     named = settings_named()
     assert {"processor", "learning_rate", "text_column"} <= set(named)
     mapped = {setting for flags in FLAGS.values() for setting in flags}

@@ -1,65 +1,49 @@
-"""Measure why Transformer MLP activations are sparse, train them sparser, run them faster."""
+"""Measure why Transformer MLP activations are sparse, train them sparser, run them faster.
 
-from steppe.activations import Rectifier, SShapedSquaredReLU
-from steppe.blocks import MLPBlock, find_blocks
-from steppe.checkpoints import load_pretrained
-from steppe.errors import IncompleteCoverageWarning, SteppeError
-from steppe.explain import BlockExplanation, Explanation, explain
-from steppe.measures import BlockCurvature, BlockReport, Monitor, Report, measure, watch
-from steppe.ops.native import Kernels, kernels
-from steppe.patterns import BlockPattern
-from steppe.plugins import (
-    ActivationPenalty,
-    JumpingSquaredReLU,
-    Plugin,
-    RestrictedNorm,
-    RisingThreshold,
-    ZerothBias,
-    added_parameters,
-    advance_,
-    constrain_,
-    fold_,
-    penalize,
-    project_,
-    sparsify_,
-)
-from steppe.runtime import accelerate_, restore_
+The public names are imported when one of them is first asked for: ``steppe --help`` needs no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
+
+if TYPE_CHECKING:
+    from steppe.public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ActivationPenalty",
-    "BlockCurvature",
-    "BlockExplanation",
-    "BlockPattern",
-    "BlockReport",
-    "Explanation",
-    "IncompleteCoverageWarning",
-    "JumpingSquaredReLU",
-    "Kernels",
-    "MLPBlock",
-    "Monitor",
-    "Plugin",
-    "Rectifier",
-    "Report",
-    "RestrictedNorm",
-    "RisingThreshold",
-    "SShapedSquaredReLU",
-    "SteppeError",
-    "ZerothBias",
-    "accelerate_",
-    "added_parameters",
-    "advance_",
-    "constrain_",
-    "explain",
-    "find_blocks",
-    "fold_",
-    "kernels",
-    "load_pretrained",
-    "measure",
-    "penalize",
-    "project_",
-    "restore_",
-    "sparsify_",
-    "watch",
-]
+
+def _teach_transformers(module: object) -> None:
+    """Let the stock ``from_pretrained`` know models with plug-ins."""
+    from steppe.checkpoints import stock
+
+    stock.register()
+
+
+def _teach_peft(module: object) -> None:
+    """Let PEFT save plug-ins beside its adapters."""
+    from steppe.checkpoints import adapters
+
+    adapters.register()
+
+
+# As soon as they are imported, before or after steppe; importing them would take seconds.
+register_post_import_hook(_teach_transformers, "transformers.modeling_utils")
+register_post_import_hook(_teach_peft, "peft")
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names, and give one of them, or a module that came with them."""
+    import steppe.public as public
+
+    names = public.__all__
+    globals().update({each: getattr(public, each) for each in names}, __all__=names)
+    try:
+        return globals()[name]
+    except KeyError:
+        raise AttributeError(f"module 'steppe' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    """The names of the module, the public ones among them."""
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -2,12 +2,15 @@
 
 Each class is also the builtin that a caller would catch, so ``except ValueError`` goes on working
 in code that has never heard of steppe. A message says where, what was expected, what was found and
-what to type instead. It names settings, as Python has them; the command line names its flags.
+what to type instead. It names settings, as Python has them; the command line names its flags. The
+values in it may come from anywhere: long ones are shortened, and none can steer a terminal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+
+from steppe.printable import printable, shortened
 
 
 class SteppeError(Exception):
@@ -47,7 +50,8 @@ class SteppeError(Exception):
         """
         ways = [[setting(name, value) for name, value in way.items()] for way in self.instead]
         told = [between.join(map(str, way)) for way in ways if None not in way]
-        return f"{self.message}: {'; or '.join(told)}" if told else self.message
+        text = f"{self.message}: {'; or '.join(told)}" if told else self.message
+        return shortened(printable(text))
 
 
 class BlocksNotFoundError(SteppeError, LookupError):

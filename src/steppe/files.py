@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -12,10 +13,28 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from steppe.errors import OutputError
+from steppe.errors import OutputError, SteppeError
 
 _PROBE = 2**20  # bytes; a writer that ran into the end of the disk leaves less
+_KEPT = 40  # characters of a name that its temporary name ends with: names have 255 bytes at most
 
+
+def expanded(path: str | Path) -> Path:
+    """The path with a home folder in place of its ``~``.
+
+    Args:
+        path: of a file or a folder; ``~`` within it is a character like others.
+
+    Raises:
+        SteppeError: it begins with ``~`` and the name of no user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise SteppeError(
+            f"{path}: there is no home folder {Path(path).parts[0]}. If it is a name in this"
+            f" folder, write ./{path}"
+        ) from None
 
 def prepare_folder(folder: str | Path, setting: str | None = None) -> Path:
     """Make a folder and make sure that it can be written to.
@@ -52,6 +71,27 @@ def why_unwritable(folder: Path) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def prepare_file(file: str | Path, setting: str | None = None) -> Path:
+    """Make a file's folder and make sure that the file can be written.
+
+    Args:
+        file: one that is there already may be replaced.
+        setting: as in `prepare_folder`.
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputError: it is a folder or a device, or its folder cannot be written to.
+    """
+    path = Path(file)
+    with writing_to(path, setting):
+        _require_replaceable(path)
+        path.exists()  # an OSError where the name is too long
+    prepare_folder(path.parent, setting)
+    return path
 
 
 @contextmanager
@@ -126,10 +166,29 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OutputError: it cannot be written; an older file of the name is still whole.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     with writing_to(path):
+        target = _require_replaceable(path)
+        temporary = _temporary(target)
         try:
             write(temporary)
-            temporary.replace(path)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _require_replaceable(path: Path) -> Path:
+    """What a path leads to, if another file may take its place.
+
+    A device or a pipe must not be replaced: ``/dev/null`` would become a file for everybody.
+    """
+    target = path.resolve()
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "it is a device or a pipe, expected a file")
+    return target
+
+
+def _temporary(path: Path) -> Path:
+    """Where a file is written before it takes its name."""
+    return path.with_name(f".{os.getpid()}.{path.name[-_KEPT:]}")

@@ -117,6 +117,8 @@ def read_run(path: Path) -> Run:
     """
     file = path / RUN_FILE if path.is_dir() else path
     try:
+        if file.is_char_device():  # it may never end
+            raise RunError(f"{file}: expected a file, got a device")
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(

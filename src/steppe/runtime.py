@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from steppe import plugins
+import steppe.plugins as plugins
 from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
 from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes

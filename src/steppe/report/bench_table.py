@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from rich import box
-from rich.table import Table
+from steppe.tables import FittingTable
 
 
-def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
+def bench_table(rows: Sequence[dict[str, Any]]) -> FittingTable:
     """Times of an MLP block dense and on the sparse kernels, one row a case and density.
 
     Args:
@@ -23,19 +22,12 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
     widths = dict.fromkeys((row["d"], row["f"]) for row in rows)
     threads = " or ".join(dict.fromkeys(str(row["threads"]) for row in rows))
     title = ", ".join(f"d_model {d}, d_hidden {f}" for d, f in widths) + f"; threads: {threads}"
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    table.add_column("case", no_wrap=True)
-    for heading in (
+    table = FittingTable(title)
+    table.add_texts("case")
+    table.add_numbers(
         *("density\n%", "candi-\ndates %", "dense\nms", "sparse\nms"),
         *("ratio", "quartiles", "un-\nscreened", "bound"),
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
+    )
     for name, group in groupby(rows, curve_name):
         curve, parts = list(group), name.split(", ")
         for index, row in enumerate(curve):

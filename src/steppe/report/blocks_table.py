@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from rich import box
-from rich.table import Table
-
 from steppe.blocks import Coverage, MLPBlock
+from steppe.tables import FittingTable
 
 
-def blocks_table(found: Coverage) -> Table:
+def blocks_table(found: Coverage) -> FittingTable:
     """The blocks of a model, one line for those that are alike and follow each other.
 
     Args:
         found: of `steppe.blocks.coverage`.
     """
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("block", overflow="fold")
-    table.add_column("blocks", justify="right")
-    table.add_column("D", justify="right")
-    table.add_column("F", justify="right")
-    for heading in ("gated", "activation", "norm", "pattern"):
-        table.add_column(heading)
+    table = FittingTable()
+    table.add_texts("block")
+    table.add_numbers("blocks", "D", "F")
+    table.add_texts("gated", "activation", "norm", "pattern")
     for alike, group in groupby(found.blocks, _kind):
         blocks = list(group)
         first, last = blocks[0].name, blocks[-1].name

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from rich import box
-from rich.table import Table
-
 from steppe.ops.calibration import CANDIDATES, Calibration, Threshold
 from steppe.ops.paired import Point
+from steppe.tables import FittingTable
 
 
-def calibration_table(calibration: Calibration) -> Table:
+def calibration_table(calibration: Calibration) -> FittingTable:
     """Built-in and measured thresholds, one line for each number of rows.
 
     Args:
@@ -22,17 +20,10 @@ def calibration_table(calibration: Calibration) -> Table:
         its bounds, at the points next to the threshold.
     """
     dtype = str(calibration.dtype).removeprefix("torch.")
-    table = Table(
-        title=f"{dtype}; threads: {calibration.threads}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    table.add_column("block", no_wrap=True)
-    for heading in ("rows", "built-in", "used", "evidence"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("source", no_wrap=True)
+    table = FittingTable(f"{dtype}; threads: {calibration.threads}")
+    table.add_texts("block")
+    table.add_numbers("rows", "built-in", "used", "evidence")
+    table.add_texts("source")
     for name, group in groupby(calibration.thresholds, _block_name):
         for index, threshold in enumerate(group):
             table.add_row(

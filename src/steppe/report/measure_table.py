@@ -6,17 +6,15 @@ import math
 from collections.abc import Sequence
 from itertools import compress
 
-from rich import box
-from rich.table import Table
-
 from steppe.measures.report import BlockReport, Report
 from steppe.runs import Run
+from steppe.tables import FittingTable
 
 _NONE = "–"  # what was not measured
 _NAME_WIDTH = 14  # characters of a block's name
 
 
-def measure_table(report: Report) -> Table:
+def measure_table(report: Report) -> FittingTable:
     """The measures of one model, one row a block and two lines a row: mean, and ± standard error.
 
     Args:
@@ -34,8 +32,8 @@ def measure_table(report: Report) -> Table:
     if report.blocks:
         tokens, samples = report.blocks[0].tokens, report.blocks[0].samples
         title += f", {samples:,} samples, {tokens:,} tokens"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("block", no_wrap=True)
+    table = FittingTable(title, is_tight=True)
+    table.add_texts("block")
     columns: list[tuple[str, list[str]]] = [
         ("density\n%", [_with_error(b, "density", percent=True) for b in report.blocks]),
         ("deriv.\n%", [_with_error(b, "derivative_density", percent=True) for b in report.blocks]),
@@ -55,14 +53,13 @@ def measure_table(report: Report) -> Table:
         columns.append(("passes\nnot finite", [str(b.non_finite_passes) for b in report.blocks]))
     if any(not math.isnan(block.active_gain) for block in report.blocks):
         columns.append(("iden-\ntity", [_deviation(block) for block in report.blocks]))
-    for heading, _ in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_numbers(*(heading for heading, _ in columns))
     for index, name in enumerate(_short_names([block.name for block in report.blocks])):
         table.add_row(name, *(cells[index] for _, cells in columns))
     return table
 
 
-def curve_table(run: Run) -> Table:
+def curve_table(run: Run) -> FittingTable:
     """The held-out measures of several checkpoints, one row a checkpoint, averaged over the blocks.
 
     Args:
@@ -72,11 +69,7 @@ def curve_table(run: Run) -> Table:
         A table of 100 columns or less; densities are pooled over the entries of all blocks, the
         other measures are plain means over the blocks that have them.
     """
-    table = Table(
-        title=f"{run.name}: held-out measures, means over the blocks",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
+    table = FittingTable(f"{run.name}: held-out measures, means over the blocks")
     measures = (
         ("AF", "AF_activated"),
         ("AF down", "AF_down"),
@@ -84,10 +77,8 @@ def curve_table(run: Run) -> Table:
         ("‖x‖²", "squared_input_norm"),
         ("squared act.\ngradient", "squared_activation_gradient"),
     )
-    for heading in ("step", "density\n%", "derivative\ndensity %"):
-        table.add_column(heading, justify="right")
-    for heading, _ in measures:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_numbers("step", "density\n%", "derivative\ndensity %")
+    table.add_numbers(*(heading for heading, _ in measures))
     for step, report in zip(run.held_out_steps, run.held_out, strict=True):
         table.add_row(
             f"{step:,}",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
-from rich.table import Table
+from steppe.tables import FittingTable
 
 BASELINE = "vanilla"
 
 
-def demo_table(summary: dict[str, Any]) -> Table:
+def demo_table(summary: dict[str, Any]) -> FittingTable:
     """The result of `steppe demo`, one row per data set and arm.
 
     Args:
@@ -23,12 +22,11 @@ def demo_table(summary: dict[str, Any]) -> Table:
     title = "density in % of the hidden units"
     if seeds > 1:
         title += f", mean ± std over {seeds} seeds"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("data")
-    table.add_column("arm")
-    table.add_column("quality")
-    for heading in ("inference\ndensity", "training\ndensity", "derivative\ndensity", "time"):
-        table.add_column(heading, justify="right")
+    table = FittingTable(title)
+    table.add_texts("data", "arm")
+    table.add_numbers(
+        *("quality", "inference\ndensity", "training\ndensity", "derivative\ndensity", "time")
+    )
     for name, data_set in summary["data_sets"].items():
         arms = data_set["arms"]
         for index, (arm, result) in enumerate(arms.items()):
@@ -50,7 +48,7 @@ def demo_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def recipe_table(summary: dict[str, Any]) -> Table:
+def recipe_table(summary: dict[str, Any]) -> FittingTable:
     """The result of `steppe train`.
 
     Args:
@@ -59,11 +57,9 @@ def recipe_table(summary: dict[str, Any]) -> Table:
     Returns:
         A table of held-out quality, densities in percent, steps and time.
     """
-    table = Table(
-        title=f"{summary['recipe']}, {summary['arm']}", title_justify="left", box=box.SIMPLE_HEAD
-    )
-    table.add_column("held-out")
-    table.add_column("", justify="right")
+    table = FittingTable(f"{summary['recipe']}, {summary['arm']}")
+    table.add_texts("held-out")
+    table.add_numbers("")
     for name, value in summary["quality"].items():
         is_share = name in ("top1", "top5", "accuracy")
         table.add_row(name, f"{100 * value:.1f} %" if is_share else f"{value:.4g}")
@@ -74,7 +70,7 @@ def recipe_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def speed_table(summary: dict[str, Any]) -> Table:
+def speed_table(summary: dict[str, Any]) -> FittingTable:
     """What the sparse kernels gain on the blocks that `steppe demo` trained.
 
     Args:
@@ -85,14 +81,12 @@ def speed_table(summary: dict[str, Any]) -> Table:
         arm; the sizes and times of a block are those of the first seed.
     """
     title = "speed of the trained blocks on one core, dense time / accelerated time"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("data", "arm"):
-        table.add_column(heading)
-    for heading in (
+    table = FittingTable(title)
+    table.add_texts("data", "arm")
+    table.add_numbers(
         *("d_model,\nd_hidden", "tokens", "candi-\ndates, %"),
         *("training\nstep", "inference", "dense\nms"),
-    ):
-        table.add_column(heading, justify="right")
+    )
     for name, data_set in summary["data_sets"].items():
         for index, (arm, result) in enumerate(data_set["arms"].items()):
             first = result["runs"][0]["speed"][0]

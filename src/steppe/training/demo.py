@@ -42,7 +42,7 @@ from transformers import (
 from steppe.bench import PREFILL, TRAINING, time_model
 from steppe.blocks import find_blocks
 from steppe.errors import NonFiniteLossError
-from steppe.files import prepare_folder, write_folder, write_json, writing_to
+from steppe.files import prepare_file, write_folder, write_json, writing_to
 from steppe.measures import measure
 from steppe.plugins import (
     JumpingSquaredReLU,
@@ -58,6 +58,7 @@ from steppe.training.data import BYTES, Split, load_digits_split, load_pydoc_spl
 ARMS = ("vanilla", "control", "steppe", "threshold")
 _NORMS_SPARED = ("control", "threshold")
 SUMMARY_VERSION = 1
+SUMMARY = "summary.json"
 _WARMUP = 0.1  # share of the run
 _COUNT_EVERY = 10  # steps
 _EVAL_BATCH = 256
@@ -153,7 +154,7 @@ def run_demo(
         raise ValueError(
             f"run_demo: expected at least one seed and step, got {seeds=} {max_steps=}"
         )
-    out = prepare_folder(out, "out")
+    out = prepare_file(Path(out) / SUMMARY, "out").parent
     start = time.perf_counter()
     data_sets: dict[str, Any] = {}
     for task in TASKS:
@@ -183,7 +184,7 @@ def run_demo(
         "python": platform.python_version(),
         "data_sets": data_sets,
     }
-    write_json(out / "summary.json", summary)
+    write_json(out / SUMMARY, summary)
     return summary
 
 

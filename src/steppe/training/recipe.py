@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from steppe.errors import RecipeError
+from steppe.files import expanded
+from steppe.training.recipe_values import wrong_values
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 """The folder of the recipes that come with steppe."""
@@ -26,7 +28,9 @@ TASKS = (IMAGES, CAUSAL, SPANS)
 _NEAREST = 3
 # In place of the Trainer's own: logs of any kind at all, and no search for parameters that a step
 # has not used, which the Trainer switches on for every model.
-_DEFAULTS = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
+DEFAULTS = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
+_NO_PATHS_YET = ("checkpoint", "tokenizer")  # these may be hub ids
+_PATHS = ("data_dir", "cache_dir", "output_dir", *_NO_PATHS_YET)
 
 
 @dataclass
@@ -172,40 +176,52 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: there is no such recipe, it is no YAML mapping, a key is unknown (names the
             nearest), or a value cannot be.
     """
-    path = _find(recipe)
-    values = _read_yaml(path)
-    parser = _Parser((ModelArguments, DataArguments, ArmArguments, TrainingArguments))
-    parser.where = str(path)
-    known = sorted(
-        option.removeprefix("--")
-        for action in parser._actions
-        for option in action.option_strings
-        if option.startswith("--") and "-" not in option.removeprefix("--")
-    )
+    path, values = read_values(recipe)
+    given = {
+        flag.removeprefix("--").partition("=")[0].replace("-", "_"): flag
+        for flag in overrides
+        if flag.startswith("--")
+    }
+    parser = _Parser(_name_of(path), given)
+    known = parser.keys()
+    for key, flag in given.items():
+        if key not in known:
+            raise RecipeError(f"unknown flag {flag}{_nearest(key, known, '--')}")
     for key in values:
         if key not in known:
-            raise RecipeError(f"{path}: unknown key {key!r}{_nearest(key, known)}")
-    for flag in overrides:
-        key = flag.removeprefix("--").partition("=")[0].replace("-", "_")
-        if flag.startswith("--") and key not in known:
-            raise RecipeError(f"unknown flag {flag}{_nearest(key, known, '--')}")
-    given = {*values, *(flag.removeprefix("--").partition("=")[0] for flag in overrides)}
-    for key, value in _DEFAULTS.items():
+            raise RecipeError(f"{parser.where}: unknown key {key!r}{_nearest(key, known)}")
+    for key, value in DEFAULTS.items():
         if key not in given:
-            values[key] = value
+            values.setdefault(key, value)
     if "output_dir" not in given:
         arm = _last_value(overrides, "arm") or values.get("arm", ArmArguments.arm)
-        values["output_dir"] = f"runs/{path.stem}/{arm}"
-    flags = [word for key, value in values.items() for word in _as_flag(key, value)]
-    try:
-        model, data, arm_arguments, training = parser.parse_args_into_dataclasses(
-            [*flags, *overrides], look_for_args_file=False
-        )
-    except (ValueError, TypeError, ImportError) as error:  # of TrainingArguments' own checks
-        raise RecipeError(f"{path}: {error}") from None
-    result = Recipe(path.stem, model, data, arm_arguments, training)
-    _check(result, path)
+        values.setdefault("output_dir", default_folder(path, arm))
+    result = Recipe(path.stem, *parser.parse(values, overrides))
+    _check(result, parser)
     return result
+
+
+def read_values(recipe: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe, and its values by key, as they stand there.
+
+    Args:
+        recipe: as `read_recipe` takes it.
+
+    Raises:
+        RecipeError: there is no such recipe, or it is no YAML mapping.
+    """
+    path = _find(recipe)
+    return path, _read_yaml(path)
+
+
+def default_folder(path: Path, arm: str) -> str:
+    """Where a run of a recipe is written, unless ``output_dir`` says it.
+
+    Args:
+        path: of the recipe.
+        arm: of the run.
+    """
+    return f"runs/{path.stem}/{arm}"
 
 
 def model_settings(model: ModelArguments) -> dict[str, Any]:
@@ -230,7 +246,7 @@ def model_settings(model: ModelArguments) -> dict[str, Any]:
 
 def _find(recipe: str | Path) -> Path:
     """The file of a recipe."""
-    path = Path(recipe).expanduser()
+    path = expanded(recipe)
     if path.is_file():
         return path
     ours = RECIPES / f"{path.stem}.yaml"
@@ -248,10 +264,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """The values of a recipe by key."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a number, a date, a depth
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, Mapping):
         raise RecipeError(f"{path}: expected lines `key: value`, got {type(values).__name__}")
+    for key, value in values.items():
+        if "\0" in str(value):
+            raise RecipeError(f"{path}: {key}: expected text, got a zero byte in {value!r}")
     return {str(key): value for key, value in values.items()}
 
 
@@ -263,10 +282,14 @@ class _UniqueKeys(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
+            if not isinstance(key, Hashable):
+                wrong = f"a key is a word, got {key!r}"
+            elif key in seen:
+                wrong = f"the key {key!r} stands twice"
+            else:
+                wrong = ""
+            if wrong:
+                raise yaml.constructor.ConstructorError(None, None, wrong, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -296,16 +319,67 @@ def _last_value(overrides: Sequence[str], key: str) -> str | None:
 
 
 class _Parser(HfArgumentParser):
-    """Tells its errors as ours, and takes no abbreviations."""
+    """Tells its errors as ours, and takes no abbreviations.
 
-    where = ""
+    Args:
+        where: the recipe, for errors.
+        given: the keys that flags give, of which an error is not the recipe's.
+    """
 
-    def __init__(self, types: Any) -> None:
-        super().__init__(types, allow_abbrev=False, add_help=False)
+    def __init__(self, where: str, given: Collection[str]) -> None:
+        self.where = where
+        self._given = given
+        kinds: Any = (ModelArguments, DataArguments, ArmArguments, TrainingArguments)
+        super().__init__(kinds, allow_abbrev=False, add_help=False)
+
+    def keys(self) -> list[str]:
+        """The keys of a recipe."""
+        return sorted(
+            option.removeprefix("--")
+            for action in self._actions
+            for option in action.option_strings
+            if option.startswith("--") and "-" not in option.removeprefix("--")
+        )
+
+    def place_of(self, key: str) -> str:
+        """What an error about a key begins with."""
+        return "" if key in self._given else f"{self.where}: "
+
+    def parse(self, values: Mapping[str, Any], overrides: Sequence[str]) -> Any:
+        """The dataclasses of a recipe's values and of flags in place of them."""
+        try:
+            flags = [word for key, value in values.items() for word in _as_flag(key, value)]
+            *parsed, left = self.parse_args_into_dataclasses(
+                [*flags, *overrides], look_for_args_file=False, return_remaining_strings=True
+            )
+        except RecipeError:
+            raise
+        # Of TrainingArguments' own checks, files that it reads, and values that JSON does not have.
+        except (
+            ValueError,
+            TypeError,
+            ImportError,
+            OSError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            raise RecipeError(f"{self.where}: {error}") from None
+        if left:
+            raise RecipeError(
+                f"{' '.join(left)}: expected a flag, which is a key with two dashes, and its value"
+            )
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of ending the process."""
-        raise RecipeError(f"{self.where}: {message}")
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # it names both spellings
+        of_flag = re.match(r"argument --(\w+)", message)
+        raise RecipeError((self.place_of(of_flag[1] if of_flag else "")) + message)
+
+
+def _name_of(path: Path) -> str:
+    """A recipe in errors: the name of one of ours, the path of another."""
+    return path.stem if path.parent == RECIPES else str(path)
 
 
 def _nearest(key: str, known: Sequence[str], prefix: str = "") -> str:
@@ -315,47 +389,38 @@ def _nearest(key: str, known: Sequence[str], prefix: str = "") -> str:
     return f". Did you mean {listed}?" if near else ". It is no key of a recipe."
 
 
-def _check(recipe: Recipe, path: Path) -> None:
-    """Refuse values that mean nothing."""
-    model, data, arm = recipe.model, recipe.data, recipe.arm
-    wrong = None
-    ways: list[dict[str, object]] = []
-    if model.task not in TASKS:
-        wrong = f"task: expected one of {', '.join(TASKS)}, got {model.task!r}"
-    elif arm.arm not in ARMS:
-        wrong = f"arm: expected one of {', '.join(ARMS)}, got {arm.arm!r}"
-    elif (model.model_type is None) == (model.checkpoint is None):
-        wrong = "expected either model_type (from scratch) or checkpoint (finetuning)"
-        ways = [{"checkpoint": "FOLDER_OR_HUB_ID"}]
+def _check(recipe: Recipe, parser: _Parser) -> None:
+    """Refuse values that mean nothing, and put homes in place of ``~``."""
+    model, data, training = recipe.model, recipe.data, recipe.training
+    values = {**vars(model), **vars(data), **vars(recipe.arm), **vars(training)}
+    wrong = wrong_values(values)
+    for key, names in (("task", TASKS), ("arm", ARMS)):
+        if values[key] not in names:
+            wrong[key] = f"expected one of {', '.join(names)}, got {values[key]!r}"
+    if training.label_smoothing_factor:
+        wrong["label_smoothing_factor"] = "it cannot take mixed labels; use label_smoothing"
+    for key, what in wrong.items():
+        raise RecipeError(f"{parser.place_of(key)}{key}: {what}")
+    missing = None
+    if (model.model_type is None) == (model.checkpoint is None):
+        missing = "expected either model_type (from scratch) or checkpoint (finetuning)"
+        way = {"checkpoint": "FOLDER_OR_HUB_ID"}
     elif data.data_dir is None and data.dataset is None:
-        wrong = "no data: expected data_dir or dataset"
-        ways = [{"data_dir": "FOLDER"}]
-    elif not 0.0 <= arm.ramp <= 1.0:
-        wrong = f"ramp: expected a share of the run in 0 … 1, got {arm.ramp}"
-    elif not 0.0 <= arm.threshold_multiple < math.inf:
-        wrong = f"threshold_multiple: expected at least 0, got {arm.threshold_multiple}"
-    elif not 0.0 < arm.threshold_ramp <= 1.0:
-        wrong = "threshold_ramp: expected a share of the run, more than 0 and at most 1,"
-        wrong += f" got {arm.threshold_ramp}"
-    elif not 0.0 <= arm.activation_penalty < math.inf:
-        wrong = f"activation_penalty: expected at least 0, got {arm.activation_penalty}"
-    elif not 0.0 <= arm.penalty_ramp <= 1.0:
-        wrong = f"penalty_ramp: expected a share of the run in 0 … 1, got {arm.penalty_ramp}"
-    elif arm.measure_every < 1:
-        wrong = f"measure_every: expected at least 1, got {arm.measure_every}"
-    elif not 0.0 <= data.label_smoothing < 1.0:
-        wrong = f"label_smoothing: expected a share in 0 … 1, got {data.label_smoothing}"
-    elif recipe.training.label_smoothing_factor:
-        wrong = "label_smoothing_factor: it cannot take mixed labels; use label_smoothing"
-    elif data.streaming and recipe.training.max_steps < 1:
-        wrong = "a stream has no length: expected max_steps"
-        ways = [{"max_steps": 100000}]
+        missing, way = "no data: expected data_dir or dataset", {"data_dir": "FOLDER"}
+    elif data.streaming and training.max_steps < 1:
+        missing, way = "a stream has no length: expected max_steps", {"max_steps": "100000"}
     elif model.lora_rank and not model.lora_targets:
-        wrong = "lora_rank: expected lora_targets too"
-        ways = [{"lora_targets": "q v"}]
-    if wrong is not None:
-        raise RecipeError(f"{path}: {wrong}", *ways)
+        missing, way = "lora_rank: expected lora_targets too", {"lora_targets": "q v"}
+    if missing is not None:
+        raise RecipeError(f"{parser.where}: {missing}", way)
     model_settings(model)
+    for key in _PATHS:
+        if values[key] == "":
+            raise RecipeError(f"{parser.place_of(key)}{key}: expected a path, got an empty one")
+        if str(values[key]).startswith("~"):
+            home = str(expanded(values[key]))
+            if key in _NO_PATHS_YET:
+                setattr(model if key == "checkpoint" else data, key, home)
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
@@ -48,11 +50,8 @@ def config_of(recipe: Recipe) -> Any:
     """
     if recipe.model.checkpoint is not None:
         return _vanilla(recipe.model.checkpoint, recipe.model.task).config
-    settings = model_settings(recipe.model)
-    try:
-        return AutoConfig.for_model(str(recipe.model.model_type), **settings)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"model_type, model_config: {error}") from None
+    with _of_settings():
+        return AutoConfig.for_model(str(recipe.model.model_type), **model_settings(recipe.model))
 
 
 def build_model(recipe: Recipe, **known: Any) -> PreTrainedModel:
@@ -69,11 +68,21 @@ def build_model(recipe: Recipe, **known: Any) -> PreTrainedModel:
     if recipe.model.checkpoint is not None:
         return _vanilla(recipe.model.checkpoint, recipe.model.task)
     settings = {**known, **model_settings(recipe.model)}
-    try:
+    with _of_settings():
         config = AutoConfig.for_model(str(recipe.model.model_type), **settings)
         return _MODELS[recipe.model.task].from_config(config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise RecipeError(f"model_type, model_config: {error}") from None
+
+
+@contextmanager
+def _of_settings() -> Iterator[None]:
+    """Tell any error as one of the model's settings: its code may divide by them, or index."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise RecipeError(f"model_type, model_config: {what}") from error
 
 
 def _vanilla(checkpoint: str, task: str) -> PreTrainedModel:

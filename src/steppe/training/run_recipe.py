@@ -30,8 +30,9 @@ from steppe.errors import (
     NonFiniteLossError,
     OutOfMemoryError,
     RecipeError,
+    SteppeError,
 )
-from steppe.files import prepare_folder, write_json
+from steppe.files import prepare_file, write_json
 from steppe.measures import measure
 from steppe.measures.measure import call_model
 from steppe.plugins import sparsify_
@@ -69,6 +70,8 @@ from steppe.training.text_data import TextSettings, load_text_data, require_shar
 from steppe.training.trainer import Prepare, RecipeTrainer, SoftCrossEntropy
 
 SUMMARY_VERSION = 1
+SUMMARY = "summary.json"
+"""File of what came of a run, within its folder."""
 RESULT = "model"
 """Folder of the trained model, within the run's."""
 _PIXEL_MEAN = _PIXEL_STD = 0.5  # of each channel, as ViT was trained
@@ -96,7 +99,12 @@ class _Job:
         recipe, asked = self.recipe, self.recipe.data
         # The sizes are the model's, its number of classes is the data's.
         config = config_of(recipe)
-        size, channels = int(config.image_size), int(getattr(config, "num_channels", 3))
+        if not isinstance(getattr(config, "image_size", None), int):
+            raise RecipeError(
+                f"model_type: {config.model_type} has no image_size, so it is no model of square"
+                f" images, which the task {IMAGES} needs"
+            )
+        size, channels = config.image_size, int(getattr(config, "num_channels", 3))
         data = load_image_data(
             _place_of(asked),
             size,
@@ -215,13 +223,19 @@ def run_recipe(
     set_seed(recipe.training.seed)
     with reading(_place_of(recipe.data)):
         job = _Job(recipe)
-    prepare_folder(folder, "output_dir")  # nothing is left behind where there is no data
+    for name in (SUMMARY, RUN_FILE):  # nothing is left behind where there is no data
+        prepare_file(folder / name, "output_dir")
     plugins = plugins_of(recipe)
     if plugins:
         sparsify_(job.model, plugins)
     tuner = add_lora_(job.model, recipe)
     callback = SteppeCallback(every=recipe.arm.measure_every)
-    trainer = _trainer(job, settings, [callback, _Teller(on_step, on_log)])
+    try:
+        trainer = _trainer(job, settings, [callback, _Teller(on_step, on_log)])
+    except SteppeError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # of the Trainer's own checks
+        raise RecipeError(f"{recipe.name}: {error}") from error
     if on_log is not None and trainer.is_world_process_zero():
         for note in job.notes:
             on_log(note)
@@ -235,6 +249,10 @@ def run_recipe(
         if not any(word in str(error).lower() for word in _FULL_MEMORY):
             raise
         raise _out_of_memory(recipe) from None
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise RecipeError(f"{recipe.name}: {error.args[0]}") from None
     seconds = time.perf_counter() - start
     if tuner is not None:
         tuner.merge_and_unload()
@@ -288,7 +306,7 @@ def run_recipe(
             ),
             folder / RUN_FILE,
         )
-        write_json(folder / "summary.json", summary)
+        write_json(folder / SUMMARY, summary)
     return summary
 
 

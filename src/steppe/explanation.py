@@ -21,7 +21,7 @@ from steppe.routing import Route
 from steppe.runtime import acceleration_of
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from steppe.tables import FittingTable
 
 NEVER = "not yet"
 _ASKED = "accelerate_'s argument"
@@ -82,15 +82,14 @@ class Explanation:
     kernels: Kernels = field(repr=False)
     unwatched: str = field(repr=False)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> FittingTable:
         """The table."""
-        from rich.table import Table  # loading it takes longer than all of steppe
+        from steppe.tables import FittingTable  # Rich takes longer to load than all of steppe
 
-        table = Table(title="How each block ran last", caption=self._caption(), caption_style="")
-        table.add_column("block", no_wrap=True)
-        for name in ("ran", "calls", "tokens", "density", "up to", "candidates", "up to"):
-            table.add_column(name, justify="left" if name == "ran" else "right")
-        table.add_column("why not sparse")
+        table = FittingTable("How each block ran last", self._caption())
+        table.add_texts("block", "ran")
+        table.add_numbers("calls", "tokens", "density", "up to", "candidates", "up to")
+        table.add_texts("why not sparse")
         for block in self.blocks:
             few = ", few tokens" if block.is_few else ""
             table.add_row(

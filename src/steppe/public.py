@@ -1,0 +1,63 @@
+"""The public names of steppe, each from where it is defined."""
+
+from steppe.activations import Rectifier, SShapedSquaredReLU
+from steppe.blocks import MLPBlock, find_blocks
+from steppe.checkpoints import load_pretrained
+from steppe.errors import IncompleteCoverageWarning, SteppeError
+from steppe.explanation import BlockExplanation, Explanation, explain
+from steppe.measures import BlockCurvature, BlockReport, Monitor, Report, measure, watch
+from steppe.ops.native import Kernels, kernels
+from steppe.patterns import BlockPattern
+from steppe.plugins import (
+    ActivationPenalty,
+    JumpingSquaredReLU,
+    Plugin,
+    RestrictedNorm,
+    RisingThreshold,
+    ZerothBias,
+    added_parameters,
+    advance_,
+    constrain_,
+    fold_,
+    penalize,
+    project_,
+    sparsify_,
+)
+from steppe.runtime import accelerate_, restore_
+
+__all__ = [
+    "ActivationPenalty",
+    "BlockCurvature",
+    "BlockExplanation",
+    "BlockPattern",
+    "BlockReport",
+    "Explanation",
+    "IncompleteCoverageWarning",
+    "JumpingSquaredReLU",
+    "Kernels",
+    "MLPBlock",
+    "Monitor",
+    "Plugin",
+    "Rectifier",
+    "Report",
+    "RestrictedNorm",
+    "RisingThreshold",
+    "SShapedSquaredReLU",
+    "SteppeError",
+    "ZerothBias",
+    "accelerate_",
+    "added_parameters",
+    "advance_",
+    "constrain_",
+    "explain",
+    "find_blocks",
+    "fold_",
+    "kernels",
+    "load_pretrained",
+    "measure",
+    "penalize",
+    "project_",
+    "restore_",
+    "sparsify_",
+    "watch",
+]
