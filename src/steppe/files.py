@@ -36,6 +36,7 @@ def expanded(path: str | Path) -> Path:
             f" folder, write ./{path}"
         ) from None
 
+
 def prepare_folder(folder: str | Path, setting: str | None = None) -> Path:
     """Make a folder and make sure that it can be written to.
 
