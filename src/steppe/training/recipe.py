@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,8 @@ NORMS_NOT_DECAYED = ("control", "threshold")
 IMAGES, CAUSAL, SPANS = "image-classification", "causal-lm", "span-corruption"
 TASKS = (IMAGES, CAUSAL, SPANS)
 _NEAREST = 3
+_SHOWN = 300  # characters of a message that is not ours
+_MOST_BYTES = 1 << 18  # of a recipe
 # In place of the Trainer's own: logs of any kind at all, and no search for parameters that a step
 # has not used, which the Trainer switches on for every model.
 _DEFAULTS = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
@@ -184,7 +186,7 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     )
     for key in values:
         if key not in known:
-            raise RecipeError(f"{path}: unknown key {key!r}{_nearest(key, known)}")
+            raise RecipeError(f"{path}: unknown key {key[:_SHOWN]!r}{_nearest(key, known)}")
     for flag in overrides:
         key = flag.removeprefix("--").partition("=")[0].replace("-", "_")
         if flag.startswith("--") and key not in known:
@@ -196,13 +198,15 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if "output_dir" not in given:
         arm = _last_value(overrides, "arm") or values.get("arm", ArmArguments.arm)
         values["output_dir"] = f"runs/{path.stem}/{arm}"
-    flags = [word for key, value in values.items() for word in _as_flag(key, value)]
     try:
+        flags = [word for key, value in values.items() for word in _as_flag(key, value)]
         model, data, arm_arguments, training = parser.parse_args_into_dataclasses(
             [*flags, *overrides], look_for_args_file=False
         )
-    except (ValueError, TypeError, ImportError) as error:  # of TrainingArguments' own checks
-        raise RecipeError(f"{path}: {error}") from None
+    except RecipeError:
+        raise
+    except Exception as error:  # of TrainingArguments, which computes with what it is given
+        raise RecipeError(f"{path}: {_told(error)}") from None
     result = Recipe(path.stem, model, data, arm_arguments, training)
     _check(result, path)
     return result
@@ -219,12 +223,12 @@ def model_settings(model: ModelArguments) -> dict[str, Any]:
     """
     try:
         settings = json.loads(model.model_config)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(
-            f"model_config: not valid JSON ({error}), e.g. '{{\"hidden_size\": 64}}'"
+            f"model_config: not valid JSON ({_told(error)}), e.g. '{{\"hidden_size\": 64}}'"
         ) from None
     if not isinstance(settings, dict):
-        raise RecipeError(f"model_config: expected a mapping, got {model.model_config}")
+        raise RecipeError(f"model_config: expected a mapping, got {model.model_config[:_SHOWN]}")
     return settings
 
 
@@ -246,23 +250,36 @@ def _find(recipe: str | Path) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The values of a recipe by key."""
+    if path.stat().st_size > _MOST_BYTES:
+        raise RecipeError(f"{path}: has more than {_MOST_BYTES >> 10} KiB, and is no recipe")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainYaml)
+    except Exception as error:  # of yaml's constructors: a date, a number, a depth
+        raise RecipeError(f"{path}: not valid YAML: {_told(error)}") from None
     if not isinstance(values, Mapping):
         raise RecipeError(f"{path}: expected lines `key: value`, got {type(values).__name__}")
     return {str(key): value for key, value in values.items()}
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice."""
+class _PlainYaml(yaml.SafeLoader):
+    """Refuses a key that stands twice, and aliases, with which a few lines make gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "write it out, without an alias", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key that is a list or a mapping", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -305,7 +322,12 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of ending the process."""
-        raise RecipeError(f"{self.where}: {message}")
+        raise RecipeError(f"{self.where}: {message[:_SHOWN]}")
+
+
+def _told(error: Exception) -> str:
+    """What a library says, in at most some hundred characters."""
+    return str(error)[:_SHOWN] or type(error).__name__
 
 
 def _nearest(key: str, known: Sequence[str], prefix: str = "") -> str:
@@ -345,6 +367,12 @@ def _check(recipe: Recipe, path: Path) -> None:
         wrong = f"measure_every: expected at least 1, got {arm.measure_every}"
     elif not 0.0 <= data.label_smoothing < 1.0:
         wrong = f"label_smoothing: expected a share in 0 … 1, got {data.label_smoothing}"
+    elif min(data.length, data.vocab_size, data.repeated_augmentation) < 1:
+        wrong = "expected length, vocab_size and repeated_augmentation of at least 1, got"
+        wrong += f" {data.length}, {data.vocab_size} and {data.repeated_augmentation}"
+    elif min(data.held_out_samples, model.lora_rank) < 0:
+        wrong = "expected held_out_samples and lora_rank of at least 0, got"
+        wrong += f" {data.held_out_samples} and {model.lora_rank}"
     elif recipe.training.label_smoothing_factor:
         wrong = "label_smoothing_factor: it cannot take mixed labels; use label_smoothing"
     elif data.streaming and recipe.training.max_steps < 1:
