@@ -14,7 +14,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from steppe.errors import DataError, MissingExtraError, SteppeError
-from steppe.training.data_files import check_as_read, check_parquet
+from steppe.training.data_files import check_as_read, check_parquet, check_saved
 from steppe.training.idx import is_idx_folder, load_idx_folder
 from steppe.training.image_files import decode_image
 
@@ -305,6 +305,7 @@ def _idx_rows(folder: str, split: str) -> Iterator[dict[str, Any]]:
 def _open_saved(data: str, path: Path) -> _Opened:
     """What ``save_to_disk`` wrote, mapped into memory."""
     try:
+        check_saved(path)
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # as of the other readers
         raise _unreadable(
