@@ -1,4 +1,6 @@
-"""Feeds damaged files to targets in a process that may end at any of them: ``child.py FOLDER``.
+"""Feeds damaged files to targets in a process that may end at any of them.
+
+``child.py FOLDER SECONDS``: where files are made, and how long a case may take.
 
 Reads names of cases, one a line, and answers each with a line of JSON; a case that takes the
 process along is answered with the signal that ended it. What is imported is imported once: the
@@ -26,12 +28,14 @@ from pathlib import Path
 import torch
 import yaml
 
+from damaged.faults import FAULTS
+from damaged.hostile import HOSTILE
 from damaged.mutations import FILE_WAYS, as_json, damage_bytes, damage_tree, replace_file
 from damaged.targets import FILE, TARGETS, TREE, WHOLE, Target
 from steppe.errors import SteppeError
 
-SECONDS = 10
 GIGABYTES = 2
+_PATIENCE = 20  # seconds more, until a process that hears no alarm is ended
 _MESSAGE = 700  # characters, a few hundred and the names of files
 _PAGE = resource.getpagesize()
 
@@ -47,8 +51,6 @@ def _raise_late(*_: object) -> None:
 def _damage(target: Target, file: Path, kind: str, seed: int) -> None:
     """Damage a whole file as a case says."""
     draw = random.Random(seed)
-    if kind == WHOLE:
-        return
     if kind == FILE:
         replace_file(file, FILE_WAYS[seed % len(FILE_WAYS)])
     elif kind == TREE:
@@ -71,29 +73,33 @@ def _damaged_text(file: Path, draw: random.Random) -> str:
 def run_case(name: str, wholes: dict[str, Path]) -> dict[str, object]:
     """What comes of one case, ``target/kind/seed``."""
     target_name, kind, seed = name.split("/")
-    target = TARGETS[target_name]
+    target = {**TARGETS, **HOSTILE, **FAULTS}[target_name]
     if target_name not in wholes:
         torch.manual_seed(0)
         wholes[target_name] = Path(tempfile.mkdtemp(dir=sys.argv[1]))
         target.make(wholes[target_name])
-    folder = Path(tempfile.mkdtemp(dir=sys.argv[1]))
-    shutil.copytree(wholes[target_name], folder, dirs_exist_ok=True)
-    _damage(target, folder / target.file, kind, int(seed))
+    folder = wholes[target_name]
+    if kind != WHOLE:
+        folder = Path(
+            shutil.copytree(folder, tempfile.mkdtemp(dir=sys.argv[1]), dirs_exist_ok=True)
+        )
+        _damage(target, folder / target.file, kind, int(seed))
     start = time.perf_counter()
     verdict, told = "harmless", ""
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))
     try:
         target.feed(folder)
     except SteppeError as error:
         told = str(error).replace(str(folder), "FOLDER")
         verdict = "clear" if len(told) < _MESSAGE else "wrong"
     except _Late:
-        verdict, told = "wrong", f"takes more than {SECONDS} s"
+        verdict, told = "wrong", f"takes more than {sys.argv[2]} s"
     except BaseException as error:
         verdict, told = "wrong", _described(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        shutil.rmtree(folder, ignore_errors=True)
+        if kind != WHOLE:
+            shutil.rmtree(folder, ignore_errors=True)
     return {
         "case": name,
         "verdict": verdict,
@@ -131,7 +137,7 @@ def _answers(reading: int, child: int) -> Iterator[bytes]:
     """The answers of a fork, which is ended where it gives none for too long."""
     rest = b""
     while True:
-        if not select.select([reading], [], [], 3 * SECONDS)[0]:
+        if not select.select([reading], [], [], _PATIENCE + float(sys.argv[2]))[0]:
             os.kill(child, signal.SIGKILL)
         block = os.read(reading, 1 << 16)
         if not block:

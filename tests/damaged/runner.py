@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+SECONDS = 10
 _CHILD = Path(__file__).with_name("child.py")
 
 
@@ -31,12 +32,13 @@ class Outcome:
     seconds: float
 
 
-def run_cases(cases: Sequence[str], folder: Path) -> list[Outcome]:
+def run_cases(cases: Sequence[str], folder: Path, seconds: int = SECONDS) -> list[Outcome]:
     """Feed damaged files to their targets, many in one process.
 
     Args:
         cases: ``target/kind/seed`` each.
         folder: for the files; everything that libraries cache goes there, too.
+        seconds: that a case may take.
     """
     environment = {
         **os.environ,
@@ -49,7 +51,7 @@ def run_cases(cases: Sequence[str], folder: Path) -> list[Outcome]:
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, str(_CHILD), str(folder)],
+        [sys.executable, str(_CHILD), str(folder), str(seconds)],
         input="\n".join(cases),
         env=environment,
         stdout=subprocess.PIPE,

@@ -65,7 +65,7 @@ def _lines(rows: list[dict[str, object]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _write(folder: Path, name: str, content: bytes) -> None:
+def write(folder: Path, name: str, content: bytes) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
 
@@ -94,10 +94,10 @@ def _idx(folder: Path, packed: bool) -> None:
             ("labels-idx1", labels + bytes(range(number))),
         ):
             whole = gzip.compress(content) if packed else content
-            _write(folder, f"idx/{part}-{name}-ubyte{'.gz' * packed}", whole)
+            write(folder, f"idx/{part}-{name}-ubyte{'.gz' * packed}", whole)
 
 
-def _read(folder: Path, name: str) -> None:
+def read_data(folder: Path, name: str) -> None:
     """All rows, streamed and prepared, as `steppe measure` and `steppe train` read them."""
     place = str(folder / name)
     for _ in islice(open_rows(Source(place)), 1000):
@@ -107,7 +107,7 @@ def _read(folder: Path, name: str) -> None:
         split[:1000]
 
 
-def _read_images(folder: Path) -> None:
+def read_images(folder: Path) -> None:
     data = load_image_data(str(folder / "images"), 8, 3)
     for part in (data.train, data.held_out):
         for index in range(len(part)):  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def _read_images(folder: Path) -> None:
 
 
 def _recipe(folder: Path) -> None:
-    _write(folder, "r.yaml", (RECIPES / "fashion-mnist-vit.yaml").read_bytes())
+    write(folder, "r.yaml", (RECIPES / "fashion-mnist-vit.yaml").read_bytes())
 
 
 def _model(folder: Path, sparse: bool, shard: str = "1GB") -> None:
@@ -163,15 +163,15 @@ def _thresholds(folder: Path) -> None:
 def _data(name: str, pack: Callable[[bytes], bytes] = bytes) -> Target:
     """A file of JSON lines."""
     return Target(
-        lambda folder: _write(folder, name, pack(_lines(_ROWS))),
+        lambda folder: write(folder, name, pack(_lines(_ROWS))),
         name,
-        partial(_read, name=name),
+        partial(read_data, name=name),
         (BYTES, FILE) if name.count(".") > 1 else (BYTES, TREE, FILE),
     )
 
 
 def _pictures(ending: str) -> Target:
-    return Target(partial(_images, ending=ending), f"images/cat/a.{ending}", _read_images)
+    return Target(partial(_images, ending=ending), f"images/cat/a.{ending}", read_images)
 
 
 def _idx_file(packed: bool) -> Target:
@@ -192,24 +192,24 @@ def _model_file(name: str, sparse: bool, shard: str = "1GB", *kinds: str) -> Tar
 
 
 _INDEX = "model.safetensors.index.json"
-_SAVED = partial(_read, name="saved")
+_SAVED = partial(read_data, name="saved")
 TARGETS: Mapping[str, Target] = {
     "jsonl": _data("a.jsonl"),
     "gz": _data("a.jsonl.gz", gzip.compress),
     "xz": _data("a.jsonl.xz", lzma.compress),
     "bz2": _data("a.jsonl.bz2", bz2.compress),
     "json": Target(
-        lambda folder: _write(folder, "a.json", json.dumps(_ROWS, indent=1).encode()),
+        lambda folder: write(folder, "a.json", json.dumps(_ROWS, indent=1).encode()),
         "a.json",
-        partial(_read, name="a.json"),
+        partial(read_data, name="a.json"),
         (BYTES, TREE, FILE),
     ),
     "text": Target(
-        lambda folder: _write(folder, "a.txt", "one\n\ntwo ä€\r\nthree".encode() * 20),
+        lambda folder: write(folder, "a.txt", "one\n\ntwo ä€\r\nthree".encode() * 20),
         "a.txt",
-        partial(_read, name="a.txt"),
+        partial(read_data, name="a.txt"),
     ),
-    "parquet": Target(_parquet, "a.parquet", partial(_read, name="a.parquet")),
+    "parquet": Target(_parquet, "a.parquet", partial(read_data, name="a.parquet")),
     "arrow": Target(_saved, "saved/data-00000-of-00001.arrow", _SAVED),
     "saved-info": Target(_saved, "saved/dataset_info.json", _SAVED, (BYTES, TREE, FILE)),
     "saved-state": Target(_saved, "saved/state.json", _SAVED, (BYTES, TREE, FILE)),

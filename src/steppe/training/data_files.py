@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ _BLOCK = 1 << 22  # bytes that are looked at together
 _BYTES_PER_CHARACTER = 4  # at most, in UTF-8
 _SHOWN = 40  # bytes of a wrong line
 _MARK = b"\xef\xbb\xbf"  # of UTF-8; it may stand first
+_KEY_END = re.compile(rb'"\s*:')
 _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[list(b"[{")] = 1
 _STEPS[list(b"]}")] = -1
@@ -130,18 +132,24 @@ class _Check:
         raise NotImplementedError
 
     def _lines(self, file: str) -> Iterator[tuple[int, list[bytes]]]:
-        """Blocks of whole lines with the number of bytes up to their end."""
-        rest, size = b"", 0
+        """Whole lines, a carriage return ends one too, with the number of bytes up to their end."""
+        begun: list[bytes] = []  # pieces of a line without an end so far
+        size = length = 0
         for block in _blocks(file):
             size += len(block)
-            *lines, rest = (rest + block.replace(b"\r", b"\n")).split(b"\n")
-            if len(rest) > MAX_LINE:
+            first, *lines = block.replace(b"\r", b"\n").split(b"\n")
+            begun.append(first)
+            length += len(first)
+            if lines:
+                *lines, rest = [b"".join(begun), *lines]
+                begun, length = [rest], len(rest)
+                yield size - length, lines
+            if length > MAX_LINE:
                 raise DataError(
                     f"{name_of(file)}: a line is longer than {MAX_LINE >> 20} MiB. Expected a text"
                     " or a record a line; split it."
                 )
-            yield size - len(rest), lines
-        yield size + 1, [rest]
+        yield size + 1, [b"".join(begun)]
 
 
 class _TextCheck(_Check):
@@ -165,6 +173,7 @@ class _JsonCheck(_Check):
             _check_whole(file)
             return
         number, is_first = 0, True
+        keys = _Keys(name_of(file))
         for size, lines in self._lines(file):
             for line in lines:
                 number += 1
@@ -179,13 +188,14 @@ class _JsonCheck(_Check):
                     )
                 if is_first or line.count(b"{") + line.count(b"[") > MAX_DEPTH:
                     nesting = _Nesting(where)
-                    for at in range(0, len(line), _BLOCK):
-                        nesting.add(line[at : at + _BLOCK])
+                    for block in _cut(line):
+                        nesting.add(block)
                     self.is_whole = is_first and nesting.depth > 0
                     if self.is_whole:  # an object of many lines
                         _check_whole(file)
                         return
                 is_first = False
+            keys.add(b"\n".join(lines))
             yield size
 
 
@@ -278,6 +288,31 @@ class _Nesting:
             )
 
 
+class _Keys:
+    """Counts the different keys of JSON, each of which becomes a column or a part of one.
+
+    Args:
+        where: the file, for errors.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._seen: set[bytes] = set()
+
+    def add(self, text: bytes) -> None:
+        """Go on.
+
+        Raises:
+            DataError: they are more than `MAX_COLUMNS`.
+        """
+        for block in _cut(text):
+            for before in _KEY_END.split(block)[:-1]:
+                _, quote, key = before.rpartition(b'"')
+                if quote and not key.endswith(b"\\"):  # else it is cut, or within a text
+                    self._seen.add(key)
+            _check_columns(self._where, len(self._seen))
+
+
 def name_of(file: str) -> str:
     """The path of a file that ``datasets`` may have as ``gzip://inner::path``.
 
@@ -306,23 +341,35 @@ def _blocks(file: str) -> Iterator[bytes]:
             yield block
 
 
+def _cut(text: bytes) -> Iterator[bytes]:
+    """Blocks of a text."""
+    for at in range(0, len(text), _BLOCK):
+        yield text[at : at + _BLOCK]
+
+
 def _check_whole(file: str) -> None:
     """Refuse one JSON value that is too large to be read at once."""
     nesting, size = None, 0
+    keys = _Keys(name_of(file))
+    least = Path(name_of(file)).stat().st_size  # it unpacks to no less
     for block in _blocks(file):
         if nesting is None:
             block = block.removeprefix(_MARK).lstrip()
             nesting = _Nesting(name_of(file), block.startswith(b"["))
         size += len(block)
-        if size > MAX_WHOLE:
+        if max(size, least) > MAX_WHOLE:
             raise DataError(
                 f"{name_of(file)}: one JSON value of more than {MAX_WHOLE >> 20} MiB. Write an"
                 " object a line, as *.jsonl: that is read piece by piece."
             )
         nesting.add(block)
+        keys.add(block)
 
 
 def _check_columns(where: str, number: int) -> None:
     """Refuse absurdly many columns."""
     if number > MAX_COLUMNS:
-        raise DataError(f"{where}: has {number} columns, expected at most {MAX_COLUMNS}")
+        raise DataError(
+            f"{where}: has {number} columns or more, expected at most {MAX_COLUMNS}. Keys that"
+            " differ from row to row belong into values."
+        )

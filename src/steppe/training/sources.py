@@ -35,7 +35,7 @@ HELD_OUT = ("validation", "valid", "val", "dev", "test")
 """Names of held-out splits, the first that is there is taken."""
 _OPTIONS: dict[str, dict[str, Any]] = {
     "text": {"keep_linebreaks": True},
-    "parquet": {"batch_size": 10_000},  # rows; by default as many as the file has together
+    "parquet": {"batch_size": 1000},  # rows; by default as many as the file has together
 }
 _SHUFFLE_BUFFER = 1000  # rows
 _SHOWN = 300  # characters of another library's message

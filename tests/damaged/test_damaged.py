@@ -1,0 +1,72 @@
+"""Damaged and hostile files end in one clear error, or do no harm; nothing crashes or runs full.
+
+A case is named ``target/kind/seed``. To see one: ``python tests/damaged/runner.py FOLDER CASE``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from damaged.hostile import HOSTILE
+from damaged.mutations import FILE_WAYS
+from damaged.runner import run_cases
+from damaged.targets import BYTES, FILE, TARGETS, TREE, WHOLE
+
+NOT_YET = ("config", "record", "weights", "shards", "manifest")
+"""Targets that still answer some files wrongly."""
+CHECKED = [name for name in TARGETS if name not in NOT_YET]
+
+
+def cases_of(names: Sequence[str], each: int) -> list[str]:
+    """So many damaged files of each target and kind, and everything else that may be in place."""
+    numbers = {BYTES: each, TREE: 2 * each, FILE: len(FILE_WAYS)}
+    return [
+        f"{name}/{kind}/{seed}"
+        for name in names
+        for kind in TARGETS[name].kinds
+        for seed in range(numbers[kind])
+    ]
+
+
+# One test, since what the child process imports takes longer than what it does.
+def test_whole_files_are_read_damaged_ones_do_no_harm_and_hostile_ones_are_refused(
+    tmp_path: Path,
+) -> None:
+    whole = [f"{name}/{WHOLE}/0" for name in TARGETS]
+    hostile = [f"{name}/{WHOLE}/0" for name in HOSTILE]
+    damaged = cases_of(CHECKED, each=3)
+    assert len(damaged) > 200
+    outcomes = {one.case: one for one in run_cases([*whole, *hostile, *damaged], tmp_path)}
+    assert set(outcomes) == {*whole, *hostile, *damaged}
+    assert [outcomes[case] for case in whole if outcomes[case].verdict != "harmless"] == []
+    assert [outcomes[case] for case in hostile if outcomes[case].verdict != "clear"] == []
+    assert [outcomes[case] for case in damaged if outcomes[case].verdict == "wrong"] == []
+    verdicts = Counter(outcomes[case].verdict for case in damaged)
+    assert min(verdicts["clear"], verdicts["harmless"]) > 20  # else nothing was damaged, or read
+
+
+@pytest.mark.slow
+def test_two_thousand_damaged_files_and_more(tmp_path: Path) -> None:
+    cases = cases_of(CHECKED, each=60)
+    assert len(cases) > 2000
+    outcomes = run_cases(cases, tmp_path)
+    assert [outcome.case for outcome in outcomes] == cases
+    assert [outcome for outcome in outcomes if outcome.verdict == "wrong"] == []
+
+
+def test_the_harness_sees_what_is_wrong_and_goes_on(tmp_path: Path) -> None:
+    names = ("clear", "crash", "traceback", "exit", "forever", "memory", "words", "clear")
+    outcomes = run_cases([f"{name}/{WHOLE}/0" for name in names], tmp_path, seconds=1)
+    told = [(outcome.verdict, outcome.told) for outcome in outcomes]
+    assert told[0] == told[-1] == ("clear", "a.txt: is empty")
+    assert {verdict for verdict, _ in told[1:-1]} == {"wrong"}
+    for (_, message), part in zip(
+        told[1:-1],
+        ("SIGSEGV", "ValueError", "exit 3", "more than 1 s", "MemoryError", "too many"),
+        strict=True,
+    ):
+        assert part in message
