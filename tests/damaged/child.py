@@ -1,6 +1,4 @@
-"""Feeds damaged files to targets in a process that may end at any of them.
-
-``child.py FOLDER SECONDS``: where files are made, and how long a case may take.
+"""Feeds damaged files to targets in a process that may end at any of them: ``child.py FOLDER``.
 
 Reads names of cases, one a line, and answers each with a line of JSON; a case that takes the
 process along is answered with the signal that ended it. What is imported is imported once: the
@@ -35,7 +33,7 @@ from damaged.targets import FILE, TARGETS, TREE, WHOLE, Target
 from steppe.errors import SteppeError
 
 GIGABYTES = 2
-_PATIENCE = 20  # seconds more, until a process that hears no alarm is ended
+_PATIENCE = 30  # seconds until a process that hears no alarm is ended
 _MESSAGE = 700  # characters, a few hundred and the names of files
 _PAGE = resource.getpagesize()
 
@@ -86,14 +84,14 @@ def run_case(name: str, wholes: dict[str, Path]) -> dict[str, object]:
         _damage(target, folder / target.file, kind, int(seed))
     start = time.perf_counter()
     verdict, told = "harmless", ""
-    signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))
+    signal.setitimer(signal.ITIMER_REAL, target.seconds)
     try:
         target.feed(folder)
     except SteppeError as error:
         told = str(error).replace(str(folder), "FOLDER")
         verdict = "clear" if len(told) < _MESSAGE else "wrong"
     except _Late:
-        verdict, told = "wrong", f"takes more than {sys.argv[2]} s"
+        verdict, told = "wrong", f"takes more than {target.seconds} s"
     except BaseException as error:
         verdict, told = "wrong", _described(error)
     finally:
@@ -137,7 +135,7 @@ def _answers(reading: int, child: int) -> Iterator[bytes]:
     """The answers of a fork, which is ended where it gives none for too long."""
     rest = b""
     while True:
-        if not select.select([reading], [], [], _PATIENCE + float(sys.argv[2]))[0]:
+        if not select.select([reading], [], [], _PATIENCE)[0]:
             os.kill(child, signal.SIGKILL)
         block = os.read(reading, 1 << 16)
         if not block:

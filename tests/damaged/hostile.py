@@ -20,7 +20,7 @@ from damaged.targets import WHOLE, Target, read_data, read_images, write
 from steppe.training.idx import load_idx_folder
 from steppe.training.recipe import read_recipe
 
-_MEMBER = 1 << 23  # bytes that are packed once and then repeated
+_MEMBER = 1 << 21  # bytes that are packed once and then repeated
 _GIGABYTES = 3
 _SIDE = 20_000  # pixels
 _LARGE_SIDE = 12_000  # between Pillow's limit and twice that, where it only warns
@@ -167,7 +167,7 @@ HOSTILE: Mapping[str, Target] = {
     "idx-nothing": _idx_target((0, 28, 28), packed=False),
     "yaml-aliases": _recipe(_aliases()),
     "yaml-itself": _recipe(b"a: &a [*a]"),
-    "yaml-deep": _recipe(b"a: " + b"[" * 5000 + b"]" * 5000),
+    "yaml-deep": _recipe(b"a: " + b"[" * 2000 + b"]" * 2000),
     "yaml-list-as-key": _recipe(b"[a, b]: 1"),
     "yaml-large": _recipe(b"task: causal-lm\n" * 10**6),
     "yaml-python": _recipe(b"task: !!python/object/apply:os.system ['true']"),

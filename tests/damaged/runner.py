@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 10
 _CHILD = Path(__file__).with_name("child.py")
 
 
@@ -32,13 +31,12 @@ class Outcome:
     seconds: float
 
 
-def run_cases(cases: Sequence[str], folder: Path, seconds: int = SECONDS) -> list[Outcome]:
+def run_cases(cases: Sequence[str], folder: Path) -> list[Outcome]:
     """Feed damaged files to their targets, many in one process.
 
     Args:
         cases: ``target/kind/seed`` each.
         folder: for the files; everything that libraries cache goes there, too.
-        seconds: that a case may take.
     """
     environment = {
         **os.environ,
@@ -51,7 +49,7 @@ def run_cases(cases: Sequence[str], folder: Path, seconds: int = SECONDS) -> lis
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, str(_CHILD), str(folder), str(seconds)],
+        [sys.executable, str(_CHILD), str(folder)],
         input="\n".join(cases),
         env=environment,
         stdout=subprocess.PIPE,

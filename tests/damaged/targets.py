@@ -53,12 +53,14 @@ class Target:
         file: the one to damage, within the folder.
         feed: reads the folder, by a public function.
         kinds: of damage that make sense.
+        seconds: that reading may take.
     """
 
     make: Callable[[Path], object]
     file: str
     feed: Callable[[Path], object]
     kinds: tuple[str, ...] = (BYTES, FILE)
+    seconds: int = 10
 
 
 def _lines(rows: list[dict[str, object]]) -> bytes:

@@ -32,7 +32,7 @@ MAX_DEPTH = 64
 MAX_COLUMNS = 10_000
 MAX_CHECKED = 1 << 34
 """Bytes of a data set of ``save_to_disk`` whose every value is checked: 16 GiB, half a minute."""
-_SMALL = 1 << 28  # bytes
+_SMALL = 1 << 27  # bytes
 _BLOCK = 1 << 22  # bytes that are looked at together
 _BYTES_PER_CHARACTER = 4  # at most, in UTF-8
 _SHOWN = 40  # bytes of a wrong line
