@@ -28,6 +28,7 @@ from steppe.plugins.sparsify import (
     advance_,
     sparsify_,
 )
+from steppe.plugins.zeroth_bias import PARAMETER_NAME, ZerothBias
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -64,6 +65,7 @@ def load_pretrained(
     before = set(root.state_dict())
     to_model = _renaming(root, applied, patterns)
     try:
+        _check_sizes(root, folder, applied, weight_files)
         for plugin, names in applied:
             _sparsify_blocks(root, plugin, {to_model(name) for name in names}, patterns)
     except SteppeError as error:
@@ -149,6 +151,26 @@ def _read_record(folder: str) -> tuple[_Applied, float]:
         )
     plugins = [plugin_from_settings(entry, PLUGINS) for entry in entries]
     return list(zip(plugins, names, strict=True)), progress
+
+
+def _check_sizes(root: nn.Module, folder: str, applied: _Applied, files: Mapping[str, str]) -> None:
+    """Refuse a record of longer zeroth biases than were saved, before memory is taken for them."""
+    asked = {
+        plugin.resolve(root, ()).max_tokens
+        for plugin, _ in applied
+        if isinstance(plugin, ZerothBias)
+    }
+    saved: set[int] = set()
+    for name, file in files.items() if asked else ():
+        if name.endswith(f".{PARAMETER_NAME}"):
+            with _opened(_named_by_index(folder, file)) as tensors:
+                saved.update(tensors.get_slice(name).get_shape()[:1])
+    if not asked <= saved:
+        raise CheckpointError(
+            f"{PARAMETER_NAME} has {(asked - saved).pop()} positions by the record, and in the"
+            f" weights {', '.join(map(str, saved)) or 'none'}. The files are of different"
+            " checkpoints."
+        )
 
 
 def _renaming(
