@@ -146,18 +146,20 @@ def read_run(path: Path) -> Run:
     if version != RUN_VERSION or "training" not in values:
         raise RunError(
             f"{file}: expected a run of version {RUN_VERSION}, got version"
-            f" {str(version)[:_SHOWN]}. Another program, or another steppe, wrote it."
+            f" {repr(version)[:_SHOWN]}. Another program, or another steppe, wrote it."
         )
     try:
         values.setdefault("speed", [])  # not in the first runs of this version
         known = {field.name: values[field.name] for field in fields(Run)}
         for part in ("training", "held_out"):
             known[part] = [report_from_dict(values["blocks"] | entry) for entry in known[part]]
-        run = Run(**(known | {"tokens_per_sample": from_json(known["tokens_per_sample"])}))
+        for part in ("tokens_per_sample", "speed"):
+            known[part] = from_json(known[part])
+        run = Run(**known)
         _require_kinds(
             run, *(block for one in (*run.training, *run.held_out) for block in one.blocks)
         )
-        _require_lengths(run)
+        _require_whole(run)
         return run
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         told = str(error)[:_SHOWN]
@@ -175,11 +177,11 @@ def _require_kinds(*records: Run | Report | BlockReport) -> None:
             value = getattr(record, attribute.name)
             kind = str(attribute.type)
             if kind in _KINDS and not _KINDS[kind](value):
-                raise ValueError(f"{attribute.name} is no {kind}: {str(value)[:_SHOWN]}")
+                raise ValueError(f"{attribute.name} is no {kind}: {repr(value)[:_SHOWN]}")
 
 
-def _require_lengths(run: Run) -> None:
-    """Refuse reports without a step, and what charts cannot show.
+def _require_whole(run: Run) -> None:
+    """Refuse reports without a step, and entries of another form than ours.
 
     Raises:
         ValueError: says which.
@@ -191,6 +193,12 @@ def _require_lengths(run: Run) -> None:
         for report in reports:
             if any(len(b.neuron_frequency) != len(FREQUENCY_EDGES) + 1 for b in report.blocks):
                 raise ValueError("neuron_frequency is not of the usual length")
+    for row in run.speed:
+        for key, kind in _SPEED.items():
+            if not _KINDS[kind](row.get(key)):
+                raise ValueError(
+                    f"speed has a {key} that is no {kind}: {repr(row.get(key))[:_SHOWN]}"
+                )
 
 
 def _is_number(value: object) -> bool:
@@ -233,6 +241,14 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "list[dict[str, Any]]": _list_of(_anything),
 }
 """What attributes of runs and blocks may be, by their types as they are written."""
+_SPEED = {
+    **dict.fromkeys(("case", "dtype"), "str"),
+    **dict.fromkeys(("d", "tokens", "threads"), "int"),
+    **dict.fromkeys(
+        ("density", "candidates", "dense_ms", "ratio", "unscreened_ratio", "bound"), "float"
+    ),
+}
+"""What a row of `Run.speed` has at least."""
 
 
 def measures_of(report: Report) -> dict[str, Any]:

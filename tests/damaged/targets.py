@@ -146,6 +146,11 @@ def _run(folder: Path) -> None:
         held_out=[report],
         logs=[{"step": 0, "loss": 2.0}, {"step": 10, "loss": 1.0, "eval_loss": 1.5}],
         quality={"accuracy": 0.5, "loss": 1.5},
+        speed=[
+            dict.fromkeys(("density", "candidates", "dense_ms", "ratio", "bound"), 0.5)
+            | {"unscreened_ratio": None, "case": "decode", "dtype": "float32"}
+            | {"d": 64, "tokens": 1, "threads": 2}
+        ],
     )
     (folder / "run").mkdir()
     write_run(run, folder / "run" / RUN_FILE)

@@ -27,8 +27,8 @@ MAX_WHOLE = 1 << 29
 """Bytes of the largest file that is one JSON value, which is read as a whole: 512 MiB."""
 MAX_EXPANSION = 200
 """How many times its size a compressed file may have, once unpacked; from `_SMALL` on."""
-MAX_DEPTH = 64
-"""Lists and objects within each other; pyarrow ends the process at some thousands."""
+MAX_DEPTH = 50
+"""Lists and objects within each other; Arrow tells 64 apart, and some thousands end the process."""
 MAX_COLUMNS = 10_000
 MAX_CHECKED = 1 << 34
 """Bytes of a data set of ``save_to_disk`` whose every value is checked: 16 GiB, half a minute."""

@@ -205,8 +205,10 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         )
     except RecipeError:
         raise
-    except Exception as error:  # of TrainingArguments, which computes with what it is given
+    except (ValueError, TypeError, ImportError) as error:  # of TrainingArguments' own checks
         raise RecipeError(f"{path}: {_told(error)}") from None
+    except Exception as error:  # it computes with what it is given
+        raise RecipeError(f"{path}: a value is out of range ({_told(error)})") from None
     result = Recipe(path.stem, model, data, arm_arguments, training)
     _check(result, path)
     return result
