@@ -89,7 +89,8 @@ def run_case(name: str, wholes: dict[str, Path]) -> dict[str, object]:
         target.feed(folder)
     except SteppeError as error:
         told = str(error).replace(str(folder), "FOLDER")
-        verdict = "clear" if len(told) < _MESSAGE else "wrong"
+        is_full = isinstance(error, MemoryError) or "MemoryError" in told
+        verdict = "wrong" if is_full or len(told) >= _MESSAGE else "clear"
     except _Late:
         verdict, told = "wrong", f"takes more than {target.seconds} s"
     except BaseException as error:

@@ -11,7 +11,7 @@ from typing import Any
 from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps
 
-from steppe.errors import DataError
+from steppe.errors import DataError, OutOfMemoryError
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none starts a program
 
@@ -28,6 +28,7 @@ def decode_image(value: Mapping[str, Any] | None) -> Image.Image | None:
     Raises:
         DataError: it is damaged, of another format, has more pixels than
             ``PIL.Image.MAX_IMAGE_PIXELS``, or is no file.
+        OutOfMemoryError: it needs more memory than there is.
     """
     if value is None:
         return None
@@ -46,6 +47,8 @@ def decode_image(value: Mapping[str, Any] | None) -> Image.Image | None:
         return ImageOps.exif_transpose(image)
     except DataError:
         raise
+    except MemoryError:
+        raise OutOfMemoryError(f"{path}: the image does not fit into the memory") from None
     except Exception as error:  # Pillow's decoders raise anything, SyntaxError for one
         told = str(error).partition(" '")[0].partition(" <")[0] or type(error).__name__
         raise DataError(f"{path}: the image cannot be read ({told}). Fetch it anew.") from None

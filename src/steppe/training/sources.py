@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import datasets
 from datasets.exceptions import DatasetsError
 
-from steppe.errors import DataError, MissingExtraError, SteppeError
+from steppe.errors import DataError, MissingExtraError, OutOfMemoryError, SteppeError
 from steppe.training.data_files import check_as_read, check_parquet, check_saved
 from steppe.training.idx import is_idx_folder, load_idx_folder
 from steppe.training.image_files import decode_image
@@ -448,6 +448,8 @@ def _unreadable(what: str, error: Exception) -> SteppeError:
         return error
     if isinstance(error, ImportError):
         return MissingExtraError(f"{what}: {first_line(error)}")
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError(f"{what} ({first_line(error)}). It does not fit into the memory.")
     told = "there is nothing in it" if isinstance(error, StopIteration) else first_line(error)
     return DataError(
         f"{what} ({told}). Is a file damaged or cut short, or of another format than its name says?"
