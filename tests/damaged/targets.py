@@ -20,19 +20,22 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import steppe
-from models import gpt2
+from models import gpt2, vit
 from steppe.measures.measure import measure
 from steppe.ops import remembered
 from steppe.report import find_runs, write_report
 from steppe.runs import RUN_FILE, Run, write_run
+from steppe.training.held_out import measure_checkpoints
 from steppe.training.idx import load_idx_folder
 from steppe.training.image_data import load_image_data
 from steppe.training.loading import load_checkpoint
 from steppe.training.recipe import RECIPES, read_recipe
 from steppe.training.saved import MANIFEST, last_whole_checkpoint, seal_checkpoint
 from steppe.training.sources import Source, open_rows, open_splits
+from training.data_makers import TEXT, words_tokenizer, write_images
 
 BYTES, TREE, FILE, WHOLE = "bytes", "tree", "file", "whole"
 """Kinds of damage: to the bytes, to the values within, to what the file is, or none."""
@@ -129,6 +132,31 @@ def _model(folder: Path, sparse: bool, shard: str = "1GB") -> None:
     model.save_pretrained(folder / "model", max_shard_size=shard)
 
 
+def _language_model(folder: Path) -> None:
+    """A checkpoint of the Trainer's with its tokenizer, and a text."""
+    place = folder / "checkpoint-10"
+    gpt2().save_pretrained(place)
+    words_tokenizer(place)
+    state = {"global_step": 10, "log_history": [{"step": 10, "loss": 1.0}]}
+    write(place, "trainer_state.json", json.dumps(state).encode())
+    write(folder, "a.txt", TEXT.encode() * 9)
+
+
+def _vision_model(folder: Path) -> None:
+    """A checkpoint with its image processor, and images."""
+    vit().save_pretrained(folder / "checkpoint-10")
+    processor = ViTImageProcessorPil(
+        size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5]
+    )
+    processor.save_pretrained(folder / "checkpoint-10")
+    write_images(folder / "images", ["3", "4"])
+
+
+def _measure(folder: Path, data: str) -> None:
+    source = Source(str(folder / data), max_length=8)
+    measure_checkpoints([folder / "checkpoint-10"], source, max_batches=2)
+
+
 def _run(folder: Path) -> None:
     batch = {"input_ids": torch.arange(16).reshape(2, 8)}
     report = measure(gpt2(), [batch], labels="model")
@@ -198,6 +226,11 @@ def _model_file(name: str, sparse: bool, shard: str = "1GB", *kinds: str) -> Tar
     )
 
 
+def _measured(name: str, make: Callable[[Path], object], data: str) -> Target:
+    """A file of a checkpoint that `steppe measure` reads."""
+    return Target(make, f"checkpoint-10/{name}", partial(_measure, data=data), (BYTES, TREE, FILE))
+
+
 _INDEX = "model.safetensors.index.json"
 _SAVED = partial(read_data, name="saved")
 TARGETS: Mapping[str, Target] = {
@@ -232,6 +265,10 @@ TARGETS: Mapping[str, Target] = {
     "recipe": Target(
         _recipe, "r.yaml", lambda folder: read_recipe(folder / "r.yaml"), (BYTES, TREE, FILE)
     ),
+    "step": _measured("trainer_state.json", _language_model, "a.txt"),
+    "tokenizer": _measured("tokenizer.json", _language_model, "a.txt"),
+    "tokenizer-config": _measured("tokenizer_config.json", _language_model, "a.txt"),
+    "processor": _measured("preprocessor_config.json", _vision_model, "images"),
     "config": _model_file("config.json", False),
     "record": _model_file("config.json", True),
     "weights": _model_file("model.safetensors", True, "1GB", BYTES, FILE),

@@ -22,6 +22,10 @@ NOT_YET = ("config", "record", "weights", "shards", "manifest")
 CHECKED = [name for name in TARGETS if name not in NOT_YET]
 
 
+_SLOW = ("step", "tokenizer", "tokenizer-config", "processor")
+"""Targets that load a model for each file."""
+
+
 def cases_of(names: Sequence[str], each: int) -> list[str]:
     """So many damaged files of each target and kind, and everything else that may be in place."""
     numbers = {BYTES: each, TREE: 2 * each, FILE: len(FILE_WAYS)}
@@ -40,7 +44,7 @@ def test_whole_files_are_read_damaged_ones_do_no_harm_and_hostile_ones_are_refus
     faults = [f"{name}/{WHOLE}/0" for name in FAULTS]
     whole = [f"{name}/{WHOLE}/0" for name in TARGETS]
     hostile = [f"{name}/{WHOLE}/0" for name in HOSTILE]
-    damaged = cases_of(CHECKED, each=3)
+    damaged = cases_of([name for name in CHECKED if name not in _SLOW], each=3)
     assert len(damaged) > 200
     cases = [*faults, *whole, *hostile, *damaged]
     outcomes = {one.case: one for one in run_cases(cases, tmp_path)}
