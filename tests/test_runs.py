@@ -33,7 +33,11 @@ def run_of(report: Report) -> Run:
         held_out=[report],
         logs=[{"step": 1, "loss": 0.5}],
         quality={"loss": 0.25},
-        speed=[{"case": "training", "ratio": 1.5}],
+        speed=[
+            {"case": "training", "dtype": "float32", "d": 8, "tokens": 4, "threads": 1}
+            | {"density": 0.5, "candidates": 0.6, "dense_ms": 2.0, "ratio": 1.5, "bound": 2.5}
+            | {"unscreened_ratio": 1.25}
+        ],
     )
 
 
@@ -128,3 +132,33 @@ def test_a_run_that_cannot_be_written_leaves_nothing(report: Report, tmp_path: P
     (tmp_path / "file").touch()
     with pytest.raises(OutputError):
         write_run(run_of(report), tmp_path / "file" / "run.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("name", 1, "name"),
+        ("steps", [1, "2"], "steps"),
+        ("steps", [1], "1 steps of 2 reports"),
+        ("quality", {"loss": 10**400}, "quality"),
+        ("quality", {"loss": True}, "quality"),
+        ("logs", [1], "logs"),
+        ("speed", [{"case": "training"}], "speed has a dtype"),
+        ("activations", "ReLU", "activations"),
+        ("tokens_per_sample", "5", "tokens_per_sample"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_when_it_is_read(
+    report: Report, tmp_path: Path, key: str, value: object, named: str
+) -> None:
+    write_run(run_of(report), tmp_path / RUN_FILE)
+    values = json.loads((tmp_path / RUN_FILE).read_text())
+    (tmp_path / RUN_FILE).write_text(json.dumps(values | {key: value}))
+    with pytest.raises(RunError, match=f"damaged.*{named}"):
+        read_run(tmp_path)
+
+
+def test_what_is_no_file_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / RUN_FILE).symlink_to("/dev/zero")
+    with pytest.raises(RunError, match="found neither"):
+        read_run(tmp_path)

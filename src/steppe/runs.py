@@ -6,7 +6,9 @@ A training run writes it into its folder, `steppe measure --json` where it is to
 from __future__ import annotations
 
 import json
+import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -16,10 +18,21 @@ import torch
 
 from steppe.errors import RunError
 from steppe.files import write_file
-from steppe.measures.report import LAYOUT, Report, from_json, report_from_dict, to_json
+from steppe.measures.report import (
+    FREQUENCY_EDGES,
+    LAYOUT,
+    BlockReport,
+    Report,
+    from_json,
+    report_from_dict,
+    to_json,
+)
 
 RUN_FILE = "steppe.json"
 RUN_VERSION = 1
+_MOST_BYTES = 1 << 30
+_LARGEST = 1e150  # of a number: its square is one, too
+_SHOWN = 200  # characters of what is wrong
 
 
 @dataclass(frozen=True)
@@ -117,31 +130,125 @@ def read_run(path: Path) -> Run:
     """
     file = path / RUN_FILE if path.is_dir() else path
     try:
-        if file.is_char_device():  # it may never end
-            raise RunError(f"{file}: expected a file, got a device")
+        if not file.is_file():
+            raise RunError(
+                f"{path}: expected a folder with {RUN_FILE}, or a file that `steppe measure` wrote;"
+                " found neither"
+            )
+        if file.stat().st_size > _MOST_BYTES:
+            raise RunError(f"{file}: has more than {_MOST_BYTES >> 20} MiB, and is no run")
         values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(
-            f"{path}: expected a folder with {RUN_FILE}, or a file that `steppe measure` wrote;"
-            " found neither"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"{file}: cannot be read as JSON ({error})") from None
+    except RecursionError:
+        raise RunError(f"{file}: cannot be read as JSON (it nests too deeply)") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read as JSON ({str(error)[:_SHOWN]})") from None
     version = values.get("version") if isinstance(values, dict) else None
     if version != RUN_VERSION or "training" not in values:
         raise RunError(
-            f"{file}: expected a run of version {RUN_VERSION}, got version {version!r}. Another"
-            " program, or another steppe, wrote it."
+            f"{file}: expected a run of version {RUN_VERSION}, got version"
+            f" {repr(version)[:_SHOWN]}. Another program, or another steppe, wrote it."
         )
     try:
         values.setdefault("speed", [])  # not in the first runs of this version
         known = {field.name: values[field.name] for field in fields(Run)}
-        known["tokens_per_sample"] = from_json(known["tokens_per_sample"])
         for part in ("training", "held_out"):
             known[part] = [report_from_dict(values["blocks"] | entry) for entry in known[part]]
-        return Run(**known)
+        for part in ("tokens_per_sample", "speed"):
+            known[part] = from_json(known[part])
+        run = Run(**known)
+        _require_kinds(
+            run, *(block for one in (*run.training, *run.held_out) for block in one.blocks)
+        )
+        _require_whole(run)
+        return run
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{file}: damaged ({type(error).__name__}: {error})") from None
+        told = str(error)[:_SHOWN]
+        raise RunError(f"{file}: damaged ({type(error).__name__}: {told})") from None
+
+
+def _require_kinds(*records: Run | Report | BlockReport) -> None:
+    """Refuse an attribute that is not of its kind, as no JSON would be.
+
+    Raises:
+        ValueError: names it.
+    """
+    for record in records:
+        for attribute in fields(record):
+            value = getattr(record, attribute.name)
+            kind = str(attribute.type)
+            if kind in _KINDS and not _KINDS[kind](value):
+                raise ValueError(f"{attribute.name} is no {kind}: {repr(value)[:_SHOWN]}")
+
+
+def _require_whole(run: Run) -> None:
+    """Refuse reports without a step, and entries of another form than ours.
+
+    Raises:
+        ValueError: says which.
+    """
+    for steps, reports in ((run.steps, run.training), (run.held_out_steps, run.held_out)):
+        _require_kinds(*reports)
+        if len(steps) != len(reports):
+            raise ValueError(f"{len(steps)} steps of {len(reports)} reports")
+        for report in reports:
+            if any(len(b.neuron_frequency) != len(FREQUENCY_EDGES) + 1 for b in report.blocks):
+                raise ValueError("neuron_frequency is not of the usual length")
+    for row in run.speed:
+        for key, kind in _SPEED.items():
+            if not _KINDS[kind](row.get(key)):
+                raise ValueError(
+                    f"speed has a {key} that is no {kind}: {repr(row.get(key))[:_SHOWN]}"
+                )
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that others can be computed from, or NaN."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < _LARGEST
+    return isinstance(value, float) and (math.isnan(value) or abs(value) < _LARGEST)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _list_of(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether all of a list are of a kind."""
+    return lambda value: isinstance(value, list | tuple) and all(map(is_one, value))
+
+
+def _table_of(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether all values of a table are of a kind."""
+    return lambda value: isinstance(value, dict) and all(map(is_one, value.values()))
+
+
+_anything = _table_of(lambda _: True)
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "str": _is_text,
+    "int": _is_count,
+    "float": _is_number,
+    "bool": lambda value: isinstance(value, bool),
+    "list[str]": _list_of(_is_text),
+    "list[int]": _list_of(_is_count),
+    "tuple[int, ...]": _list_of(_is_count),
+    "dict[str, str]": _table_of(_is_text),
+    "dict[str, float]": _table_of(lambda value: value is None or _is_number(value)),
+    "dict[str, Any]": _anything,
+    "list[dict[str, Any]]": _list_of(_anything),
+}
+"""What attributes of runs and blocks may be, by their types as they are written."""
+_SPEED = {
+    **dict.fromkeys(("case", "dtype"), "str"),
+    **dict.fromkeys(("d", "tokens", "threads"), "int"),
+    **dict.fromkeys(
+        ("density", "candidates", "dense_ms", "ratio", "unscreened_ratio", "bound"), "float"
+    ),
+}
+"""What a row of `Run.speed` has at least."""
 
 
 def measures_of(report: Report) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from steppe.errors import CheckpointError, SteppeError
 from steppe.patterns import BlockPattern
 from steppe.plugins.base import Plugin, plugin_from_settings
 from steppe.plugins.sparsify import PLUGINS, advance_, sparsification_of, sparsify_
+from steppe.plugins.zeroth_bias import PARAMETER_NAME, ZerothBias
 from steppe.record import RECORD_KEY, RECORD_VERSION, erase_records
 
 _CONFIG = "config.json"
@@ -147,6 +148,7 @@ def apply_record_(
     before = set(root.state_dict())
     to_model = _renaming(root, record, own.patterns)
     try:
+        _refuse_longer_biases(root, record, weights)
         for plugin, names in record.applied:
             _sparsify_blocks(root, plugin, {to_model(name) for name in names}, own.patterns)
     except SteppeError as error:
@@ -244,6 +246,23 @@ def _read_record(folder: str, own: Own) -> Record:
             " steppe.sparsify_(model, [...])"
         )
     return parse_record(record, str(path), own)
+
+
+def _refuse_longer_biases(root: nn.Module, record: Record, weights: Weights) -> None:
+    """Refuse a record of longer zeroth biases than were saved, before memory is taken for them."""
+    asked = {
+        plugin.resolve(root, ()).max_tokens
+        for plugin, _ in record.applied
+        if isinstance(plugin, ZerothBias)
+    }
+    names = [name for name in weights.files if name.endswith(f".{PARAMETER_NAME}")]
+    saved = {length for name in names for length in weights.shape_of(name)[:1]} if asked else set()
+    if not asked <= saved:
+        raise CheckpointError(
+            f"{PARAMETER_NAME} has {(asked - saved).pop()} positions by the record, and in the"
+            f" weights {', '.join(map(str, saved)) or 'none'}. The files are of different"
+            " checkpoints."
+        )
 
 
 def _renaming(

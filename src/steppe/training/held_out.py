@@ -32,6 +32,7 @@ Labels = Literal["data", "model"]
 OnBatch = Callable[[str, int, int | None], None]
 """Called with a checkpoint, the batches of it that are done, and their number where it is known."""
 _SAMPLING_SEED = 0  # of labels="model"
+_MOST_STEPS = 2**53
 _NUMBERED = re.compile(r"-(\d+)$")  # checkpoint-1234, as the Trainer names them
 
 
@@ -249,11 +250,14 @@ def _step_of(name: str) -> int | None:
     path = Path(name) / "trainer_state.json"
     if path.is_file():
         try:
-            return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
-        except (KeyError, TypeError, ValueError) as error:
+            step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
+            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < _MOST_STEPS:
+                raise ValueError("global_step is no number of steps")
+            return step
+        except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
             raise CheckpointError(
-                f"{path}: damaged ({type(error).__name__}: {error}). Copy it anew, or remove it:"
-                " then the folder's name tells the step."
+                f"{path}: damaged ({type(error).__name__}: {first_line(error)}). Copy it anew, or"
+                " remove it: then the folder's name tells the step."
             ) from None
     numbered = _NUMBERED.search(name.rstrip("/"))
     return int(numbered[1]) if numbered and Path(name).is_dir() else None

@@ -6,12 +6,17 @@ import gzip
 import math
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from steppe.errors import DataError
 
+MAX_BYTES = 1 << 30
+"""Of the images or classes in one file: 1 GiB; they are kept in memory."""
+_BLOCK = 1 << 24  # bytes
+_SHOWN = 4
 _UINT8 = 0x08  # the type code of unsigned bytes
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -71,25 +76,36 @@ def read_idx(path: Path) -> Tensor:
         DataError: it cannot be read, is cut short, or is no such file.
     """
     try:
-        raw = path.read_bytes()
-        data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        with path.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as file:
+            return _read(path, file)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: cannot be read, or is cut short ({error}). Fetch it anew."
         ) from None
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _UINT8:
+
+
+def _read(path: Path, file: BinaryIO | gzip.GzipFile) -> Tensor:
+    """The header, and then as many bytes as it says."""
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != _UINT8:
         raise DataError(
             f"{path}: expected an IDX file of unsigned bytes (00 00 08 …), it begins with"
-            f" {data[:4].hex(' ') or 'nothing'}. Fetch it anew."
+            f" {magic.hex(' ') or 'nothing'}. Fetch it anew."
         )
-    header = 4 + 4 * data[3]
-    sizes = [int.from_bytes(data[at : at + 4], "big") for at in range(4, header, 4)]
-    if len(data) != header + math.prod(sizes):
-        raise DataError(
-            f"{path}: its header says {' × '.join(map(str, sizes))} bytes, got"
-            f" {max(0, len(data) - header)}. Was it downloaded whole? Fetch it anew."
-        )
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)[header:].reshape(sizes)
+    header = file.read(4 * magic[3])
+    sizes = [int.from_bytes(header[at : at + 4], "big") for at in range(0, 4 * magic[3], 4)]
+    said = f"{path}: its header says {' × '.join(map(str, sizes[:_SHOWN]))} bytes"
+    if len(header) < 4 * magic[3] or not 0 < math.prod(sizes) <= MAX_BYTES:
+        raise DataError(f"{said}, expected 1 … {MAX_BYTES}. Fetch it anew.")
+    # Little by little: a damaged header may say anything.
+    data = bytearray()
+    while len(data) < math.prod(sizes) and (block := file.read(_BLOCK)):
+        data += block
+    if len(data) != math.prod(sizes) or file.read(1):
+        raise DataError(f"{said}, got {len(data)}. Was it downloaded whole? Fetch it anew.")
+    return torch.frombuffer(data, dtype=torch.uint8).reshape(sizes)
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -13,7 +13,7 @@ from transformers.models.auto.image_processing_auto import get_image_processor_c
 
 from steppe.errors import DataError, MissingExtraError
 from steppe.training.columns import Classes, image_column
-from steppe.training.sources import Rows
+from steppe.training.sources import Rows, first_line
 
 _MEAN = _STD = 0.5  # pixels in 0 … 1 to −1 … 1, as ViT was trained
 
@@ -59,10 +59,10 @@ class Images:
         """One batch."""
         try:
             made = self._processor([image for image, _ in samples], return_tensors="pt")
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # it computes with the values of its file
             raise DataError(
                 f"{self._rows.name}: the image processor {type(self._processor).__name__} fails"
-                f" ({error}). Name another",
+                f" ({first_line(error)}). Name another",
                 {"processor": "FOLDER_OR_HUB_ID"},
             ) from None
         batch = {"pixel_values": made["pixel_values"].to(self._dtype)}
@@ -125,10 +125,9 @@ def _load_processor(place: str, model: PreTrainedModel) -> tuple[Any, tuple[str,
             ), ()
     except ImportError as error:
         raise MissingExtraError(f"{place}: its image processor needs {error}") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # of Transformers, which takes the file's values as they are
         raise DataError(
-            f"{place}: its image processor cannot be loaded ({str(error).splitlines()[0]}). Name"
-            " another",
+            f"{place}: its image processor cannot be loaded ({first_line(error)}). Name another",
             {"processor": "FOLDER_OR_HUB_ID"},
         ) from None
     shape = _shape_of(model)

@@ -18,6 +18,7 @@ from steppe.errors import DataError
 from steppe.training.columns import image_column, label_column
 from steppe.training.draws import Draw, as_draw
 from steppe.training.idx import is_idx_folder, load_idx_folder
+from steppe.training.image_files import decode_image
 from steppe.training.sources import HELD_OUT, Rows, Source, first_line, open_splits
 
 Item: TypeAlias = dict[str, Tensor]
@@ -96,8 +97,9 @@ def load_image_data(
         train_rows = train_rows.class_encode_column(label)
         held_out_rows = held_out_rows.cast_column(label, train_rows.features[label])
         feature = train_rows.features[label]
+    undecoded = datasets.Image(decode=False)
     made = [
-        _RowImages(split.cast_column(image, datasets.Image()), image, label, size, channels, *how)
+        _RowImages(split.cast_column(image, undecoded), image, label, size, channels, *how)
         for split, how in ((train_rows, (crop, crop)), (held_out_rows, (False, crop)))
     ]
     return ImageData(made[0], _first(made[1], held_out_samples), list(feature.names), notes)
@@ -154,7 +156,9 @@ class _RowImages(Dataset[Item]):
         draw = as_draw(key)
         try:
             row = self._rows[draw.sample]
-            image = row[self._image].convert(self._mode)
+            image = decode_image(row[self._image]).convert(self._mode)  # type: ignore[union-attr]
+        except DataError:
+            raise
         except (OSError, ValueError, AttributeError) as error:
             raise DataError(
                 f"image {draw.sample} cannot be read ({first_line(error)}). Fetch it anew."

@@ -26,6 +26,8 @@ NORMS_NOT_DECAYED = ("control", "threshold")
 IMAGES, CAUSAL, SPANS = "image-classification", "causal-lm", "span-corruption"
 TASKS = (IMAGES, CAUSAL, SPANS)
 _NEAREST = 3
+_SHOWN = 300  # characters of a message that is not ours
+_MOST_BYTES = 1 << 18  # of a recipe
 # In place of the Trainer's own: logs of any kind at all, and no search for parameters that a step
 # has not used, which the Trainer switches on for every model.
 DEFAULTS = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
@@ -189,7 +191,7 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(f"unknown flag {flag}{_nearest(key, known, '--')}")
     for key in values:
         if key not in known:
-            raise RecipeError(f"{parser.where}: unknown key {key!r}{_nearest(key, known)}")
+            raise RecipeError(f"{parser.where}: unknown key {key[:_SHOWN]!r}{_nearest(key, known)}")
     for key, value in DEFAULTS.items():
         if key not in given:
             values.setdefault(key, value)
@@ -235,12 +237,12 @@ def model_settings(model: ModelArguments) -> dict[str, Any]:
     """
     try:
         settings = json.loads(model.model_config)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(
-            f"model_config: not valid JSON ({error}), e.g. '{{\"hidden_size\": 64}}'"
+            f"model_config: not valid JSON ({_told(error)}), e.g. '{{\"hidden_size\": 64}}'"
         ) from None
     if not isinstance(settings, dict):
-        raise RecipeError(f"model_config: expected a mapping, got {model.model_config}")
+        raise RecipeError(f"model_config: expected a mapping, got {model.model_config[:_SHOWN]}")
     return settings
 
 
@@ -262,10 +264,12 @@ def _find(recipe: str | Path) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The values of a recipe by key."""
+    if path.stat().st_size > _MOST_BYTES:
+        raise RecipeError(f"{path}: has more than {_MOST_BYTES >> 10} KiB, and is no recipe")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a number, a date, a depth
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainYaml)
+    except Exception as error:  # of yaml's constructors: a date, a number, a depth
+        raise RecipeError(f"{path}: not valid YAML: {_told(error)}") from None
     if not isinstance(values, Mapping):
         raise RecipeError(f"{path}: expected lines `key: value`, got {type(values).__name__}")
     for key, value in values.items():
@@ -274,8 +278,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice."""
+class _PlainYaml(yaml.SafeLoader):
+    """Refuses a key that stands twice, and aliases, with which a few lines make gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "write it out, without an alias", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node."""
@@ -283,7 +294,7 @@ class _UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                wrong = f"a key is a word, got {key!r}"
+                wrong = f"a key is a word, got {str(key)[:_SHOWN]}"
             elif key in seen:
                 wrong = f"the key {key!r} stands twice"
             else:
@@ -354,16 +365,10 @@ class _Parser(HfArgumentParser):
             )
         except RecipeError:
             raise
-        # Of TrainingArguments' own checks, files that it reads, and values that JSON does not have.
-        except (
-            ValueError,
-            TypeError,
-            ImportError,
-            OSError,
-            OverflowError,
-            RecursionError,
-        ) as error:
-            raise RecipeError(f"{self.where}: {error}") from None
+        except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' checks
+            raise RecipeError(f"{self.where}: {_told(error)}") from None
+        except Exception as error:  # it computes with what it is given
+            raise RecipeError(f"{self.where}: a value is out of range ({_told(error)})") from None
         if left:
             raise RecipeError(
                 f"{' '.join(left)}: expected a flag, which is a key with two dashes, and its value"
@@ -374,12 +379,17 @@ class _Parser(HfArgumentParser):
         """Raise instead of ending the process."""
         message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # it names both spellings
         of_flag = re.match(r"argument --(\w+)", message)
-        raise RecipeError((self.place_of(of_flag[1] if of_flag else "")) + message)
+        raise RecipeError((self.place_of(of_flag[1] if of_flag else "")) + message[:_SHOWN])
 
 
 def _name_of(path: Path) -> str:
     """A recipe in errors: the name of one of ours, the path of another."""
     return path.stem if path.parent == RECIPES else str(path)
+
+
+def _told(error: Exception) -> str:
+    """What a library says, in at most some hundred characters."""
+    return str(error)[:_SHOWN] or type(error).__name__
 
 
 def _nearest(key: str, known: Sequence[str], prefix: str = "") -> str:

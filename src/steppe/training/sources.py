@@ -13,8 +13,10 @@ from typing import Any, TypeAlias
 import datasets
 from datasets.exceptions import DatasetsError
 
-from steppe.errors import DataError, MissingExtraError, SteppeError
+from steppe.errors import DataError, MissingExtraError, OutOfMemoryError, SteppeError
+from steppe.training.data_files import check_as_read, check_parquet, check_saved
 from steppe.training.idx import is_idx_folder, load_idx_folder
+from steppe.training.image_files import decode_image
 
 EMBEDDED = ("digits", "pydoc")
 """Sets that come with dependencies; a folder of the name is ``./digits``."""
@@ -31,6 +33,10 @@ _SPLIT_WORDS = {
 }
 HELD_OUT = ("validation", "valid", "val", "dev", "test")
 """Names of held-out splits, the first that is there is taken."""
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "text": {"keep_linebreaks": True},
+    "parquet": {"batch_size": 1000},  # rows; by default as many as the file has together
+}
 _SHUFFLE_BUFFER = 1000  # rows
 _SHOWN = 300  # characters of another library's message
 _Data: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
@@ -104,6 +110,10 @@ class Rows:
         is_plain_text: bool = False,
         files: int = 0,
     ) -> None:
+        features = data.features or {}
+        self._images = [name for name in features if isinstance(features[name], datasets.Image)]
+        for name in self._images:
+            data = data.cast_column(name, datasets.Image(decode=False))
         self._data = data
         self._files = files
         self.source = source
@@ -143,14 +153,9 @@ class Rows:
                 row = next(rows)
             except StopIteration:
                 return
-            except ImportError as error:
-                raise MissingExtraError(f"{self.name}: {error}") from None
-            except (OSError, EOFError, ValueError, TypeError, DatasetsError) as error:
-                raise DataError(
-                    f"{self.name}: a row cannot be read ({first_line(error)}). Is a file damaged,"
-                    " or of another format than its name says?"
-                ) from None
-            yield row
+            except Exception as error:  # of any reader and decoder
+                raise _unreadable(f"{self.name}: a row cannot be read", error) from None
+            yield {**row, **{name: decode_image(row[name]) for name in self._images}}
 
     def shuffled(self) -> Rows:
         """Local rows in a fixed random order, so that the first batches are not all one class.
@@ -171,7 +176,10 @@ class Rows:
         """The same with a column decoded to images."""
         if isinstance(self.features.get(column), datasets.Image):
             return self
-        data = self._data.cast_column(column, datasets.Image())
+        try:
+            data = self._data.cast_column(column, datasets.Image())
+        except Exception as error:  # of pyarrow
+            raise _unreadable(f"{self.name}: column {column!r} holds no images", error) from None
         return Rows(data, self.source, self.split, self.is_local, self.is_plain_text, self._files)
 
 
@@ -258,16 +266,21 @@ def _open_files(
     data: str, builder: str, files: Mapping[str, list[str]], streaming: bool
 ) -> _Opened:
     """Files that one builder reads, by split."""
-    options = {"keep_linebreaks": True} if builder == "text" else {}
     try:
         # All splits, so that the classes of an image folder are those of all of them.
-        splits = datasets.load_dataset(
-            builder, data_files=dict(files), streaming=streaming, **options
+        reader = datasets.load_dataset_builder(
+            builder, data_files=dict(files), **_OPTIONS.get(builder, {})
         )
-    except (OSError, EOFError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"{data}: cannot be read ({first_line(error)}). Was it downloaded whole? Fetch it anew."
-        ) from None
+        check_as_read(reader)
+        if builder == "parquet":
+            check_parquet(next(iter(files.values()))[0])
+        if streaming:
+            splits = reader.as_streaming_dataset()
+        else:
+            reader.download_and_prepare()
+            splits = reader.as_dataset()
+    except Exception as error:  # of any reader and decoder, damaged files raise anything
+        raise _unreadable(f"{data}: cannot be read", error) from None
     return _Opened(splits, True, builder, files)
 
 
@@ -292,11 +305,11 @@ def _idx_rows(folder: str, split: str) -> Iterator[dict[str, Any]]:
 def _open_saved(data: str, path: Path) -> _Opened:
     """What ``save_to_disk`` wrote, mapped into memory."""
     try:
+        check_saved(path)
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
-        raise DataError(
-            f"{data}: looks like a folder of Dataset.save_to_disk and cannot be read"
-            f" ({first_line(error)})"
+    except Exception as error:  # as of the other readers
+        raise _unreadable(
+            f"{data}: looks like a folder of Dataset.save_to_disk and cannot be read", error
         ) from None
     splits = saved if isinstance(saved, datasets.DatasetDict) else {WHOLE: saved}
     return _Opened(splits, is_local=True)
@@ -412,7 +425,7 @@ def reading(data: str) -> Iterator[None]:
         yield
     except SteppeError:
         raise
-    except (OSError, EOFError, ValueError, TypeError, DatasetsError) as error:
+    except Exception as error:
         of_worker = "in DataLoader worker process" in str(error)  # whose frames are only told
         frames = [frame.f_globals for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not of_worker and not any(
@@ -427,6 +440,23 @@ def reading(data: str) -> Iterator[None]:
         ) from None
 
 
+def _unreadable(what: str, error: Exception) -> SteppeError:
+    """The error for one of a library that reads or decodes files; ours stays as it is."""
+    while isinstance(error, DatasetsError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # "an error occurred while generating the dataset"
+    if isinstance(error, SteppeError):
+        return error
+    if isinstance(error, ImportError):
+        return MissingExtraError(f"{what}: {first_line(error)}")
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError(f"{what} ({first_line(error)}). It does not fit into the memory.")
+    told = "there is nothing in it" if isinstance(error, StopIteration) else first_line(error)
+    return DataError(
+        f"{what} ({told}). Is a file damaged or cut short, or of another format than its name says?"
+        " Fetch it anew."
+    )
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class where it has none.
 
@@ -434,7 +464,7 @@ def first_line(error: BaseException) -> str:
         error: of a library.
 
     Returns:
-        Text without a full stop.
+        Text without a full stop, of at most some hundred characters.
     """
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0][:_SHOWN].rstrip(".") if lines else type(error).__name__

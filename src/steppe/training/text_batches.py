@@ -38,6 +38,7 @@ def load_tokenizer(place: str) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer("a", verbose=False)  # settings of the wrong kind fail here
     except Exception as error:  # of `tokenizers`, which raises no class of its own
         raise DataError(
             f"{place}: its tokenizer cannot be loaded ({first_line(error)}). Save it beside the"
@@ -70,7 +71,8 @@ def tokens_per_window(model: PreTrainedModel, asked: int | None, tokenizer: Any 
     for applied in [] if sparsification is None else sparsification.applied:
         plugin = applied.plugin
         limits.append(plugin.max_tokens if isinstance(plugin, ZerothBias) else None)
-    known = [limit for limit in limits if limit is not None and limit < _NO_LIMIT]
+    numbers = [limit for limit in limits if isinstance(limit, int | float)]
+    known = [int(limit) for limit in numbers if 0 < limit < _NO_LIMIT]
     if asked is not None and known and asked > min(known):
         raise DataError(
             f"{type(model).__name__} and its tokenizer take at most {min(known)} tokens, got a"
