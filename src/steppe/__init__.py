@@ -1,8 +1,10 @@
 """Measure why Transformer MLP activations are sparse, train them sparser, run them faster.
 
-The public names are imported when one of them is first asked for: ``steppe --help`` needs no torch.
+The public names are imported when one of them is first asked for, unless torch has been imported
+already: ``steppe --help`` needs no torch, and whoever has it gets the custom ops with steppe.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
@@ -47,3 +49,7 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """The names of the module, the public ones among them."""
     return sorted({*globals(), *__getattr__("__all__")})
+
+
+if "torch" in sys.modules:
+    __getattr__("__all__")

@@ -111,7 +111,7 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
         raise CheckpointError(f"{checkpoint}: there is no such folder")
     try:
         return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of whatever the values meet in Transformers
         if "trust_remote_code" in str(error):
             raise CheckpointError(
                 f"{checkpoint}: needs code of its own, which steppe never runs. Load the model"
@@ -125,8 +125,9 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
 
 def _class_of(config: PreTrainedConfig) -> Any:
     """The class that the config names, else the one that usually has its weights and a loss."""
-    for name in getattr(config, "architectures", None) or []:
-        kind = getattr(transformers, name, None)
+    named = getattr(config, "architectures", None)
+    for name in named if isinstance(named, list) else []:
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
             return kind
     if getattr(config, "is_encoder_decoder", False):
