@@ -345,7 +345,17 @@ def _plug_in(index: int, **changes: Any) -> Edit:
         pytest.param(_record(progress="half"), "damaged", id="progress is text"),
         pytest.param(_record(progress=None), "damaged", id="progress is null"),
         pytest.param(_record(progress=1.5), "0 … 1.*1.5", id="progress above 1"),
-        pytest.param(_record(progress=float("nan")), "0 … 1.*nan", id="progress is NaN"),
+        pytest.param(
+            _record(progress=float("nan")), "damaged.*progress.*nan", id="progress is NaN"
+        ),
+        pytest.param(_record(progress=True), "damaged.*progress", id="progress is true"),
+        pytest.param(_record(version=True), "damaged.*version", id="version is true"),
+        pytest.param(_plug_in(0, blocks="all"), "damaged.*blocks", id="blocks are text"),
+        pytest.param(_plug_in(0, blocks=[1]), "damaged.*blocks", id="a block is a number"),
+        pytest.param(_plug_in(0, max_tokens=True), "max_tokens", id="a number is true"),
+        pytest.param(_plug_in(1, allow_shared="no"), "allow_shared.*'no'", id="a flag is text"),
+        pytest.param(_plug_in(1, floor=float("nan")), "floor", id="a floor is NaN"),
+        pytest.param(_plug_in(1, floor=float("inf")), "floor", id="a floor is infinite"),
         pytest.param(
             _record(version=RECORD_VERSION + 1),
             rf"version {RECORD_VERSION + 1}.*newer steppe",
@@ -358,7 +368,7 @@ def _plug_in(index: int, **changes: Any) -> Edit:
         pytest.param(_plug_in(0, limit="much"), "'zeroth_bias'", id="a setting of another kind"),
         pytest.param(_plug_in(2, ramp=None), "'jumping_squared_relu'", id="a setting is null"),
         pytest.param(_plug_in(0, plugin=["x"]), "plug-in", id="the name is a list"),
-        pytest.param(_plug_in(0, max_tokens=7.5), "whole number", id="half a token"),
+        pytest.param(_plug_in(0, max_tokens=7.5), "max_tokens.*7.5", id="half a token"),
     ],
 )
 def test_a_damaged_record_is_refused_before_the_weights_are_read(

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from steppe.plugins.base import Plugin, plugin_from_settings
 from steppe.plugins.sparsify import PLUGINS, advance_, sparsification_of, sparsify_
 from steppe.plugins.zeroth_bias import PARAMETER_NAME, ZerothBias
 from steppe.record import RECORD_KEY, RECORD_VERSION, erase_records
+from steppe.schema import fault_of
 
 _CONFIG = "config.json"
 ADAPTER_RECORD = "steppe_config.json"  # beside an adapter of PEFT
@@ -77,6 +78,18 @@ class Record:
     def blocks(self) -> set[str]:
         """The names of all blocks."""
         return {name for _, names in self.applied for name in names}
+
+
+@dataclass(frozen=True)
+class _RecordFields:
+    """What every record has."""
+
+    version: int
+    progress: float
+    plugins: list[dict[str, Any]]
+
+
+_FIELDS = tuple(field.name for field in fields(_RecordFields))
 
 
 def load_pretrained(
@@ -205,19 +218,22 @@ def parse_record(record: Any, path: str, own: Own) -> Record:
         CheckpointError: it is damaged, or of a newer steppe.
         ValueError: a plug-in of the user's has the key of another.
     """
-    try:
-        version = record["version"]
-        progress = float(record["progress"])
-        entries = [dict(entry) for entry in record["plugins"]]
-        names = [[str(name) for name in entry.pop("blocks")] for entry in entries]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: the record under {RECORD_KEY!r} is damaged ({type(error).__name__}: {error})"
-        ) from None
+    values = record if isinstance(record, dict) else {}
+    values = {key: values[key] for key in _FIELDS if key in values}
+    fault = fault_of(_RecordFields, values)
+    if fault is not None:
+        raise CheckpointError(f"{path}: the record under {RECORD_KEY!r} is damaged ({fault})")
+    version, progress = values["version"], float(values["progress"])
     if version != RECORD_VERSION or not 0.0 <= progress <= 1.0:
         raise CheckpointError(
             f"{path}: expected a record of version {RECORD_VERSION} with progress in 0 … 1, got"
             f" version {version!r}, progress {progress}. A newer steppe may have written it."
+        )
+    entries = [dict(entry) for entry in values["plugins"]]
+    names = [entry.pop("blocks", None) for entry in entries]
+    if not all(isinstance(own, list) and all(isinstance(n, str) for n in own) for own in names):
+        raise CheckpointError(
+            f"{path}: the record under {RECORD_KEY!r} is damaged (blocks: expected a list of names)"
         )
     if not entries or not all(names):
         raise CheckpointError(

@@ -12,6 +12,7 @@ from torch import nn
 
 from steppe.blocks import MLPBlock
 from steppe.errors import CheckpointError
+from steppe.schema import fault_of
 from steppe.surgery import Journal
 
 
@@ -115,10 +116,13 @@ def plugin_from_settings(settings: dict[str, Any], kinds: Sequence[type[Plugin]]
             " is your own: steppe.load_pretrained(..., plugins=[ItsClass]). Else update steppe, or"
             " check the file."
         )
-    try:
-        return by_key[key](**arguments)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json: the settings of {key!r} are wrong: {error}") from None
+    fault = fault_of(by_key[key], arguments)
+    if fault is None:
+        try:
+            return by_key[key](**arguments)
+        except (TypeError, ValueError) as error:
+            fault = str(error)
+    raise CheckpointError(f"config.json: the settings of {key!r} are wrong: {fault}")
 
 
 def ramp_progress(progress: float, ramp: float) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,7 +21,7 @@ from transformers import (
 
 from steppe.checkpoints import load_pretrained
 from steppe.checkpoints.weights import Weights
-from steppe.errors import CheckpointError, MissingExtraError
+from steppe.errors import CheckpointError, MissingExtraError, SteppeError
 from steppe.record import RECORD_KEY
 from steppe.training.sources import first_line
 
@@ -144,7 +143,9 @@ def _load_whole(kind: Any, checkpoint: str) -> PreTrainedModel:
         )
     except ImportError as error:
         raise MissingExtraError(f"{checkpoint}: {first_line(error)}") from None
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+    except SteppeError:
+        raise
+    except Exception as error:  # of whatever a damaged config meets in Transformers
         raise CheckpointError(
             f"{checkpoint}: its weights cannot be loaded ({first_line(error)}). steppe reads"
             " safetensors only; if they are damaged, copy them anew, else save the model again"
