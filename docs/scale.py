@@ -14,7 +14,7 @@ from steppe.report import count_flops
 PAGE = Path(__file__).with_name("scale.md")
 DENSITY = 0.05  # of the tables
 BF16, FP32, INDEX = 2, 4, 2  # bytes; a position in a hidden row is 16 bits up to F = 65,536
-_COUNTERS, _MOMENTS = 5, 16 + 3 * 64  # int64 and float64 numbers of a tally, beside its units
+_COUNTERS, _MOMENTS = 5, 16 + 3 * 72  # int64 and float64 numbers of a tally, beside its units
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def test_an_output_folder_that_is_a_file_is_one_error_and_nothing_is_trained(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow  # half a minute; training/test_demo.py trains the same
 def test_demo_writes_summary_plot_logs_and_models_and_prints_the_table(tmp_path: Path) -> None:
     result = run("demo", "--out", str(tmp_path), "--max-steps", "12")
     assert result.returncode == 0, result.stderr
@@ -167,6 +168,7 @@ def test_measure_samples_labels_or_does_without(tmp_path: Path, measurable: list
     assert results["none"].density == results["model"].density
 
 
+@pytest.mark.slow  # test_bench.py times and tables the same
 def test_bench_prints_a_table_and_writes_rows_and_a_plot(tmp_path: Path) -> None:
     written, plot = tmp_path / "new" / "bench.json", tmp_path / "bench.png"
     arguments = ["--quick", "--threads", "1", "--json", str(written), "--plot", str(plot)]

@@ -197,6 +197,7 @@ def test_an_unknown_step_is_refused_by_name(
     assert "expected some of facts, tests" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # half a minute; make test-gpu-offline runs the kernels
 def test_the_dry_run_runs_every_step(gpu: ModuleType, tmp_path: Path) -> None:
     command = [sys.executable, str(PROGRAM), "--dry-run", "--out", str(tmp_path)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

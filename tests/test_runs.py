@@ -160,5 +160,5 @@ def test_a_value_of_another_kind_is_refused_when_it_is_read(
 
 def test_what_is_no_file_is_no_run(tmp_path: Path) -> None:
     (tmp_path / RUN_FILE).symlink_to("/dev/zero")
-    with pytest.raises(RunError, match="found neither"):
+    with pytest.raises(RunError, match="got a device"):
         read_run(tmp_path)

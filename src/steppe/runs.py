@@ -130,6 +130,8 @@ def read_run(path: Path) -> Run:
     """
     file = path / RUN_FILE if path.is_dir() else path
     try:
+        if file.is_char_device():  # it may never end
+            raise RunError(f"{file}: expected a file, got a device")
         if not file.is_file():
             raise RunError(
                 f"{path}: expected a folder with {RUN_FILE}, or a file that `steppe measure` wrote;"
@@ -138,6 +140,8 @@ def read_run(path: Path) -> Run:
         if file.stat().st_size > _MOST_BYTES:
             raise RunError(f"{file}: has more than {_MOST_BYTES >> 20} MiB, and is no run")
         values = json.loads(file.read_text(encoding="utf-8"))
+    except RunError:
+        raise
     except RecursionError:
         raise RunError(f"{file}: cannot be read as JSON (it nests too deeply)") from None
     except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import sys
+from codecs import register_error
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ _err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 def prepare_streams() -> None:
     """Let what a stream cannot encode be replaced, instead of ending a command after its work."""
-    codecs.register_error(_ENCODE_ANYWAY, _encode_anyway)
+    register_error(_ENCODE_ANYWAY, _encode_anyway)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ENCODE_ANYWAY)

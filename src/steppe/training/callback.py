@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -32,6 +31,7 @@ from steppe.plugins.sparsify import (
 )
 from steppe.runs import RUN_FILE, Run, write_run
 from steppe.surgery import Journal
+from steppe.tokens import arguments_by_name
 from steppe.training.history import HEADLINE, History, means_of
 from steppe.training.interception import AroundCallback, attend, resumed_from
 from steppe.training.outside_loss import seen_from_outside
@@ -302,10 +302,11 @@ class SteppeCallback(History, AroundCallback, ExportableState):
             if self._is_turn and self._monitor is not None:
                 stack.enter_context(self._monitor.attached())
                 if self.flatness:
-                    told = inspect.signature(Trainer.training_step).bind(trainer, *args, **kwargs)
-                    items = told.arguments.get("num_items_in_batch")
+                    names = ("model", "inputs", "num_items_in_batch")
+                    told = arguments_by_name(names, args, kwargs)
+                    items = told.get("num_items_in_batch")
                     stack.enter_context(
-                        seen_from_outside(trainer, self._monitor, told.arguments["inputs"], items)
+                        seen_from_outside(trainer, self._monitor, told.get("inputs"), items)
                     )
             if self._penalized is not None and trainer.model is not None:
                 journal = Journal(transient=True)

@@ -17,6 +17,7 @@ from steppe.files import prepare_folder
 from steppe.plugins.constrain import Constrained, constrain_
 from steppe.plugins.penalty import penalties_of
 from steppe.plugins.sparsify import sparsification_of
+from steppe.record import APPLIED
 from steppe.runs import RUN_FILE, Run, write_run
 from steppe.training.history import History, means_of
 
@@ -287,7 +288,7 @@ class LightningCallback(History, pl.Callback):
 def _model_of(pl_module: nn.Module) -> nn.Module:
     """The model in a module: the sparsified one, else the Hugging Face one, else all of it."""
     for module in pl_module.modules():
-        if sparsification_of(module) is not None:
+        if APPLIED in vars(module):
             return module
     downs = {block.down for block in find_blocks(pl_module)}
     for module in pl_module.modules():

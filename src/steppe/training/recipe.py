@@ -425,7 +425,7 @@ def _check(recipe: Recipe, parser: _Parser) -> None:
         raise RecipeError(f"{parser.where}: {missing}", way)
     model_settings(model)
     for key in _PATHS:
-        if values[key] == "":
+        if values[key] == "" and key != "tokenizer":  # which is made of the data then
             raise RecipeError(f"{parser.place_of(key)}{key}: expected a path, got an empty one")
         if str(values[key]).startswith("~"):
             home = str(expanded(values[key]))
