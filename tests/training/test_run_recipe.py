@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -326,3 +327,16 @@ def test_a_t5_of_a_recipe_is_measured_on_running_text(text: Path, tmp_path: Path
     assert encoder.tokens == 3 * 4 * 32  # every input is full, nothing is padded
     assert 0 < decoder.tokens < encoder.tokens
     assert 4 < runs[0].quality["loss"] < 8  # ln 700 is 6.6
+
+
+def test_a_hub_that_cannot_be_reached_is_one_error(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OfflineModeIsEnabled("Cannot reach the hub: offline mode is enabled.\nMore.")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", unreachable)
+    flags = ("--push_to_hub", "true")
+    recipe = tiny_text_recipe(text / "data", text / "cache", tmp_path / "run", *flags)
+    with pytest.raises(RecipeError, match=r"offline mode is enabled\).*push_to_hub=False"):
+        run_recipe(recipe)

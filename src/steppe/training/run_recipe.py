@@ -65,7 +65,7 @@ from steppe.training.recipe_model import (
     plugins_of,
 )
 from steppe.training.saved import has_checkpoints, last_whole_checkpoint
-from steppe.training.sources import reading
+from steppe.training.sources import first_line, reading
 from steppe.training.text_data import TextSettings, load_text_data, require_shards
 from steppe.training.trainer import Prepare, RecipeTrainer, SoftCrossEntropy
 
@@ -236,6 +236,14 @@ def run_recipe(
         raise
     except (ValueError, TypeError, ImportError) as error:  # of the Trainer's own checks
         raise RecipeError(f"{recipe.name}: {error}") from error
+    except Exception as error:  # of whatever stands between here and the hub
+        if not recipe.training.push_to_hub:
+            raise
+        raise RecipeError(
+            f"{recipe.name}: the hub does not take the model ({first_line(error)}). Log in with `hf"
+            " auth login`, or keep it here",
+            {"push_to_hub": False},
+        ) from error
     if on_log is not None and trainer.is_world_process_zero():
         for note in job.notes:
             on_log(note)
