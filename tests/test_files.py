@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
+from steppe import files
 from steppe.errors import OutputError, SteppeError
 from steppe.files import prepare_folder, write_file, write_folder, write_json, writing_to
 
@@ -322,3 +324,19 @@ def test_the_innermost_name_is_told() -> None:
 def test_an_output_error_can_be_caught_as_os_error() -> None:
     assert issubclass(OutputError, OSError)
     assert issubclass(OutputError, SteppeError)
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+@pytest.mark.parametrize("how", [write_file, write_folder])
+def test_a_library_that_tells_a_full_disk_in_words_of_its_own(
+    how: Callable[..., None], is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    if is_full:
+        monkeypatch.setattr(files, "why_unwritable", lambda folder: "No space left on device")
+    with pytest.raises(OutputError if is_full else Exception, match="No space left") as caught:
+        how(tmp_path / "out", fail)
+    assert isinstance(caught.value, OutputError) == is_full
+    assert list(tmp_path.iterdir()) == []

@@ -132,7 +132,7 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as temporary:
             new, old = Path(temporary) / "new", Path(temporary) / "old"
-            write(new)
+            _let_write(write, new)
             if path.exists():
                 path.rename(old)
             try:
@@ -171,7 +171,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         target = _require_replaceable(path)
         temporary = _temporary(target)
         try:
-            write(temporary)
+            _let_write(write, temporary)
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -193,3 +193,16 @@ def _require_replaceable(path: Path) -> Path:
 def _temporary(path: Path) -> Path:
     """Where a file is written before it takes its name."""
     return path.with_name(f".{os.getpid()}.{path.name[-_KEPT:]}")
+
+
+def _let_write(write: Callable[[Path], Any], path: Path) -> None:
+    """Let somebody's library write, of which not every one tells a full disk as an OSError."""
+    try:
+        write(path)
+    except (OSError, SafetensorError, SteppeError):
+        raise
+    except Exception as error:
+        reason = why_unwritable(path.parent)
+        if reason is None:
+            raise
+        raise OSError(0, reason) from error
