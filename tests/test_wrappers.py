@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,14 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LongformerConfig,
     LongformerForMaskedLM,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     SpeechEncoderDecoderConfig,
     SpeechEncoderDecoderModel,
+    StoppingCriteria,
+    T5ForTokenClassification,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -26,7 +36,9 @@ from transformers import (
 
 import models
 import steppe
-from steppe.errors import SparsificationError
+from steppe.blocks import decoders, shifts_labels
+from steppe.errors import AccelerationError, SparsificationError
+from steppe.measures.watch import Monitor
 from steppe.plugins.sparsify import sparsification_of
 from steppe.training import SteppeCallback
 
@@ -153,6 +165,56 @@ def test_two_models_with_plug_ins_are_told_apart() -> None:
     for verb in (steppe.restore_, steppe.project_, steppe.added_parameters):
         with pytest.raises(SparsificationError, match=r"2 models.*ema\.module, model"):
             verb(both)
+
+
+@pytest.mark.parametrize("place", ["model", "model.decoder", "model.decoder.layers"])
+def test_a_part_of_a_model_with_plug_ins_gets_no_more(place: str) -> None:
+    model = models.opt()
+    attributes = [set(vars(module)) for module in model.modules()]
+    steppe.sparsify_(model, [steppe.ZerothBias()])
+    with pytest.raises(SparsificationError, match=r"OPTForCausalLM"):
+        steppe.sparsify_(model.get_submodule(place), [steppe.JumpingSquaredReLU()])
+    steppe.sparsify_(model, [steppe.JumpingSquaredReLU()])
+    steppe.restore_(model)
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    steppe.sparsify_(model.get_submodule(place), [steppe.JumpingSquaredReLU()])
+
+
+def test_two_accelerated_models_are_told_apart() -> None:
+    both = nn.ModuleList([steppe.accelerate_(models.opt()), steppe.accelerate_(models.opt())])
+    with pytest.raises(AccelerationError, match=r"2 accelerated models: 0, 1\. Name one"):
+        steppe.restore_(both)
+
+
+def test_added_parameters_of_a_part_are_those_within_it() -> None:
+    both = nn.ModuleDict({"one": models.opt(), "other": models.opt()})
+    steppe.sparsify_(both, [steppe.ZerothBias(max_tokens=8)])
+    own = dict(both["one"].named_parameters())
+    found = steppe.added_parameters(both["one"])
+    assert len(found) == 2
+    assert all(own[name] is parameter for name, parameter in found.items())
+
+
+@pytest.mark.parametrize("wrapper", ["bare", "averaged", "plain"])
+def test_what_a_wrapper_folds_is_saved_whole(wrapper: str, tmp_path: Any) -> None:
+    model = models.llama()
+    steppe.sparsify_(model, [steppe.RisingThreshold(multiple=0.5)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = {"input_ids": models.token_ids(), "labels": models.token_ids()}
+    with steppe.constrain_(model, optimizer, total_steps=2):
+        for _ in range(2):
+            model.train()(**batch).loss.backward()
+            optimizer.step()
+    wrapped = {"bare": lambda one: one, "averaged": AveragedModel, "plain": nn.ModuleList}[wrapper](
+        [model] if wrapper == "plain" else model
+    )
+    steppe.fold_(wrapped)
+    (inner,) = [one for one in wrapped.modules() if isinstance(one, LlamaForCausalLM)]
+    inner.eval().save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert any(name.endswith("gate_proj.bias") for name in loaded.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, inner(**batch).logits)
 
 
 def test_more_plug_ins_go_into_the_same_model() -> None:
@@ -288,6 +350,92 @@ def test_rows_that_have_ended_count_no_more(how: str) -> None:
     assert together.density == alone.density
 
 
+class Ends(StoppingCriteria):
+    """A row ends with a token."""
+
+    def __init__(self, end: int) -> None:
+        self._end = end
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return input_ids[:, -1] == self._end
+
+
+@pytest.mark.parametrize(
+    "how", ["own criterion", "config replaced", "padding is the end", "uncached"]
+)
+def test_a_row_ends_however_it_is_told_to(how: str) -> None:
+    model, prompts, end = generator()
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 2}
+    options["eos_token_id"] = None if how == "own criterion" else end
+    if how == "own criterion":
+        options["stopping_criteria"] = [Ends(end)]
+    elif how == "padding is the end":
+        options["pad_token_id"] = end
+    elif how == "uncached":
+        options["use_cache"] = False
+    counted = []
+    for batches in ([prompts], [prompts[:1], prompts[1:]]):
+        with steppe.watch(model) as monitor:
+            if how == "config replaced":
+                model.generation_config = copy.deepcopy(model.generation_config)
+                model.generation_config.eos_token_id = options.pop("eos_token_id", end)
+            for batch in batches:
+                model.generate(batch, **options)
+        counted.append(monitor.counts().tolist())
+    # Tokens and entries; a sample is counted once a pass.
+    assert counted[0] == counted[1]
+    if how != "uncached":
+        assert counted[0][0][3] == 3 + 3 + 19
+
+
+def test_whoever_watches_at_the_same_time_counts_the_same() -> None:
+    model, prompts, end = generator()
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 2}
+    with steppe.watch(model) as outer, steppe.watch(model) as inner:
+        model.generate(prompts, eos_token_id=end, **options)
+    assert outer.report().blocks[0].tokens == inner.report().blocks[0].tokens == 3 + 3 + 19
+    without = Monitor(model, steppe.find_blocks(model), counts_generation=False)
+    with steppe.watch(model) as outer, without.attached():
+        model.generate(prompts, eos_token_id=end, **options)
+        model(prompts)
+    assert without.report().blocks[0].tokens == 6
+    assert outer.report().blocks[0].tokens == 3 + 3 + 19 + 6
+
+
+def test_what_has_ended_is_forgotten_with_the_call_that_raises() -> None:
+    model, prompts, end = generator()
+
+    class Broken(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            if input_ids.shape[1] > 8:
+                raise RuntimeError("broken")
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    with steppe.watch(model) as monitor:
+        with pytest.raises(RuntimeError, match="broken"):
+            model.generate(
+                prompts, max_new_tokens=20, do_sample=False, eos_token_id=end, pad_token_id=2,
+                stopping_criteria=[Broken()],
+            )  # fmt: skip
+        monitor.reset()
+        model(prompts)
+    assert monitor.report().blocks[0].tokens == 6
+
+
+def test_with_beams_all_rows_count() -> None:
+    model, prompts, end = generator()
+    passes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    with steppe.watch(model) as monitor:
+        model.generate(
+            prompts, max_new_tokens=8, num_beams=2, do_sample=False, eos_token_id=end,
+            pad_token_id=2,
+        )  # fmt: skip
+    assert monitor.report().blocks[0].tokens == sum(passes)
+
+
 def test_an_evaluation_that_generates_counts_its_losses_alone(tmp_path: Any) -> None:
     ids = models.token_ids(8, 6)
     labels = models.token_ids(8, 5, seed=1)
@@ -305,3 +453,61 @@ def test_an_evaluation_that_generates_counts_its_losses_alone(tmp_path: Any) -> 
     (entry,) = callback.held_out_history
     assert entry["samples_per_block"] == [8, 8, 8, 8]
     assert entry["tokens_per_block"] == [48, 48, 32, 32]
+
+
+def test_lightning_trains_the_model_beside_its_average() -> None:
+    lightning = pytest.importorskip("steppe.training.lightning")
+    model = steppe.sparsify_(models.gpt2(), [steppe.ZerothBias()])
+    assert lightning._model_of(Task(model)) is model
+    both = nn.ModuleDict({"model": model, "ema": AveragedModel(model)})
+    assert lightning._model_of(both) is model
+
+
+# ---- what labels mean
+
+
+def llava() -> nn.Module:
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**models.IMAGES),
+        text_config=LlamaConfig(**models.TEXT, hidden_act="relu"),
+        image_token_index=5,
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def test_the_text_of_a_vision_language_model_is_predicted_from_before() -> None:
+    model = llava()
+    assert shifts_labels(model)
+    assert not shifts_labels(models.t5())
+    ids = models.token_ids(2, 9).clamp(min=6)
+    labels = ids.clone()
+    labels[0, 3:] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    alone = [
+        steppe.measure(model, [{key: value[s : s + 1] for key, value in batch.items()}])
+        for s in (0, 1)
+    ]
+    have = steppe.measure(model, [batch]).blocks[-1].AF_up
+    want = sum(report.blocks[-1].AF_up for report in alone) / 2
+    assert have == pytest.approx(want, rel=1e-5)
+
+
+def test_one_label_a_sample_tells_no_padding() -> None:
+    config = BartConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2,
+        max_position_embeddings=32, pad_token_id=1, eos_token_id=2, num_labels=3,
+    )  # fmt: skip
+    model = BartForSequenceClassification(config).eval()
+    ids = models.token_ids(2, 7).clamp(min=3)
+    ids[:, -1] = 2
+    with steppe.watch(model) as monitor, torch.no_grad():
+        model(input_ids=ids, labels=torch.tensor([0, 2]))
+    assert [block.tokens for block in monitor.report().blocks] == [14, 14]
+
+
+def test_an_encoder_that_is_called_a_decoder_has_no_labels() -> None:
+    model = T5ForTokenClassification(models.t5().config)
+    stacks = {id(block.stack) for block in steppe.find_blocks(model)}
+    parts = {id(part) for _, decoder in decoders(model) for part in decoder}
+    assert not stacks & parts

@@ -336,17 +336,20 @@ def _outermost_models(root: nn.Module) -> Iterator[nn.Module]:
             yield from _outermost_models(child)
 
 
-def decoders(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Encoder-decoder models within a model, the innermost last, each with its decoder.
+def decoders(model: nn.Module) -> Iterator[tuple[nn.Module, set[nn.Module]]]:
+    """Encoder-decoder models within a model, the innermost last, each with its decoder's modules.
 
-    A decoder's padding is known from the labels of the model alone.
+    A decoder's padding is known from the labels of the model alone. What some models call their
+    decoder holds the encoder too, or is it.
     """
     for module in unwrap(model).modules():
         get_decoder: Any = getattr(module, "get_decoder", None)
         if get_decoder is not None and getattr(config_of(module), "is_encoder_decoder", False):
-            decoder = get_decoder()
+            parts = [getattr(module, name, None) for name in ("get_decoder", "get_encoder")]
+            decoder, encoder = (part() if callable(part) else None for part in parts)
             if isinstance(decoder, nn.Module) and decoder is not module:
-                yield module, decoder
+                inside = set(encoder.modules()) if isinstance(encoder, nn.Module) else set()
+                yield module, set(decoder.modules()) - inside
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -355,7 +358,11 @@ def shifts_labels(model: nn.Module) -> bool:
     if getattr(config_of(root), "is_encoder_decoder", False):
         return False
     names = [kind.__name__ for kind in type(root).__mro__]
-    return any("ForCausalLM" in name or "LMHeadModel" in name for name in names)
+    if any("ForCausalLM" in name or "LMHeadModel" in name for name in names):
+        return True
+    # LLaVA and its kin are of a text decoder; Pix2Struct, whose config does not say so, is of two.
+    conditional = any("ForConditionalGeneration" in name for name in names)
+    return conditional and "decoder_input_ids" not in forward_parameters(root)
 
 
 def forward_parameters(module: nn.Module) -> list[str]:

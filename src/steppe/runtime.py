@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -218,9 +218,21 @@ def restore_(model: nn.Module) -> nn.Module:
 
 
 def acceleration_of(model: nn.Module) -> Acceleration | None:
-    """What `accelerate_` did to a model, or to one in it (an ``AveragedModel``'s), or None."""
-    modules = unwrap(model).modules()
-    return next((vars(one)[_ATTRIBUTE] for one in modules if _ATTRIBUTE in vars(one)), None)
+    """What `accelerate_` did to a model, or to the one in it (an ``AveragedModel``'s), or None.
+
+    Raises:
+        AccelerationError: to several models in it.
+    """
+    root = unwrap(model)
+    if _ATTRIBUTE in vars(root):
+        return cast(Acceleration, vars(root)[_ATTRIBUTE])
+    found = {name: one for name, one in root.named_modules() if _ATTRIBUTE in vars(one)}
+    if len(found) > 1:
+        raise AccelerationError(
+            f"{type(root).__name__} holds {len(found)} accelerated models: {', '.join(found)}. Name"
+            " one of them"
+        )
+    return next((vars(one)[_ATTRIBUTE] for one in found.values()), None)
 
 
 def _decelerate(acceleration: Acceleration) -> None:

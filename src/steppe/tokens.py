@@ -7,6 +7,7 @@ the attention mask, the position ids and the cache; a `TokenContext` listens the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,21 @@ class Tokens(NamedTuple):
     offset: int | Tensor = 0
 
 
+@dataclass
+class Generation:
+    """A call of ``generate``.
+
+    Attributes:
+        ended: bool ``[B]``, the rows that it goes on feeding though they have ended.
+    """
+
+    ended: Tensor | None = None
+
+
+# The innermost one that each thread is in, of a model that is watched.
+current_generation: PerThread[Generation | None] = PerThread(None)
+
+
 class TokenContext:
     """A forward pre-hook on a stack that keeps what the current call says of its tokens.
 
@@ -52,8 +68,6 @@ class TokenContext:
 
     Attributes:
         decoder_labels: of the call of an encoder-decoder model that this thread is in.
-        finished: bool ``[B]``, the rows that ``generate`` goes on feeding though they have ended;
-            None outside of it.
     """
 
     def __init__(self, parameters: Sequence[str], pads: bool = False) -> None:
@@ -61,7 +75,6 @@ class TokenContext:
         self._pads = pads
         self._told = PerThread(Tokens(), inherits=True)
         self.decoder_labels: PerThread[Tensor | None] = PerThread(None)
-        self.finished: PerThread[Tensor | None] = PerThread(None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of the stack's forward."""
@@ -87,13 +100,14 @@ class TokenContext:
             elif mask is not None:
                 positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
             labels = self.decoder_labels.get()
-            if mask is None and labels is not None:
+            if mask is None and labels is not None and labels.shape == shape:  # one a token
                 mask = labels != IGNORED_LABEL
             # With a cache the mask covers the cached tokens too.
             mask = None if mask is None else mask[:, -tokens:]
-            finished = self.finished.get()
-            if finished is not None and len(finished) == shape[0]:
-                goes_on = ~finished.unsqueeze(1)
+            generation = current_generation.get()
+            ended = None if generation is None else generation.ended
+            if ended is not None and len(ended) == shape[0]:
+                goes_on = ~ended.unsqueeze(1)
                 mask = goes_on.expand(shape) if mask is None else mask & goes_on
         self._told.enter(Tokens(shape, mask, positions, offset))
         self.decoder_labels.set(None)
@@ -252,7 +266,7 @@ def listen(
     by_stack: dict[int, TokenContext] = {}
     contexts: list[TokenContext] = []
     hooks: list[tuple[nn.Module, PreHook]] = []
-    owners = {part: owner for owner, decoder in decoders(model) for part in decoder.modules()}
+    owners = {part: owner for owner, decoder in decoders(model) for part in decoder}
     for block in blocks:
         if block.stack is None:
             contexts.append(TokenContext(()))

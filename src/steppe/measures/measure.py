@@ -302,7 +302,7 @@ def _require_one_device(model: nn.Module, gradients: bool) -> None:
     """Refuse what a forward pass cannot run on."""
     root = unwrap(model)
     kinds = {parameter.device.type for parameter in root.parameters()}
-    if "meta" in kinds or (len(kinds) > 1 and not hasattr(root, "hf_device_map")):
+    if "meta" in kinds or (len(kinds) > 1 and not _is_dispatched(root)):
         raise DeviceError(
             f"measure: the parameters of {type(root).__name__} are on mixed devices"
             f" ({', '.join(sorted(kinds))}). Move the model first: model.to('cpu'), or"
@@ -313,6 +313,11 @@ def _require_one_device(model: nn.Module, gradients: bool) -> None:
             "measure: the parameters were made under torch.inference_mode(), which no gradient can"
             " pass. Load the model outside of it; for densities alone: labels=None."
         )
+
+
+def _is_dispatched(root: nn.Module) -> bool:
+    """Whether Accelerate has spread a model, or one in it, over devices."""
+    return any(hasattr(module, "hf_device_map") for module in root.modules())
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from steppe.measures.density import (
     sloped_entries,
 )
 from steppe.measures.flatness import COLUMNS, by_sample, new_probe, tap
-from steppe.measures.generation import listen_to_generation
+from steppe.measures.generation import follow_generation
 from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, scaled, sum_over
@@ -32,7 +32,7 @@ from steppe.patterns import BlockPattern
 from steppe.per_thread import PerThread
 from steppe.routing import observers_of
 from steppe.surgery import Journal
-from steppe.tokens import TokenContext, attach, listen
+from steppe.tokens import TokenContext, attach, current_generation, listen
 
 
 class Monitor:
@@ -62,12 +62,11 @@ class Monitor:
         reduction: Reduction = "mean",
         counts_generation: bool = True,
     ) -> None:
-        self._counts_generation = counts_generation
         self.names = tuple(block.name for block in blocks)
         self._loss_factor: float | Tensor = 1.0
         self._has_loss_factor = False
         self._model = model
-        self._switch = _Switch()
+        self._switch = _Switch(counts_generation=counts_generation)
         self._losses = LossContext(model, reduction) if gradients else None
         contexts, self._context_hooks = listen(model, blocks)
         self._observers = [
@@ -85,9 +84,7 @@ class Monitor:
             for observer in self._observers:
                 journal.append(observers_of(observer.block.down), observer)
             attach(journal, self._context_hooks)
-            contexts = [hook for _, hook in self._context_hooks if isinstance(hook, TokenContext)]
-            around = nullcontext if self._counts_generation else self._paused
-            listen_to_generation(self._model, contexts, journal, around)
+            follow_generation(self._model, journal)
             if self._losses is not None:
                 self._losses.attach(journal)
             for module, see in self._hooks():
@@ -96,23 +93,14 @@ class Monitor:
         finally:
             journal.undo()
 
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Measure nothing while this lasts."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield
-        finally:
-            self.enabled = before
-
     @property
     def enabled(self) -> bool:
         """Whether passes are measured now."""
-        return self._switch.is_on
+        return self._switch.enabled
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._switch.is_on = value
+        self._switch.enabled = value
         if self._losses is not None:
             self._losses.enabled = value
 
@@ -257,7 +245,13 @@ class Monitor:
 class _Switch:
     """Whether passes are measured now; the observers do not keep their monitor alive."""
 
-    is_on: bool = True
+    enabled: bool = True
+    counts_generation: bool = True
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the pass that runs is measured."""
+        return self.enabled and (self.counts_generation or current_generation.get() is None)
 
 
 class _Observer:
@@ -427,9 +421,10 @@ def watch(
     ``attention_mask``, ``src_key_padding_mask``, or a decoder's ignored labels) count nowhere;
     dropout is not seen in the densities; a forward pass repeated by gradient checkpointing counts
     once. Works under autocast and ``torch.compile``. The hooks are gone afterwards, also when the
-    loop raises. In ``generate`` a row counts until its end-of-sequence token, not what it is fed
-    afterwards; with beams all rows count. A copy of the model that is made meanwhile
-    (``copy.deepcopy``, ``torch.save``, a process that is spawned) is not watched.
+    loop raises. In ``generate`` a row counts until it has ended (its end-of-sequence token, a
+    string, a criterion of yours), not what it is fed afterwards; with beams all rows count, also
+    those of samples that are done, until the whole batch is. A copy of the model that is
+    made meanwhile (``copy.deepcopy``, ``torch.save``, a process that is spawned) is not watched.
 
     With `gradients` the backward passes of the loop are measured too: augmented flatness and its
     factors, see `BlockReport`. The loop's own numbers do not change. Each sample's own loss is told

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from steppe.blocks import find_blocks, unwrap
+from steppe.blocks import MLPBlock, find_blocks, unwrap
 from steppe.errors import SparsificationError
 from steppe.linear import linear_weight
 from steppe.plugins.rising_threshold import Rising, Threshold, activated_bias
 from steppe.plugins.sparsify import sparsification_of, take_out_
+from steppe.record import config_of
 from steppe.sharding import is_sharded
 
 _BIAS_SETTING = "mlp_bias"  # of the configs of Llama and its kin
@@ -58,7 +59,7 @@ def fold_(model: nn.Module) -> nn.Module:
     for _, thresholds in folded:
         for threshold in thresholds:
             _check(threshold)
-    bare = [block.name for block in blocks if _has_no_bias(block.activated)]
+    bare = [block for block in blocks if _has_no_bias(block.activated)]
     with torch.no_grad():
         for block in blocks:
             bias = activated_bias(block)
@@ -100,19 +101,32 @@ def _bias_of(layer: Any) -> nn.Parameter:
     return bias
 
 
-def _make_loadable(root: nn.Module, bare: Sequence[str]) -> None:
+def _make_loadable(root: nn.Module, bare: Sequence[MLPBlock]) -> None:
     """Let the stock class of a Hugging Face model know the new biases, or say that it cannot."""
-    config: Any = getattr(root, "config", None)
-    if hasattr(config, _BIAS_SETTING):
+    configs = {id(config): config for block in bare if (config := _bias_config(root, block))}
+    for config in configs.values():
         setattr(config, _BIAS_SETTING, True)
-        for block in find_blocks(root):  # the setting is for every linear layer of every block
-            for layer in (block.gate, block.up, block.down):
-                if layer is not None:
-                    _bias_of(layer)
-    elif hasattr(root, "save_pretrained"):
+    # The setting is for every linear layer of every block.
+    for block in find_blocks(root) if configs else ():
+        if id(_bias_config(root, block)) in configs:
+            for layer in block.layers:
+                _bias_of(layer)
+    lost = [block.name for block in bare if _bias_config(root, block) is None]
+    if lost and any(hasattr(module, "save_pretrained") for module in root.modules()):
         _logger.warning(
             "fold_: %s has a bias now that its stock class does not have, so from_pretrained would"
             " leave it out. Save the state_dict, or save the model before fold_: with its threshold"
             " steppe.load_pretrained brings it back, and accelerate_ takes it as it is",
-            bare[0],
+            lost[0],
         )
+
+
+def _bias_config(root: nn.Module, block: MLPBlock) -> Any:
+    """The nearest config around a block that says whether its layers have biases, or None."""
+    around = [
+        config
+        for module in root.modules()  # outermost first
+        if hasattr(config := config_of(module), _BIAS_SETTING)
+        and block.activated in set(module.modules())
+    ]
+    return around[-1] if around else None

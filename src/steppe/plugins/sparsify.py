@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks import MLPBlock, find_blocks, unwrap
+from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
 from steppe.errors import SparsificationError
 from steppe.patterns import BlockPattern
 from steppe.plugins.base import Constraint, Plugin
@@ -29,6 +29,7 @@ from steppe.record import (
 from steppe.routing import route_of
 from steppe.surgery import Journal, forget_compiled_code
 
+_PART_OF = "_steppe_part_of"  # on a block's second layer: the class that `sparsify_` was given
 PLUGINS: tuple[type[Plugin], ...] = (
     ZerothBias,
     RestrictedNorm,
@@ -158,6 +159,12 @@ def sparsify_(
             f" {type(old.holders[0].module).__name__}; put more into that, or first"
             " steppe.restore_(model)"
         )
+    for block in blocks if old is None else ():
+        if (owner := block.down.__dict__.get(_PART_OF)) is not None:
+            raise SparsificationError(
+                f"{block.name}: is part of {owner}, which has plug-ins; put more into that, with"
+                " where=... for some of its blocks, or first steppe.restore_(model)"
+            )
     _refuse_duplicates(plugins, names, old)
     for block in blocks:
         if route_of(block.down) is not None:
@@ -179,6 +186,9 @@ def sparsify_(
             applied.constraints += plugin.apply(root, blocks, applied.journal)
         if old is None:
             own_configs(root)
+        for block in blocks:
+            if _PART_OF not in block.down.__dict__:
+                new.journal.add_attribute(Slot(block.down, _PART_OF), type(root).__name__)
         before = old or Sparsification()
         all_applied = before.applied + new.applied
         changed = [name for applied in all_applied for name in applied.names]
@@ -294,6 +304,7 @@ def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{names[slot.module]}.{slot.name}".lstrip("."): getattr(slot.module, slot.name)
         for slot in slots
+        if slot.module in names
     }
 
 
