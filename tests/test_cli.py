@@ -155,6 +155,7 @@ def test_measure_prints_tables_and_what_it_writes_can_be_reported(
     assert "<h1" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow  # measures/ has the numbers
 def test_measure_samples_labels_or_does_without(tmp_path: Path, measurable: list[str]) -> None:
     checkpoint, options = measurable[0], measurable[2:]
     results = {}
@@ -227,6 +228,7 @@ def test_train_lists_its_recipes() -> None:
         assert name in listed
 
 
+@pytest.mark.slow  # test_readme.py trains and reports, too
 def test_train_ends_with_a_table_a_page_and_what_it_wrote(tmp_path: Path) -> None:
     write_text(tmp_path / "data", topics=20)
     command = [

@@ -275,7 +275,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     assert routed_calls(model) >= 2 * (kernels().name == "native")
 
 
-@pytest.mark.parametrize("name", ["opt", "t5 gated"])
+@pytest.mark.parametrize("name", ["opt", pytest.param("t5 gated", marks=pytest.mark.slow)])
 def test_compiled_into_one_graph(name: str) -> None:
     model = steppe.accelerate_(MODELS[name]().eval(), max_density=1.0)
     inputs = models.inputs_for(model)

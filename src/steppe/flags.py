@@ -24,6 +24,7 @@ FLAGS: dict[str, dict[str, str]] = {
                 "output_dir",
                 "per_device_train_batch_size",
                 "rand_augment",
+                "push_to_hub",
                 "resume",
                 "streaming",
                 "text_column",

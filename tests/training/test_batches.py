@@ -313,6 +313,7 @@ def test_many_images_are_mixed_the_same_way_every_time(tmp_path: Path) -> None:
     assert loader.total == 6 == len(list(loader))
 
 
+@pytest.mark.slow  # a quarter of a minute
 def test_images_in_parquet_files(tmp_path: Path) -> None:
     data = write_images(tmp_path / "data", ANIMALS)
     rows = datasets.load_dataset("imagefolder", data_files=str(data / "**/*.png"), streaming=True)
