@@ -113,3 +113,11 @@ def test_a_package_that_a_model_needs_is_named(
     monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", fail)
     with pytest.raises(MissingExtraError, match="requires the timm library"):
         load_checkpoint(folder)
+
+
+def test_layers_by_the_million_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    models.gpt2().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 200_000_000}))
+    with pytest.raises(CheckpointError, match="200000000 layers, the weights 28 tensors"):
+        load_checkpoint(tmp_path)

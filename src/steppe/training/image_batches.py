@@ -15,6 +15,7 @@ from steppe.errors import DataError, MissingExtraError
 from steppe.training.columns import Classes, image_column
 from steppe.training.sources import Rows, first_line
 
+_MOST_PIXELS = 8192  # of a side to which images are brought
 _MEAN = _STD = 0.5  # pixels in 0 … 1 to −1 … 1, as ViT was trained
 
 
@@ -115,14 +116,30 @@ def image_shape_of(model: PreTrainedModel) -> ImageShape:
     return ImageShape(type(model).__name__, _shape_of(model))
 
 
+def _refuse_absurd(processor: Any) -> None:
+    """Refuse sides for which one image would take all memory.
+
+    Raises:
+        ValueError: says which.
+    """
+    for name in ("size", "crop_size", "pad_size"):
+        sides: Any = getattr(processor, name, None)
+        values = dict(sides).values() if hasattr(sides, "__iter__") else (sides,)
+        largest = max((one for one in values if isinstance(one, int | float)), default=0)
+        if largest > _MOST_PIXELS:
+            raise ValueError(f"{name} of {largest} pixels, expected at most {_MOST_PIXELS}")
+
+
 def _load_processor(place: str, model: PreTrainedModel) -> tuple[Any, tuple[str, ...]]:
     """The checkpoint's image processor, or one by the model's config, with a note that says so."""
     try:
         if get_image_processor_config(place):
             # PIL, so that numbers do not depend on whether torchvision is installed.
-            return AutoImageProcessor.from_pretrained(
+            processor = AutoImageProcessor.from_pretrained(
                 place, backend="pil", trust_remote_code=False
-            ), ()
+            )
+            _refuse_absurd(processor)
+            return processor, ()
     except ImportError as error:
         raise MissingExtraError(f"{place}: its image processor needs {error}") from None
     except Exception as error:  # of Transformers, which takes the file's values as they are

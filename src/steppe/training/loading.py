@@ -25,6 +25,7 @@ from steppe.errors import CheckpointError, MissingExtraError, SteppeError
 from steppe.record import RECORD_KEY
 from steppe.training.sources import first_line
 
+_LAYERS_OF_ONE = 1000  # that may share their weights
 _AUTO_CLASSES = (AutoModelForImageClassification, AutoModelForMaskedLM, AutoModelForCausalLM)
 
 
@@ -47,13 +48,24 @@ def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
     """
     checkpoint = str(checkpoint)
     config = load_config(checkpoint)
+    weights = Weights.of(checkpoint)  # of safetensors of this folder, and of no other file
+    _refuse_absurd(checkpoint, config, len(weights.files))
     load = partial(_load_whole, _class_of(config))
     if hasattr(config, RECORD_KEY):
         model: Any = load_pretrained(load, checkpoint)
     else:
-        Weights.of(checkpoint)  # no file is read that is not of the folder, or no safetensors
         model = load(checkpoint)
     return model.eval()
+
+
+def _refuse_absurd(checkpoint: str, config: PreTrainedConfig, tensors: int) -> None:
+    """Refuse layers by the million, which would take minutes to make before one is missed."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _LAYERS_OF_ONE + tensors:
+        raise CheckpointError(
+            f"{checkpoint}: config.json has {layers} layers, the weights {tensors} tensors. They"
+            " are of different models."
+        )
 
 
 def empty_model(checkpoint: str | Path) -> PreTrainedModel:
