@@ -13,15 +13,17 @@ from torch.autograd import forward_ad
 
 from steppe.blocks import MLPBlock
 from steppe.linear import linear_weight
-from steppe.ops import cpu
-from steppe.ops.calls import DECODE_ROWS, DTYPES, scratch, threads
-from steppe.ops.dispatch import Habit, generation, max_density_for, pays
-from steppe.ops.few import FewBlock, FewCall, why_not_laid_out
-from steppe.ops.native import kernels
+from steppe.ops.cpu import native_ops
+from steppe.ops.cpu.calls import DECODE_ROWS, DTYPES
+from steppe.ops.cpu.copies import forget, marks_of, why_not_kept
+from steppe.ops.cpu.decode import FewBlock, FewCall, why_not_laid_out
+from steppe.ops.cpu.dispatch import Habit, generation, max_density_for, pays
+from steppe.ops.cpu.library import kernels
+from steppe.ops.cpu.memory import scratch
+from steppe.ops.cpu.team import threads
+from steppe.ops.mlp import mlp, support
 from steppe.ops.outcome import noted
-from steppe.ops.packing import forget, marks_of, why_not_kept
 from steppe.ops.reference import Rule, Weights, mlp_from
-from steppe.ops.registry import mlp, support
 from steppe.plugins.penalty import is_penalized
 from steppe.plugins.rising_threshold import activated_bias, threshold_of
 from steppe.routing import Route
@@ -244,7 +246,7 @@ class Computation:
             density = max_density_for(rows, block.d_model, x.dtype, trains=False)
         if density <= 0.0:
             return None
-        candidates = cpu.screen_limit(rows, block.d_model, x.dtype, False, candidates)
+        candidates = native_ops.screen_limit(rows, block.d_model, x.dtype, False, candidates)
         alpha, beta, mix = self._sigma.coefficients()
         if mix is not None:
             beta *= float(mix)
@@ -301,10 +303,10 @@ class Computation:
         weights = self._weights(with_threshold=not route.trial)
         if (
             not all(map(operator.is_, known, actual))  # a parametrization makes them anew each time
-            or not cpu.runs(x, *weights)
+            or not native_ops.runs(x, *weights)
         ):
             return None
-        limit = cpu.screen_limit(DECODE_ROWS, block.d_model, x.dtype, False, self.limits[1])
+        limit = native_ops.screen_limit(DECODE_ROWS, block.d_model, x.dtype, False, self.limits[1])
         self._unkept = why_not_laid_out(weights)
         if self._unkept:
             return None
@@ -336,7 +338,7 @@ class Computation:
             threshold.see_x(flat, weights.activated, _bias(block.activated))
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         goes_past = not trains and not traced and _is_plain(x)
-        op = cpu.mlp if goes_past else mlp
+        op = native_ops.mlp if goes_past else mlp
         limits = self._limits_of(route)
         z, r, up, _, index, offsets = op(*tensors, alpha, beta, mix, dropout, trains, *limits)
         if not traced:

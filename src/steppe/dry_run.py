@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from steppe.errors import AccelerationError
 from steppe.linear import linear_weight
-from steppe.ops.calls import DTYPES
-from steppe.ops.native import kernels
+from steppe.ops.cpu.calls import DTYPES
+from steppe.ops.cpu.library import kernels
 from steppe.routing import HOOKS, Route, Trial
 
 _TOKENS = 6

@@ -13,10 +13,10 @@ from torch import nn
 from steppe.computation import Computation
 from steppe.errors import AccelerationError
 from steppe.linear import linear_weight
-from steppe.ops import cpu, dispatch
-from steppe.ops.native import Kernels, kernels
+from steppe.ops.cpu import dispatch, native_ops
+from steppe.ops.cpu.library import Kernels, kernels
+from steppe.ops.cpu.writes import unseen
 from steppe.ops.outcome import SCREENED, SPARSE, Outcome
-from steppe.ops.writes import unseen
 from steppe.routing import Route
 from steppe.runtime import acceleration_of
 
@@ -170,7 +170,7 @@ def _explain(route: Route) -> BlockExplanation:
     most, share = asked
     if most is None:
         most = dispatch.max_density_for(last.rows, width, dtype, last.trains)
-    share = cpu.screen_limit(last.rows, width, dtype, last.trains, share)
+    share = native_ops.screen_limit(last.rows, width, dtype, last.trains, share)
     has_run = last.how != NEVER
     sources = [_ASKED] if asked[0] is not None else []
     if None in asked:

@@ -15,8 +15,8 @@ from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
 from steppe.linear import is_linear, linear_weight
-from steppe.ops.calibration import use_remembered
-from steppe.ops.packing import declare_final
+from steppe.ops.cpu.calibration import use_remembered
+from steppe.ops.cpu.copies import declare_final
 from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
 from steppe.routing import Route, owners_of

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steppe.ops import calls, reference, registry
-from steppe.ops.calls import DECODE_ROWS, Support
-from steppe.ops.dispatch import MARGIN, max_candidates_for, max_density_for
-from steppe.ops.few import FewBlock, why_not_laid_out
-from steppe.ops.native import load
-from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
-from steppe.ops.packing import keeps, kept_panels, kept_screen
-from steppe.ops.reference import Rule, Weights
-from steppe.ops.registry import Seven, no_list, only_needed, rule_of
-from steppe.ops.screened import (
+from steppe.ops import mlp as mlp_op
+from steppe.ops import products, reference
+from steppe.ops.cpu import calls, memory
+from steppe.ops.cpu.calls import DECODE_ROWS, Support
+from steppe.ops.cpu.copies import keeps, kept_panels, kept_screen
+from steppe.ops.cpu.decode import FewBlock, why_not_laid_out
+from steppe.ops.cpu.dispatch import MARGIN, max_candidates_for, max_density_for
+from steppe.ops.cpu.library import load
+from steppe.ops.cpu.screen import (
     MAX_WIDTH,
     Candidates,
     compact_product,
@@ -25,6 +24,9 @@ from steppe.ops.screened import (
     sample,
     screen_of,
 )
+from steppe.ops.mlp import Seven, no_list, only_needed, rule_of
+from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
+from steppe.ops.reference import Rule, Weights
 
 _LEAST_WIDTH = 256  # of narrower blocks all is done so soon that screening gains little or nothing
 _UNITS_SAMPLED = 32  # one unit in so many is looked at first
@@ -63,7 +65,7 @@ def screen_limit(
     return max_candidates_for(rows, dtype, trains) if width >= _LEAST_WIDTH else 0.0
 
 
-@registry.compact.register_kernel("cpu")
+@products.compact.register_kernel("cpu")
 def _(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not runs(p):
         return reference.compact(p)
@@ -73,7 +75,7 @@ def _(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, support.index, support.offsets
 
 
-@registry.spmm.register_kernel("cpu")
+@products.spmm.register_kernel("cpu")
 def _(values: Tensor, index: Tensor, offsets: Tensor, rows: int, matrix: Tensor) -> Tensor:
     if not runs(values, matrix):
         return reference.spmm(values, index, offsets, rows, matrix)
@@ -81,7 +83,7 @@ def _(values: Tensor, index: Tensor, offsets: Tensor, rows: int, matrix: Tensor)
     return calls.spmm(values.contiguous(), support, matrix)
 
 
-@registry.spmm_t.register_kernel("cpu")
+@products.spmm_t.register_kernel("cpu")
 def _(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, columns: int) -> Tensor:
     if not runs(values, matrix):
         return reference.spmm_t(values, index, offsets, matrix, columns)
@@ -90,7 +92,7 @@ def _(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, columns: i
     return calls.spmm(turned_values, turned, matrix)
 
 
-@registry.sampled.register_kernel("cpu")
+@products.sampled.register_kernel("cpu")
 def _(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if not runs(left, right):
         return reference.sampled(index, offsets, left, right)
@@ -98,7 +100,7 @@ def _(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return calls.sampled(support, calls.pack(left), right)
 
 
-@registry.mlp.register_kernel("cpu")
+@mlp_op.mlp.register_kernel("cpu")
 def mlp(
     x: Tensor,
     activated: Tensor,
@@ -115,7 +117,7 @@ def mlp(
     max_density: float | None,
     max_candidates: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `registry.mlp`."""
+    """See `mlp_op.mlp`."""
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     rule = rule_of(alpha, beta, mix, dropout)
     if not runs(x, *weights):
@@ -144,7 +146,7 @@ def mlp(
         tokens = x if calls.rows_are_contiguous(x) else x.contiguous()
         found = find(tokens, activated, activated_bias, share)
     if found is None:
-        p = reference.linear(x, activated, activated_bias, calls.scratch("p", (rows, columns), x))
+        p = reference.linear(x, activated, activated_bias, memory.scratch("p", (rows, columns), x))
         listed = calls.compact(p, most)
         if listed is None:
             note(Outcome(DENSE, rows, trains=trains, reason=_too_many(most), is_too_dense=True))
@@ -252,7 +254,7 @@ def _decode(
     return z, r.flatten(), up_values.flatten(), rule.draw_kept(x)
 
 
-@registry.mlp_backward.register_kernel("cpu")
+@mlp_op.mlp_backward.register_kernel("cpu")
 def _(
     grad_z: Tensor,
     x: Tensor,
@@ -276,7 +278,7 @@ def _(
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     rule = rule_of(alpha, beta, mix, dropout)
     if not offsets.numel() or not runs(grad_z, x, *weights):
-        return registry.reference_backward(
+        return mlp_op.reference_backward(
             grad_z, x, weights, rule, r, up_values, kept, index, offsets, needs
         )
     support = Support(index, offsets, x.shape[0], down.shape[0])
