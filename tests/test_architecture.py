@@ -62,6 +62,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Neither of a pair sees the other.
 STRANGERS = (("steppe.measures", "steppe.plugins"), ("steppe.report", "steppe.training"))
+# Who may know of one kind of device; all others ask `steppe.ops.backend`.
+DEVICES: dict[str, tuple[str, ...]] = {
+    "steppe.ops.cpu": (
+        "steppe.ops.backend",
+        "steppe.ops.cpu",
+        "steppe.bench",
+        "steppe.commands",
+        "steppe.explanation",
+        "steppe.public",
+        "steppe.report.calibration_table",
+    ),
+    "steppe.ops.cuda": ("steppe.ops.cuda",),
+}
 # Who may import what is heavy, or belongs to one job.
 HOMES: dict[str, tuple[str, ...]] = {
     "accelerate": ("steppe.training",),
@@ -207,7 +220,7 @@ def floor_of(name: str) -> int | None:
 
 
 def wrong_imports(sources: Mapping[str, str]) -> list[str]:
-    """Every import that breaks `FLOORS`, `STRANGERS` or `HOMES`, as ``importer → imported``."""
+    """Every import that breaks a rule above, as ``importer → imported``."""
     wrong = []
     for importer, source in sources.items():
         own = floor_of(importer)
@@ -215,6 +228,10 @@ def wrong_imports(sources: Mapping[str, str]) -> list[str]:
             if is_below(imported, "steppe"):
                 floor = floor_of(imported)
                 bad = imported not in SOURCES or own is None or floor is None or floor > own
+                bad |= any(
+                    is_below(imported, device) and not any(is_below(importer, h) for h in homes)
+                    for device, homes in DEVICES.items()
+                )
                 bad |= any(
                     (is_below(importer, one) and is_below(imported, other))
                     or (is_below(importer, other) and is_below(imported, one))
@@ -324,6 +341,9 @@ def test_the_check_for_cycles_can_fail(importer: str, line: str) -> None:
         ("steppe.blocks", "def f():\n    from steppe.cli import main", "steppe.cli"),
         ("steppe.errors", "from steppe.nowhere import thing", "steppe.nowhere"),
         ("steppe.errors", "from .files import write_file", "."),
+        ("steppe.computation", "from steppe.ops.cpu import calls", "steppe.ops.cpu.calls"),
+        ("steppe.ops.mlp", "from steppe.ops.cpu import calls", "steppe.ops.cpu.calls"),
+        ("steppe.ops.cpu.calls", "import steppe.ops.cuda.pack", "steppe.ops.cuda.pack"),
         ("steppe.measures.watch", "import steppe.plugins.base", "steppe.plugins.base"),
         ("steppe.plugins.constrain", "from steppe.measures import density", "steppe.measures.d"),
         ("steppe.training.demo", "from steppe.report import demo_table", "steppe.report"),

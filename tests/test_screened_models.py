@@ -17,11 +17,10 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import models
 import steppe
-from steppe.computation import Computation
 from steppe.ops.cpu import copies, native_ops, screen
+from steppe.ops.cpu.block import CpuBlock
 from steppe.ops.cpu.decode import FewCall
 from steppe.ops.cpu.library import kernels
-from steppe.routing import Route
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 pytestmark = [
@@ -77,7 +76,7 @@ def screen_(model: nn.Module) -> nn.Module:
 def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The share of candidates of each screened call, of many rows and of few."""
     SEEN.clear()
-    run, run_again = FewCall.run, Computation.run_again
+    run, run_again = FewCall.run, CpuBlock.run_again
 
     def see(call: FewCall | None) -> None:
         share = math.nan if call is None else call.outcome().candidates
@@ -95,14 +94,14 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         see(None if done is None else call)
         return done
 
-    def running_again(computation: Computation, route: Route, x: Tensor) -> Tensor | None:
-        z = run_again(computation, route, x)
-        see(None if z is None else computation._stock)
+    def running_again(block: CpuBlock, x: Tensor) -> Tensor | None:
+        z = run_again(block, x)
+        see(None if z is None else block._repeated)
         return z
 
     monkeypatch.setattr(native_ops, "find_candidates", finding)
     monkeypatch.setattr(FewCall, "run", running)
-    monkeypatch.setattr(Computation, "run_again", running_again)
+    monkeypatch.setattr(CpuBlock, "run_again", running_again)
     return SEEN
 
 
