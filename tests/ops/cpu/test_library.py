@@ -158,7 +158,7 @@ def run(script: str, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, **environment},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=120,
