@@ -42,6 +42,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.ops.calibration",),
     ("steppe.ops",),
     ("steppe.activations",),
+    ("steppe.experts",),
     ("steppe.linear", "steppe.patterns", "steppe.record", "steppe.schema"),
     ("steppe.candidates",),
     ("steppe.blocks", "steppe.recognition", "steppe.swapping"),

@@ -6,19 +6,24 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from steppe.candidates import Candidate, candidates, listed, share_of
 from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning, SparsificationError
+from steppe.experts import Expert, ExpertLayer, experts_of
 from steppe.linear import linear_shape
-from steppe.patterns import PATTERNS, BlockPattern
+from steppe.patterns import OTHER_MLP_NORMS, PATTERNS, BlockPattern
 from steppe.record import config_of, unapplied
 
 # Wrappers that hold one inner module under a name of their own, and leave its behaviour alone.
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
+
+# Norms whose output a layer's router and experts read, where none of the others is beside them.
+_EXPERTS_NORMS = ("post_attention_layernorm", "pre_ff_layernorm", "ffn_norm")
 
 # Parameters of the forward of what is told about tokens, and of a tower that makes its own.
 _TOKENS = {"input_ids", "inputs_embeds", "src_key_padding_mask"}
@@ -55,6 +60,7 @@ class MLPBlock:
         act_slot: the attribute that holds `act`.
         act_flags: attributes of the owner to override when `act` changes.
         stack: what tells the token positions and the padding, or None.
+        is_routed: whether the block is an expert: its tokens are those that are routed to it.
     """
 
     name: str
@@ -72,6 +78,7 @@ class MLPBlock:
     act_slot: Slot = field(repr=False)
     act_flags: tuple[tuple[Slot, object], ...] = field(repr=False)
     stack: nn.Module | None = field(repr=False)
+    is_routed: bool = field(repr=False, default=False)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -211,8 +218,11 @@ def _all_blocks(root: nn.Module, patterns: Sequence[BlockPattern]) -> list[MLPBl
     blocks: list[MLPBlock] = []
     seen: set[int] = set()
     for name, owner in root.named_modules():
-        if _wrapped(owner) is not None:
+        if _wrapped(owner) is not None or isinstance(owner, Expert | ExpertLayer):
             continue
+        for expert in _expert_blocks(root, name, owner):
+            seen.add(id(expert.up))
+            blocks.append(expert)
         for pattern in patterns:
             block = _match(root, name, owner, pattern)
             if block is not None and id(block.up) not in seen:
@@ -406,6 +416,42 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         act_flags=tuple((Slot(owner, flag), value) for flag, value in pattern.act_flags),
         stack=_stack_of(root, name),
     )
+
+
+def _expert_blocks(root: nn.Module, name: str, owner: nn.Module) -> Iterator[MLPBlock]:
+    """The blocks of the experts that `owner` has the weights of, if it has any."""
+    experts = experts_of(owner)
+    if experts is None:
+        return
+    stack = _stack_of(root, name)
+    norms = (
+        norm
+        for ancestor in islice(_ancestors(root, name), 1, 3)
+        if not any(hasattr(ancestor, other) for other in OTHER_MLP_NORMS)
+        for path in _EXPERTS_NORMS
+        if isinstance(norm := _part(ancestor, path), nn.Module)
+    )
+    norm = next(norms, None)
+    for number, expert in enumerate(experts.each):
+        act_slot = Slot(expert, "act")
+        yield MLPBlock(
+            name=f"{_plain_name(name) or type(owner).__name__}.{number}",
+            norm=norm,
+            up=expert.up,
+            gate=expert.gate,
+            act=see_through(getattr(act_slot.module, act_slot.name)),
+            down=expert.down,
+            dropout=None,
+            d_model=expert.width,
+            d_hidden=expert.hidden,
+            family=f"experts of {type(owner).__name__}",
+            norm_is_shared=norm is not None,  # by the router
+            token_dim=1,
+            act_slot=act_slot,
+            act_flags=(),
+            stack=stack,
+            is_routed=True,
+        )
 
 
 def _stack_of(root: nn.Module, name: str) -> nn.Module | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from steppe.experts import Expert, ExpertLayer
 from steppe.linear import linear_shape, linear_weight
 
 _ATTENTION = ("attn", "attention", "lora_", "base_layer")  # in a dotted name
@@ -85,7 +86,9 @@ def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Can
     linears = {
         name: shape
         for name, module in _without_attention(root)
-        if (shape := linear_shape(module)) is not None and id(module) not in known
+        if (shape := linear_shape(module)) is not None
+        and id(module) not in known
+        and not isinstance(module, ExpertLayer)
     }
     found: list[Candidate] = []
     used: set[str] = set()
@@ -104,7 +107,8 @@ def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Can
                 break
         for owner in owners:
             earlier[owner].append(down)
-    return [*found, *_experts(root)]
+    experts = {id(module.experts.module) for module in covered if isinstance(module, ExpertLayer)}
+    return [*found, *_experts(root, experts)]
 
 
 def share_of(blocks_layers: Iterable[nn.Module], left: Iterable[Candidate]) -> float:
@@ -200,9 +204,11 @@ def is_activation(value: object) -> bool:
     )
 
 
-def _experts(root: nn.Module) -> Iterator[Candidate]:
+def _experts(root: nn.Module, known: Collection[int]) -> Iterator[Candidate]:
     """Modules whose experts lie in tensors of three dimensions, the first of which counts them."""
     for owner, module in root.named_modules():
+        if id(module) in known or isinstance(module, Expert | ExpertLayer):
+            continue
         tensors = {
             name: tuple(parameter.shape)
             for name, parameter in module.named_parameters(recurse=False)

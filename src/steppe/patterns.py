@@ -68,7 +68,7 @@ _NO_NORM = ("Swinv2", "SwinTransformerV2", "ResPostBlock", "MobileBert", "FFNLay
 
 # Where a layer has one of these, its post_attention_layernorm is not what the MLP reads (Gemma 2,
 # OLMo 2, AFMoE) or not by the MLP alone (nomic-bert).
-_OTHER_MLP_NORMS = (
+OTHER_MLP_NORMS = (
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
     "pre_mlp_layernorm",
@@ -151,7 +151,7 @@ def _gpt2(layer: Any) -> bool:
 def _reads_post_attention_norm(layer: Any) -> bool:
     return (
         _has(layer, "input_layernorm")
-        and not any(_has(layer, name) for name in _OTHER_MLP_NORMS)
+        and not any(_has(layer, name) for name in OTHER_MLP_NORMS)
         and _has_nothing_between(layer)
     )
 
@@ -159,7 +159,7 @@ def _reads_post_attention_norm(layer: Any) -> bool:
 def _is_parallel(layer: Any) -> bool:
     """The MLP reads the norm that attention reads."""
     return not any(
-        _has(layer, name) for name in ("post_attention_layernorm", "ln_mlp", *_OTHER_MLP_NORMS)
+        _has(layer, name) for name in ("post_attention_layernorm", "ln_mlp", *OTHER_MLP_NORMS)
     )
 
 

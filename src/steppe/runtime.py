@@ -154,6 +154,7 @@ def _route(
     journal = Journal(transient=True)
     try:
         journal.hold_nested_tensors_off(root)
+        journal.hold_experts(blocks)
         computations = [
             Computation(block, settings.max_density, settings.max_candidates) for block in blocks
         ]

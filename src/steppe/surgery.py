@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from steppe.blocks import Slot, find_nested_tensor_encoders
+from steppe.blocks import MLPBlock, Slot, find_nested_tensor_encoders
+from steppe.experts import ExpertLayer
 from steppe.swapping import (
     OwnHook,
     Reviver,
@@ -34,6 +36,12 @@ from steppe.swapping import (
 )
 
 _HOLDS = "_steppe_holds"  # on a module: attribute → (number of holders, old value)
+
+
+class _Value(Enum):
+    """In place of a value that there is none of; the same one in every copy."""
+
+    ABSENT = auto()
 
 
 class _Edit(ABC):
@@ -115,6 +123,8 @@ class _HoldEdit(_SlotEdit):
         holders, old = holds.pop(name)
         if holders > 1:
             holds[name] = (holders - 1, old)
+        elif old is _Value.ABSENT:
+            delattr(module, name)
         else:
             setattr(module, name, old)
         if holds:
@@ -171,10 +181,11 @@ class Journal:
     def hold_attribute(self, slot: Slot, value: object) -> None:
         """Give an attribute another value for as long as any journal wants it so.
 
-        All must want the same value; the last one to let go brings the old one back.
+        It may be one that the module itself does not have. All must want the same value; the last
+        one to let go brings the old one back.
         """
         holds = slot.module.__dict__.get(_HOLDS, {})
-        holders, old = holds.get(slot.name, (0, getattr(slot.module, slot.name)))
+        holders, old = holds.get(slot.name, (0, slot.module.__dict__.get(slot.name, _Value.ABSENT)))
         setattr(slot.module, slot.name, value)
         slot.module.__dict__[_HOLDS] = {**holds, slot.name: (holders + 1, old)}
         self._note(_HoldEdit(slot))
@@ -183,6 +194,25 @@ class Journal:
         """Keep ``nn.TransformerEncoder`` from nested tensors, on which layers with hooks fail."""
         for encoder in find_nested_tensor_encoders(model):
             self.hold_attribute(Slot(encoder, "use_nested_tensor"), False)
+
+    def hold_experts(self, blocks: Sequence[MLPBlock]) -> None:
+        """Let experts run as blocks: below the module that has their weights, and called by it.
+
+        Args:
+            blocks: of which those that are such experts matter.
+
+        Raises:
+            UnfitBlockError: the module computes something else.
+        """
+        layers = [block.down for block in blocks if isinstance(block.down, ExpertLayer)]
+        for experts in {id(layer.experts): layer.experts for layer in layers}.values():
+            module = experts.module
+            if "forward" not in module.__dict__:
+                experts.require_agreement()
+            for number, expert in enumerate(experts.each):
+                expert.train(module.training)
+                self.hold_attribute(Slot(module, str(number)), expert)
+            self.hold_attribute(Slot(module, "forward"), experts.forward)
 
     def added_parameters(self) -> list[Slot]:
         """Where the registered parameters are."""

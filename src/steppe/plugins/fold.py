@@ -75,6 +75,11 @@ def fold_(model: nn.Module) -> nn.Module:
 def _check(threshold: Threshold) -> None:
     """Refuse a threshold that is not known yet, or a bias that is not whole."""
     block = threshold.block
+    if block.is_routed and not isinstance(linear_weight(block.activated), nn.Parameter):
+        raise SparsificationError(
+            f"fold_: {block.name} has its weights in a tensor of all experts, which has no bias to"
+            " fold a threshold into. Keep the threshold: accelerate_ takes it as it is"
+        )
     if not bool(threshold.deviation.any()):
         raise SparsificationError(
             f"fold_: {block.name} has seen no training batch, so its threshold is not known. Train"
