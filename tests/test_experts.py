@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,12 @@ def test_densities_are_those_of_the_routed_tokens(build: Any) -> None:
     assert sum(reports[b.name].tokens for b in experts_in(model)) == int(counted.sum()) * 4
 
 
+def keep(kept: dict[str, Any], name: str, module: Any, args: Any, p: Tensor) -> None:
+    """Forward hook on a gate."""
+    p.retain_grad()
+    kept[name] = args[0].detach(), p
+
+
 def test_flatness_is_that_of_the_gradients_of_each_samples_own_loss() -> None:
     model = qwen().double()
     inputs = batch()
@@ -182,15 +189,11 @@ def test_flatness_is_that_of_the_gradients_of_each_samples_own_loss() -> None:
         with steppe.watch(model):  # the experts are modules meanwhile
             blocks = experts_in(model)
             kept: dict[str, tuple[Tensor, Tensor]] = {}
-            handles = []
-            for block in blocks:
-                assert block.gate is not None
-
-                def keep(m: Any, args: Any, p: Tensor, name: str = block.name) -> None:
-                    p.retain_grad()
-                    kept[name] = args[0].detach(), p
-
-                handles.append(block.gate.register_forward_hook(keep))
+            handles = [
+                layer.register_forward_hook(partial(keep, kept, block.name))
+                for block in blocks
+                if (layer := block.gate) is not None
+            ]
             model(**own).loss.backward()
             for handle in handles:
                 handle.remove()
@@ -201,14 +204,14 @@ def test_flatness_is_that_of_the_gradients_of_each_samples_own_loss() -> None:
                 everything = torch.ones(len(x), dtype=torch.bool)
                 found[block.name].append(flatness_row(x, p.grad, (p > 0) * 1.0, everything))
                 layer: Any = block.gate
-                whole = layer.parameter.grad[layer.expert][slice(*layer.rows)]
+                whole = layer.held[0][0][layer.source].grad[layer.expert][slice(*layer.rows)]
                 weights[block.name].append(float(whole.square().sum()))
     for name, rows in found.items():
         report = reports[name]
         assert report.samples == len(rows)
-        assert report.AF_gate == pytest.approx(sum(row[3] for row in rows) / len(rows), rel=1e-9)
+        assert report.AF_gate == pytest.approx(sum(row[3] for row in rows) / len(rows), rel=1e-5)
         assert report.squared_gradient_norm_gate == pytest.approx(
-            sum(weights[name]) / len(rows), rel=1e-9
+            sum(weights[name]) / len(rows), rel=1e-5
         )
         assert report.derivative_density_by_identity == pytest.approx(
             report.derivative_density, rel=1e-12
@@ -221,9 +224,7 @@ def test_measure_leaves_out_experts_that_no_token_reached() -> None:
     report = steppe.measure(model, [batch(rows=2, length=3, padded=False)], labels="model")
     tokens = {block.name: block.tokens for block in report.blocks[1:]}
     assert sum(tokens.values()) == 2 * 2 * 6
-    assert all(
-        (block.AF_up != block.AF_up) == (block.tokens == 0) for block in report.blocks[1:]
-    )
+    assert all((block.AF_up != block.AF_up) == (block.tokens == 0) for block in report.blocks[1:])
 
 
 def test_gradients_of_parameters_are_those_of_the_plain_model() -> None:
@@ -300,7 +301,7 @@ def test_thresholds_are_of_each_experts_own_tokens() -> None:
         model(**inputs)
     steppe.sparsify_(model, [steppe.RisingThreshold()])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    steppe.constrain_(model, optimizer)
+    steppe.constrain_(model, optimizer, total_steps=4)
     model(**inputs).loss.backward()
     optimizer.step()
     state = model.state_dict()
@@ -318,9 +319,7 @@ def test_the_penalty_is_of_each_experts_own_tokens() -> None:
     counted = inputs["attention_mask"].flatten() != 0
     with Seen(model) as seen:
         plain = model(**inputs).loss
-    steppe.sparsify_(
-        model, [steppe.ActivationPenalty(0.25)], where=lambda block: block.is_routed
-    )
+    steppe.sparsify_(model, [steppe.ActivationPenalty(0.25)], where=lambda block: block.is_routed)
     loss = steppe.penalize(model(**inputs).loss, model)
     means = [
         a[counted[seen.rows[name]]].abs().sum(-1).mean() for name, a in seen.a.items() if len(a)
@@ -329,24 +328,24 @@ def test_the_penalty_is_of_each_experts_own_tokens() -> None:
 
 
 def test_what_does_not_fit_experts_is_refused_by_name() -> None:
-    model = qwen()
+    model: Any = qwen()
     with pytest.raises(UnfitBlockError, match=r"experts\.0: is an expert"):
         steppe.sparsify_(model, [steppe.ZerothBias()])
     with pytest.raises(UnfitBlockError, match=r"experts\.0: the norm is read by others"):
         steppe.sparsify_(model, [steppe.RestrictedNorm()])
     steppe.sparsify_(model, [steppe.RisingThreshold()])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    steppe.constrain_(model, optimizer)
+    steppe.constrain_(model, optimizer, total_steps=4)
     model(**batch()).loss.backward()
     optimizer.step()
     with pytest.raises(SparsificationError, match="no bias to fold"):
         steppe.fold_(model)
-    block = experts_in(model)[0]
-    with pytest.raises(TokenPositionError, match="outside of a call of its experts"):
-        with steppe.watch(model):
-            block.down(block.up(torch.zeros(3, WIDTH)))
-            assert block.gate is not None
-            block.gate(torch.zeros(3, WIDTH))
+    expert = experts_of(model.model.layers[1].mlp.experts).each[0]
+    with (
+        steppe.watch(model),
+        pytest.raises(TokenPositionError, match="outside of a call of its experts"),
+    ):
+        expert(torch.zeros(3, WIDTH))
 
 
 def test_a_norm_that_all_experts_read_has_one_floor() -> None:
@@ -354,7 +353,7 @@ def test_a_norm_that_all_experts_read_has_one_floor() -> None:
     steppe.sparsify_(model, [steppe.RestrictedNorm(allow_shared=True)])
     norm = model.model.layers[1].post_attention_layernorm
     optimizer = torch.optim.SGD([norm.weight], lr=1.0)
-    steppe.constrain_(model, optimizer)
+    steppe.constrain_(model, optimizer, total_steps=4)
     norm.weight.grad = torch.ones_like(norm.weight)
     optimizer.step()
     assert bool((norm.weight == 1.0).all())
@@ -393,7 +392,7 @@ def test_saved_and_loaded_with_what_was_put_in(tmp_path: Path) -> None:
                 value.uniform_(0.1, 1.0)
         expected = model(**inputs).logits
     model.save_pretrained(tmp_path)
-    loaded = steppe.load_pretrained(tmp_path).eval()
+    loaded = steppe.load_pretrained(Qwen3MoeForCausalLM.from_pretrained, tmp_path).eval()
     assert list(loaded.state_dict()) == list(model.state_dict())
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, expected)
@@ -434,6 +433,75 @@ class Routed(nn.Module):
         shares, chosen = self.router(x).softmax(-1).topk(2)
         output: Tensor = self.experts(tokens=x, shares=shares, chosen=chosen)
         return output
+
+
+def run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return output.logits.detach(), grads
+
+
+@pytest.mark.parametrize("plugins", [False, True], ids=["plain", "with plug-ins"])
+@pytest.mark.parametrize("build", [qwen, mixtral])
+def test_accelerated_is_the_same_forward_and_backward(build: Any, plugins: bool) -> None:
+    model = build()
+    inputs = batch()
+    if plugins:
+        steppe.sparsify_(model, [steppe.JumpingSquaredReLU(ramp=0.5), steppe.RisingThreshold()])
+        steppe.advance_(model, 0.25)
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                if name.endswith("threshold.deviation"):
+                    value.uniform_(0.1, 0.3)
+    expected, wanted = run(model, inputs)
+    held = list(states(model))
+    keys = list(model.state_dict())
+    steppe.accelerate_(model, max_density=1.0)
+    assert list(model.state_dict()) == keys
+    run(model, inputs)  # looks at the wiring
+    logits, grads = run(model, inputs)
+    told = steppe.explain(model).blocks
+    assert all(block.is_sparse for block in told), [block.reason for block in told]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert grads.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    with steppe.watch(model) as monitor, torch.no_grad():
+        model(**inputs)
+    with torch.no_grad():
+        model.eval()
+        eager = model(**inputs).logits
+        for _ in range(3):
+            torch.testing.assert_close(
+                model(input_ids=inputs["input_ids"][:, :1]).logits, eager[:, :1]
+            )
+    assert monitor.report().blocks[-1].tokens > 0
+    steppe.restore_(model)
+    if not plugins:
+        assert list(states(model)) == held
+
+
+def test_a_hook_of_others_on_the_shared_activation_is_called() -> None:
+    model: Any = qwen(num_hidden_layers=2)
+    inputs = batch()
+    expected = model(**inputs).logits
+    steppe.accelerate_(model, max_density=1.0)
+    model(**inputs)
+    widths: list[int] = []
+    act = model.model.layers[1].mlp.experts.act_fn
+    handle = act.register_forward_hook(lambda m, args, a: widths.append(a.shape[-1]))
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+    assert widths == [HIDDEN] * EXPERTS
+    handle.remove()
+    widths.clear()
+    model(**inputs)
+    assert not widths
+    model.model.layers[1].mlp.experts.act_fn = nn.SiLU()
+    changed = model(**inputs).logits
+    steppe.restore_(model)
+    torch.testing.assert_close(model(**inputs).logits, changed, rtol=1e-5, atol=1e-5)
 
 
 def test_experts_of_ones_own_with_the_last_dimensions_swapped_and_biases() -> None:

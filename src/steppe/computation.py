@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from steppe.blocks import MLPBlock
-from steppe.linear import linear_weight
+from steppe.experts import ExpertLayer
+from steppe.linear import held_by, linear_weight
 from steppe.ops import cpu
 from steppe.ops.calls import DECODE_ROWS, DTYPES, scratch, threads
 from steppe.ops.dispatch import Habit, generation, max_density_for, pays
@@ -62,7 +63,7 @@ class Computation:
         self._sigma = sigma_of(block)
         self._is_transposed = [is_conv1d(layer) for layer in block.layers]
         self._shape = block.d_model, block.d_hidden
-        self._held = [layer._parameters for layer in block.layers]
+        self._held = [held_by(layer) for layer in block.layers]
         self._few: FewBlock | None = None
         self._last: _Step | None = None
         self._stock: FewCall | None = None  # the last call that may be made again
@@ -154,9 +155,9 @@ class Computation:
         trains = torch.is_grad_enabled() and (
             x.requires_grad
             or any(
-                part is not None and part.requires_grad
+                (part := parameters.get(name)) is not None and part.requires_grad
                 for held in self._held
-                for part in held.values()
+                for parameters, name in held
             )
         )
         if self._unkept and rows <= DECODE_ROWS and not trains and self._are_the_same():
@@ -192,8 +193,8 @@ class Computation:
             return f"its input is a {type(x).__name__}"
         if dtype not in DTYPES:
             return f"there are no kernels for {dtype}"
-        for held in self._held:
-            weight = held.get("weight")
+        for (parameters, name), *_ in self._held:
+            weight = parameters.get(name)
             if weight is None:  # a parametrization makes it
                 continue
             if type(weight) not in _PLAIN and not traced:
@@ -285,9 +286,9 @@ class Computation:
         if not self._are_the_same():
             self._unkept = ""
             self._parameters = [
-                (layer._parameters, name, layer._parameters.get(name))
-                for layer in block.layers
-                for name in ("weight", "bias")
+                (parameters, name, parameters.get(name))
+                for held in self._held
+                for parameters, name in held
             ]
             return None
         sources = self._bias_sources()
@@ -296,8 +297,10 @@ class Computation:
             return None
         mark = marks_of(sources)  # before the bias is made of them
         layers: list[Any] = block.layers
-        actual = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-        known = [parameter for _, _, parameter in self._parameters]
+        # What an expert's are parts of is looked at in `_are_the_same`.
+        own = [layer for layer in layers if not isinstance(layer, ExpertLayer)]
+        actual = [tensor for layer in own for tensor in (layer.weight, layer.bias)]
+        known = [layer._parameters.get(name) for layer in own for name in ("weight", "bias")]
         weights = self._weights(with_threshold=not route.trial)
         if (
             not all(map(operator.is_, known, actual))  # a parametrization makes them anew each time

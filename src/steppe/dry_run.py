@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from steppe.errors import AccelerationError
-from steppe.linear import linear_weight
+from steppe.experts import ExpertLayer
+from steppe.linear import held_by, linear_weight
 from steppe.ops.calls import DTYPES
 from steppe.ops.native import kernels
 from steppe.routing import HOOKS, Route, Trial
@@ -68,7 +69,7 @@ def _check(route: Route, training: bool, with_gradients: bool) -> None:
     is_ordinary = all(
         type(parameter) is nn.Parameter and parameter.device.type == "cpu"
         for layer in route.block.layers
-        for parameter in layer.parameters()
+        for parameter in [*layer.parameters(), *_parameters_of(layer).values()]
     )
     if not is_ordinary or weight.dtype not in DTYPES:
         return
@@ -121,12 +122,21 @@ def _run(owner: nn.Module, x: Tensor, with_gradients: bool) -> _Results:
     results = {_OUTPUT: z.detach()}
     if not with_gradients:
         return results
-    named = {"the input": x, **{n: p for n, p in owner.named_parameters() if p.requires_grad}}
+    parameters = dict(owner.named_parameters())
+    for module in owner.modules():
+        parameters.update(_parameters_of(module))
+    named = {"the input": x, **{n: p for n, p in parameters.items() if p.requires_grad}}
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.dtype)
     grads = torch.autograd.grad(z, list(named.values()), direction, allow_unused=True)
     for (name, tensor), grad in zip(named.items(), grads, strict=True):
         results[f"the gradient of {name}"] = torch.zeros_like(tensor) if grad is None else grad
     return results
+
+
+def _parameters_of(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Larger parameters that a layer computes with a part of; empty for most."""
+    held = held_by(layer) if isinstance(layer, ExpertLayer) else []
+    return {name: parameters[name] for parameters, name in held if name in parameters}
 
 
 def _first_tensor(output: Any) -> Tensor:

@@ -58,6 +58,12 @@ class Experts:
         )
         self.forward = ExpertsForward(self, list(inspect.signature(module.forward).parameters))
 
+    @property
+    def act(self) -> Callable[[Tensor], Tensor]:
+        """The activation of all experts, but for those that were given another."""
+        act: Callable[[Tensor], Tensor] = getattr(self.module, _ACT)
+        return act
+
     def tensor(self, name: str, expert: int) -> Tensor:
         """What an expert has of one of the module's tensors.
 
@@ -99,7 +105,8 @@ class Experts:
         index = index.to(down.device)
         weights = torch.rand(_TRIED, chosen, generator=generator).to(down)
         with torch.no_grad():
-            own = type(self.module).forward(self.module, x, index, weights)
+            # Without what Transformers wraps around it, which takes fewer dtypes.
+            own = inspect.unwrap(type(self.module).forward)(self.module, x, index, weights)
             ours = self.forward(x, index, weights)
         error = (own.double() - ours.double()).norm() / own.double().norm().clamp(min=1e-30)
         if not error <= _TOLERANCE.get(down.dtype, _ROUGH):  # NaN too
@@ -157,10 +164,10 @@ class ExpertLayer(nn.Module):
         return self.rows == (0, len(tensor))
 
     @property
-    def parameter(self) -> Tensor:
-        """The tensor of all experts that the weight is a part of."""
-        whole: Tensor = getattr(self.experts.module, self.source)
-        return whole
+    def held(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the tensors are that W and b are parts of."""
+        parameters: dict[str, Any] = self.experts.module._parameters
+        return [(parameters, self.source), (parameters, f"{self.source}_bias")]
 
     def forward(self, x: Tensor) -> Tensor:
         """``[*, out]`` of ``[*, in]``."""
@@ -205,16 +212,32 @@ class Expert(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """The activation is that of all experts until this one gets another."""
         if name == "act" and name not in self._modules:
-            return getattr(self.experts.module, _ACT)
+            return self.experts.act
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """That of all experts is not kept here too."""
-        if name == "act" and value is getattr(self.experts.module, _ACT):
+        if name == "act" and value is self.experts.act:
             self._modules.pop(name, None)
             self.__dict__.pop(name, None)
         else:
             super().__setattr__(name, value)
+
+
+class SharedActivation(nn.Module):
+    """The activation of all experts as a module of one of them.
+
+    Args:
+        experts: whose activation.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, p: Tensor) -> Tensor:
+        """What that gives."""
+        return self.experts.act(p)
 
 
 class ExpertsForward:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steppe.experts import ExpertLayer
+
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """Input and output width of a linear layer.
@@ -27,12 +29,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def is_linear(kind: type[nn.Module]) -> bool:
     """Whether a class computes x Wᵀ + b and nothing else: ``nn.Linear``, not a subclass of it.
 
+    So does `ExpertLayer`, with W and b that are parts of larger tensors.
     Transformers' ``FalconLinear`` adds the bias after the product, with a forward of its own.
 
     Args:
         kind: the class.
     """
-    return kind is nn.Linear or (
+    return kind in (nn.Linear, ExpertLayer) or (
         kind.__name__ == "FalconLinear" and kind.__module__.startswith("transformers.")
     )
 
@@ -42,6 +45,21 @@ def linear_weight(module: nn.Module) -> Tensor:
     weight = getattr(module, "base_layer", module).weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def held_by(layer: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where the parameters are that a linear layer computes with, its own or larger ones.
+
+    Args:
+        layer: the layer.
+
+    Returns:
+        The dict of parameters and the name in it, of the weight and of the bias; there need not be
+        one under a name.
+    """
+    if isinstance(layer, ExpertLayer):
+        return layer.held
+    return [(layer._parameters, name) for name in ("weight", "bias")]
 
 
 def is_adapted(module: object) -> bool:

@@ -19,7 +19,7 @@ from steppe.ops.calibration import use_remembered
 from steppe.ops.packing import declare_final
 from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
-from steppe.routing import Route, owners_of
+from steppe.routing import Route, owners_of, places_of
 from steppe.surgery import Journal, forget_compiled_code
 from steppe.swapping import plain_class
 
@@ -159,9 +159,10 @@ def _route(
             Computation(block, settings.max_density, settings.max_candidates) for block in blocks
         ]
         routes = []
+        places = places_of(root)
         for owner, computation in zip(owners_of(root, blocks), computations, strict=True):
             routes.append(Route(computation.block, owner, computation))
-            routes[-1].lay(root, journal)
+            routes[-1].lay(places, journal)
         if settings.check:
             check_routes(routes)
         for layer in (layer for block in blocks for layer in block.layers):
