@@ -18,6 +18,8 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
 )
 
 import steppe
@@ -343,7 +345,7 @@ def test_what_does_not_fit_experts_is_refused_by_name() -> None:
     expert = experts_of(model.model.layers[1].mlp.experts).each[0]
     with (
         steppe.watch(model),
-        pytest.raises(TokenPositionError, match="outside of a call of its experts"),
+        pytest.raises(TokenPositionError, match=r"which of the tokens .* are is unknown"),
     ):
         expert(torch.zeros(3, WIDTH))
 
@@ -396,6 +398,159 @@ def test_saved_and_loaded_with_what_was_put_in(tmp_path: Path) -> None:
     assert list(loaded.state_dict()) == list(model.state_dict())
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, expected)
+
+
+def switch() -> nn.Module:
+    """An encoder and a decoder of two layers each, every second one with experts."""
+    torch.manual_seed(0)
+    config = SwitchTransformersConfig(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=HIDDEN,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=2,
+        num_experts=EXPERTS,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        expert_capacity=6,
+        dense_act_fn="relu",
+        dropout_rate=0.0,
+        router_jitter_noise=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
+    model = SwitchTransformersForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name:
+                parameter.normal_()
+    return model
+
+
+class ListedExpert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(WIDTH, HIDDEN, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.act_fn = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.w2(self.act_fn(self.w1(x)) * self.w3(x))
+        return output
+
+
+class ListedMoE(nn.Module):
+    """As the Mixtral of Transformers 4, every expert called even if it gets no token."""
+
+    def __init__(self, jitter: float = 0.0) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, EXPERTS)
+        self.experts = nn.ModuleList(ListedExpert() for _ in range(EXPERTS))
+        self.jitter = jitter
+        self.rows: list[Tensor] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = hidden.reshape(-1, WIDTH) * (1.0 + self.jitter)
+        shares, chosen = self.gate(x).softmax(-1).topk(2)
+        output = torch.zeros_like(x)
+        self.rows = []
+        for number, expert in enumerate(self.experts):
+            place, rows = torch.where((chosen == number).T)  # not in the order of the tokens
+            self.rows.append(rows)
+            output.index_add_(0, rows, expert(x[rows]) * shares[rows, place, None])
+        return output.view_as(hidden)
+
+
+class ListedModel(nn.Module):
+    def __init__(self, jitter: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.moe = ListedMoE(jitter)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        output: Tensor = self.moe(self.embedding(input_ids))
+        return output
+
+
+def test_the_tokens_of_experts_in_a_list_are_found() -> None:
+    torch.manual_seed(0)
+    model, inputs = ListedModel().double(), batch()
+    del inputs["labels"]
+    inputs["input_ids"][0, 3:6] = inputs["input_ids"][2, 2]  # equal rows
+    with steppe.watch(model, gradients=True, reduction="sum") as monitor:
+        model(**inputs).square().sum().backward()
+    reports = {block.name: block for block in monitor.report().blocks}
+    assert list(reports) == [f"moe.experts.{number}" for number in range(EXPERTS)]
+    counted = inputs["attention_mask"].flatten() != 0
+    taken: dict[str, Any] = {}
+    handles = [
+        expert.w1.register_forward_hook(partial(keep, taken, f"moe.experts.{number}"))
+        for number, expert in enumerate(model.moe.experts)
+        if isinstance(expert, ListedExpert)
+    ]
+    model(**inputs).square().sum().backward()
+    for handle in handles:
+        handle.remove()
+    for (name, report), rows in zip(reports.items(), model.moe.rows, strict=True):
+        (x, p), samples = taken[name], (rows // 9)
+        assert report.tokens == int(counted[rows].sum())
+        assert report.samples == len(samples[counted[rows]].unique())
+        sums = [0.0] * 7
+        for sample in range(3):
+            here = samples == sample
+            row = flatness_row(x[here], p.grad[here], (p[here] > 0) * 1.0, counted[rows][here])
+            sums = [total + value for total, value in zip(sums, row, strict=True)]
+        assert report.AF_gate == pytest.approx(sums[3] / report.samples, rel=1e-9)
+        assert report.squared_gradient_norm_gate == pytest.approx(
+            sums[6] / report.samples, rel=1e-9
+        )
+        assert report.density * report.tokens * HIDDEN == pytest.approx(sums[1])
+
+
+def test_tokens_that_were_changed_before_they_are_routed_are_refused() -> None:
+    model, inputs = ListedModel(jitter=0.01), batch()
+    del inputs["labels"]
+    with (
+        steppe.watch(model),
+        pytest.raises(TokenPositionError, match=r"moe\.experts\.0: .* ListedMoE .* unknown"),
+    ):
+        model(**inputs)
+
+
+def test_experts_of_switch_transformers() -> None:
+    model, inputs = switch(), batch(padded=False)
+    blocks = steppe.find_blocks(model, strict=True)
+    assert [block.is_routed for block in blocks] == [False, *[True] * 4, False, *[True] * 4]
+    assert all(block.norm is not None for block in blocks)
+    hidden: dict[str, Tensor] = {}
+    handles = [
+        block.down.register_forward_pre_hook(
+            lambda m, args, name=block.name: hidden.__setitem__(name, args[0].detach())
+        )
+        for block in blocks
+    ]
+    expected, wanted = run(model, inputs)
+    for handle in handles:
+        handle.remove()
+    held = list(states(model))
+    with steppe.watch(model, gradients=True) as monitor:
+        run(model, inputs)
+    for report in monitor.report().blocks:
+        a = hidden[report.name].flatten(0, -2)
+        assert report.tokens == len(a)
+        assert round(report.density * a.numel()) == int(a.count_nonzero())
+    steppe.sparsify_(model, [steppe.RisingThreshold(), steppe.RestrictedNorm(allow_shared=True)])
+    steppe.accelerate_(model, max_density=1.0)
+    run(model, inputs)
+    logits, grads = run(model, inputs)
+    assert all(block.is_sparse for block in steppe.explain(model).blocks)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+    steppe.restore_(model)
+    assert list(states(model)) == held
 
 
 class OwnExperts(nn.Module):

@@ -23,7 +23,9 @@ _WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped
 
 
 # Norms whose output a layer's router and experts read, where none of the others is beside them.
-_EXPERTS_NORMS = ("post_attention_layernorm", "pre_ff_layernorm", "ffn_norm")
+_EXPERTS_NORMS = (
+    *("post_attention_layernorm", "pre_ff_layernorm", "ffn_norm", "layer_norm", "ff_layer_norm"),
+)
 
 # Parameters of the forward of what is told about tokens, and of a tower that makes its own.
 _TOKENS = {"input_ids", "inputs_embeds", "src_key_padding_mask"}
@@ -60,7 +62,8 @@ class MLPBlock:
         act_slot: the attribute that holds `act`.
         act_flags: attributes of the owner to override when `act` changes.
         stack: what tells the token positions and the padding, or None.
-        is_routed: whether the block is an expert: its tokens are those that are routed to it.
+        routed_in: of an expert, the module that routes its tokens to it and others; None for what
+            is no expert.
     """
 
     name: str
@@ -78,7 +81,12 @@ class MLPBlock:
     act_slot: Slot = field(repr=False)
     act_flags: tuple[tuple[Slot, object], ...] = field(repr=False)
     stack: nn.Module | None = field(repr=False)
-    is_routed: bool = field(repr=False, default=False)
+    routed_in: nn.Module | None = field(repr=False, default=None)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the block is an expert: its tokens are those that are routed to it."""
+        return self.routed_in is not None
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -398,6 +406,11 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         return None
     if pattern.when is not None and not pattern.when(owner):
         return None
+    router = _router_of(root, name) if pattern.is_expert else None
+    if pattern.is_expert and router is None:
+        return None
+    if router is not None:
+        norm = _experts_norm(root, name.rpartition(".")[0])
     sequence_first = pattern.sequence_first is not None and pattern.sequence_first(owner)
     return MLPBlock(
         name=_plain_name(name) or type(owner).__name__,
@@ -410,11 +423,12 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         d_model=up_shape[0],
         d_hidden=up_shape[1],
         family=pattern.family,
-        norm_is_shared=pattern.norm_is_shared,
+        norm_is_shared=pattern.norm_is_shared or (router is not None and norm is not None),
         token_dim=0 if sequence_first else 1,
         act_slot=act_slot,
         act_flags=tuple((Slot(owner, flag), value) for flag, value in pattern.act_flags),
         stack=_stack_of(root, name),
+        routed_in=router,
     )
 
 
@@ -424,14 +438,7 @@ def _expert_blocks(root: nn.Module, name: str, owner: nn.Module) -> Iterator[MLP
     if experts is None:
         return
     stack = _stack_of(root, name)
-    norms = (
-        norm
-        for ancestor in islice(_ancestors(root, name), 1, 3)
-        if not any(hasattr(ancestor, other) for other in OTHER_MLP_NORMS)
-        for path in _EXPERTS_NORMS
-        if isinstance(norm := _part(ancestor, path), nn.Module)
-    )
-    norm = next(norms, None)
+    norm = _experts_norm(root, name)
     for number, expert in enumerate(experts.each):
         act_slot = Slot(expert, "act")
         yield MLPBlock(
@@ -450,8 +457,31 @@ def _expert_blocks(root: nn.Module, name: str, owner: nn.Module) -> Iterator[MLP
             act_slot=act_slot,
             act_flags=(),
             stack=stack,
-            is_routed=True,
+            routed_in=owner,
         )
+
+
+def _experts_norm(root: nn.Module, name: str) -> nn.Module | None:
+    """The norm whose output the experts in a module read, with the router; None if unknown."""
+    norms = (
+        norm
+        for ancestor in islice(_ancestors(root, name), 1, 3)
+        if not any(hasattr(ancestor, other) for other in OTHER_MLP_NORMS)
+        for path in _EXPERTS_NORMS
+        if isinstance(norm := _part(ancestor, path), nn.Module)
+    )
+    return next(norms, None)
+
+
+def _router_of(root: nn.Module, name: str) -> nn.Module | None:
+    """The module that runs the list of modules that `name` is in; None if it is in none."""
+    parent, _, _ = name.rpartition(".")
+    listed = root.get_submodule(parent)
+    if not isinstance(listed, nn.ModuleList | nn.ModuleDict) or not parent:
+        return None
+    if type(listed).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward):
+        return listed
+    return root.get_submodule(parent.rpartition(".")[0])
 
 
 def _stack_of(root: nn.Module, name: str) -> nn.Module | None:

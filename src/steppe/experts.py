@@ -1,9 +1,10 @@
-"""Experts whose weights lie in tensors of three dimensions, each as a block with layers of its own.
+"""Experts, each as a block with layers of its own, and which tokens are routed to it.
 
-A layer of an expert is a module whose weight is a part of somebody else's parameter. While a verb
-needs them, the experts hang below the module that has their weights, and its forward is a loop that
-calls one after the other with the tokens that are routed to it. Nothing is copied: the parameters,
-their names and their gradients stay where they are.
+The weights of many models' experts lie in tensors of three dimensions. A layer of an expert is then
+a module whose weight is a part of somebody else's parameter. While a verb needs them, the experts
+hang below the module that has their weights, and its forward is a loop that calls one after the
+other with the tokens that are routed to it. Nothing is copied: the parameters, their names and
+their gradients stay where they are.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -302,13 +303,13 @@ class Routing:
         self._counts: list[int] = counts.tolist()
         self._padded: tuple[int, Tensor, list[int]] | None = None
 
-    def __iter__(self) -> Iterator[tuple[int, Rows]]:
+    def __iter__(self) -> Iterator[tuple[int, RoutedRows]]:
         """The experts that have tokens, with those."""
         start = 0
         for expert, count in enumerate(self._counts):
             if count:
                 span = slice(start, start + count)
-                yield expert, Rows(self, expert, self._index[span], span)
+                yield expert, RoutedRows(self, expert, self._index[span], span)
             start += count
 
     def padded(self, samples: int) -> tuple[Tensor, list[int]]:
@@ -336,30 +337,140 @@ class Routing:
         return self._padded[1:]
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(ABC):
     """The tokens that are routed to one expert, in one call.
 
     Attributes:
+        index: int64 ``[n]``, which of the N tokens.
+        tokens: N.
+    """
+
+    index: Tensor
+    tokens: int
+
+    @abstractmethod
+    def padded(self, samples: int) -> tuple[Tensor, int]:
+        """Where each token goes if each sample's stand together, and the longest sample.
+
+        Args:
+            samples: S; each has as many of the N tokens as the others, one after the other.
+
+        Returns:
+            int64 ``[n]``, ``sample · longest + place``, and of how many tokens the longest is.
+        """
+
+
+class RoutedRows(Rows):
+    """Those of an expert whose weights lie beside those of the others.
+
+    Args:
         routing: of all experts.
         expert: its number.
-        index: int64 ``[n]``, which of the N tokens.
+        index: as of `Rows`.
         span: where they are in the order of the routing.
     """
 
-    routing: Routing
-    expert: int
-    index: Tensor
-    span: slice
+    def __init__(self, routing: Routing, expert: int, index: Tensor, span: slice) -> None:
+        self.index, self.tokens = index, routing.tokens
+        self.span = span
+        self._routing, self._expert = routing, expert
 
     def padded(self, samples: int) -> tuple[Tensor, int]:
-        """Where each token goes in ``[S · longest]``, and the longest; see `Routing.padded`."""
-        slots, longest = self.routing.padded(samples)
-        return slots[self.span], longest[self.expert]
+        """As of `Rows`; see `Routing.padded`."""
+        slots, longest = self._routing.padded(samples)
+        return slots[self.span], longest[self._expert]
+
+
+class ListedRows(Rows):
+    """Those of an expert that is a module in a list.
+
+    Args:
+        index: as of `Rows`, in any order.
+        tokens: likewise.
+    """
+
+    def __init__(self, index: Tensor, tokens: int) -> None:
+        self.index, self.tokens = index, tokens
+
+    def padded(self, samples: int) -> tuple[Tensor, int]:
+        """As of `Rows`."""
+        sample = self.index // (self.tokens // samples)
+        counts = torch.bincount(sample, minlength=samples)
+        order = sample.argsort(stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        place -= (counts.cumsum(0) - counts)[sample]
+        longest = max(int(counts.max()), 1)
+        return sample * longest + place, longest
 
 
 current_rows: PerThread[Rows | None] = PerThread(None)
 """The tokens of the expert whose call a thread is in."""
+
+
+class ListedTokens:
+    """Hooks that find out which tokens each expert in a list of modules gets.
+
+    Nothing but the forward of the module around the list knows, so the rows of an expert's input
+    are looked up among those of that module's input. Rows that are equal are routed alike, so which
+    of them is which does not matter.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: PerThread[Tensor | None] = PerThread(None)
+        self._sorted: PerThread[tuple[Tensor, Tensor] | None] = PerThread(None)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook on the module around the list."""
+        values = (*args, *kwargs.values())
+        tokens = (v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+        found = next(tokens, None)
+        self._tokens.set(None if found is None else found.detach().reshape(-1, found.shape[-1]))
+        self._sorted.set(None)
+
+    def leave(self, *arguments: Any) -> None:
+        """Forward hook on it, called also where its forward has raised."""
+        self._tokens.set(None)
+        self._sorted.set(None)
+        current_rows.set(None)
+
+    def look_up(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook on the first layers of an expert."""
+        tokens, x = self._tokens.get(), args[0].detach()
+        current_rows.set(None)
+        if tokens is None or x.dtype != tokens.dtype or x.shape[-1] != tokens.shape[-1]:
+            return
+        known = self._sorted.get()
+        if known is None:
+            known = fingerprints(tokens).sort(stable=True)
+            self._sorted.set((known[0], known[1]))
+        of_tokens, order = known
+        of_x, order_of_x = fingerprints(x.reshape(-1, x.shape[-1])).sort(stable=True)
+        # Of equal rows the first one is the first one, and so on.
+        first = torch.searchsorted(of_x, of_x)
+        place = torch.searchsorted(of_tokens, of_x)
+        place = place + torch.arange(len(of_x), device=of_x.device) - first
+        place = place.clamp(max=len(of_tokens) - 1)
+        if not len(of_x) or bool((of_tokens[place] == of_x).all()):
+            index = torch.empty_like(order_of_x)
+            index[order_of_x] = order[place]
+            current_rows.set(ListedRows(index, len(tokens)))
+
+
+def fingerprints(rows: Tensor) -> Tensor:
+    """A number for each row by all of its bits, the same one for equal rows.
+
+    Args:
+        rows: ``[N, D]`` of floats.
+
+    Returns:
+        int64 ``[N]``.
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, rows.shape[-1:], generator=generator)
+    return (rows.contiguous().view(integers).to(torch.int64) * factors.to(rows.device)).sum(-1)
+
 
 _known: weakref.WeakValueDictionary[int, Experts] = weakref.WeakValueDictionary()
 _finding = threading.Lock()

@@ -29,6 +29,7 @@ class BlockPattern:
         sequence_first: says of the owner that tokens are dimension 0 of its input, not 1.
         act_flags: attributes of the owner that describe `act`, with what they must be when it
             changes.
+        is_expert: the owner is one of a list of modules to which tokens are routed.
     """
 
     family: str
@@ -42,6 +43,7 @@ class BlockPattern:
     when: Callable[[Any], bool] | None = None
     sequence_first: Callable[[Any], bool] | None = None
     act_flags: tuple[tuple[str, object], ...] = ()
+    is_expert: bool = False
 
     def paths(self) -> list[str]:
         """Every path that must exist for the pattern to match."""
@@ -628,5 +630,37 @@ PATTERNS: tuple[BlockPattern, ...] = (
         down="ff.2",
         dropout="ff.1",
         when=_x_transformers,
+    ),
+    BlockPattern(
+        family="Switch Transformers (experts)",
+        up="wi",
+        act="act",
+        down="wo",
+        dropout="dropout",
+        is_expert=True,
+    ),
+    BlockPattern(
+        family="NLLB-MoE (experts)",
+        up="fc1",
+        act="act",
+        down="fc2",
+        dropout="dropout",
+        is_expert=True,
+    ),
+    BlockPattern(
+        family="Mixtral (Transformers 4, experts)",
+        gate="w1",
+        up="w3",
+        act="act_fn",
+        down="w2",
+        is_expert=True,
+    ),
+    BlockPattern(
+        family="Qwen-MoE, DeepSeek (Transformers 4, experts)",
+        gate="gate_proj",
+        up="up_proj",
+        act="act_fn",
+        down="down_proj",
+        is_expert=True,
     ),
 )

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from steppe.blocks import MLPBlock, Slot, find_nested_tensor_encoders
-from steppe.experts import ExpertLayer
+from steppe.experts import ExpertLayer, ListedTokens
 from steppe.swapping import (
     OwnHook,
     Reviver,
@@ -196,7 +196,9 @@ class Journal:
             self.hold_attribute(Slot(encoder, "use_nested_tensor"), False)
 
     def hold_experts(self, blocks: Sequence[MLPBlock]) -> None:
-        """Let experts run as blocks: below the module that has their weights, and called by it.
+        """Let experts run as blocks, and know which tokens each gets.
+
+        Those whose weights lie in one tensor come below the module that has it, and it calls them.
 
         Args:
             blocks: of which those that are such experts matter.
@@ -213,6 +215,17 @@ class Journal:
                 expert.train(module.training)
                 self.hold_attribute(Slot(module, str(number)), expert)
             self.hold_attribute(Slot(module, "forward"), experts.forward)
+        tokens: dict[nn.Module, ListedTokens] = {}
+        for block in blocks:
+            router = block.routed_in
+            if router is None or isinstance(block.down, ExpertLayer):
+                continue
+            if router not in tokens:
+                tokens[router] = listed = ListedTokens()
+                self.add_forward_pre_hook(router, listed.enter, with_kwargs=True)
+                self.add_forward_hook(router, listed.leave, always=True)
+            for layer in block.layers[:-1]:
+                self.add_forward_pre_hook(layer, tokens[router].look_up)
 
     def added_parameters(self) -> list[Slot]:
         """Where the registered parameters are."""

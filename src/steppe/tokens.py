@@ -255,7 +255,7 @@ class TokenContext:
             mask = self.mask_by_sample(hidden, block)
             return Layout(self.samples(hidden, block), tokens_first, mask=mask)
         rows = self._rows(hidden, block)
-        tokens = rows.routing.tokens
+        tokens = rows.tokens
         samples = self.shape[0] if self.shape else (tokens if block.stack is None else 1)
         slots, longest = rows.padded(samples)
         mask = slots.new_zeros(samples * longest, dtype=torch.bool)
@@ -289,14 +289,17 @@ class TokenContext:
         """The tokens of an expert in the current call."""
         rows = current_rows.get()
         if rows is None or len(rows.index) * hidden.shape[-1] != hidden.numel():
+            router = type(block.routed_in).__name__
             raise TokenPositionError(
-                f"{block.name}: got {list(hidden.shape)} outside of a call of its experts, so which"
-                " tokens these are is unknown. Call the model, not an expert by itself."
+                f"{block.name}: got {list(hidden.shape)}, and which of the tokens of {router} these"
+                " are is unknown: they are not as they were. Call the model, not an expert by"
+                " itself; if it changes tokens before it routes them (jitter), switch that off or"
+                " leave the experts out: where=lambda block: not block.is_routed"
             )
-        if self.shape is not None and self.shape[0] * self.shape[1] != rows.routing.tokens:
+        if self.shape is not None and self.shape[0] * self.shape[1] != rows.tokens:
             raise TokenPositionError(
                 f"{block.name}: the model was called with {self.shape[0]} × {self.shape[1]} tokens,"
-                f" its experts got {rows.routing.tokens}. Leave them out: where=lambda block: not"
+                f" its experts got {rows.tokens}. Leave them out: where=lambda block: not"
                 " block.is_routed"
             )
         return rows
