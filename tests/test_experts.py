@@ -638,6 +638,19 @@ def test_accelerated_is_the_same_forward_and_backward(build: Any, plugins: bool)
         assert list(states(model)) == held
 
 
+def test_no_hook_of_others_is_called_with_tokens_that_there_are_not() -> None:
+    model: Any = qwen()
+    experts = model.model.layers[1].mlp.experts
+    calls = []
+    for module in (experts, experts.act_fn, *experts_of(experts).each[0].modules()):
+        module.register_forward_hook(lambda *arguments: calls.append(arguments))
+    with steppe.watch(model):
+        pass
+    steppe.sparsify_(model, [steppe.RisingThreshold()])
+    steppe.accelerate_(model)
+    assert not calls
+
+
 def test_a_hook_of_others_on_the_shared_activation_is_called() -> None:
     model: Any = qwen(num_hidden_layers=2)
     inputs = batch()

@@ -56,7 +56,7 @@ class Candidate:
     def pattern(self) -> str:
         """A `BlockPattern` to paste, if a pattern can name it; else why not."""
         if not self.down:
-            return "# experts in one tensor: no pattern names them"
+            return "# experts in one tensor, with a layout or a gate that steppe does not know"
         if self.is_fused:
             return f"# {self.up} is gate and up in one: no pattern names its halves"
         if not self.act:

@@ -31,6 +31,7 @@ _ARGUMENTS = 3  # of the forward: tokens, the experts of each token, their weigh
 _TRIED = 4  # tokens on which the loop is compared with the module's own forward
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the norm; half precision: _ROUGH
 _ROUGH = 5e-2
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Experts:
@@ -105,10 +106,11 @@ class Experts:
         index = torch.rand(_TRIED, experts, generator=generator).topk(chosen).indices
         index = index.to(down.device)
         weights = torch.rand(_TRIED, chosen, generator=generator).to(down)
+        twin = _without_hooks(self.module)
         with torch.no_grad():
             # Without what Transformers wraps around it, which takes fewer dtypes.
-            own = inspect.unwrap(type(self.module).forward)(self.module, x, index, weights)
-            ours = self.forward(x, index, weights)
+            own = inspect.unwrap(type(twin).forward)(twin, x, index, weights)
+            ours = Experts(twin, self.is_transposed).forward(x, index, weights)
         error = (own.double() - ours.double()).norm() / own.double().norm().clamp(min=1e-30)
         if not error <= _TOLERANCE.get(down.dtype, _ROUGH):  # NaN too
             raise UnfitBlockError(
@@ -500,6 +502,19 @@ def experts_of(module: nn.Module) -> Experts | None:
             return None
         found = _known[id(module)] = Experts(module, is_transposed)
         return found
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """A module with the same parameters and without hooks, as are those below it."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    for name in _HOOKS:
+        twin.__dict__[name] = type(module.__dict__[name])()
+    children = module._modules.items()
+    twin.__dict__["_modules"] = {
+        name: None if child is None else _without_hooks(child) for name, child in children
+    }
+    return twin
 
 
 def has_tensor(module: nn.Module, name: str) -> bool:
