@@ -212,7 +212,6 @@ add(
     pairs,
     6,
     "dense_act_fn",
-    covered=2,
     num_experts=2,
     num_sparse_encoder_layers=1,
     num_sparse_decoder_layers=1,
@@ -511,8 +510,57 @@ add(
     4,
 )
 
-# What no pattern names yet: it is said.
+# Experts, each of which is a block.
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+add(
+    "Mixtral",
+    "MixtralForCausalLM",
+    "MixtralConfig",
+    text,
+    8,
+    num_local_experts=4,
+)
+add(
+    "Qwen 2 MoE",
+    "Qwen2MoeForCausalLM",
+    "Qwen2MoeConfig",
+    text,
+    6,
+    num_experts=4,
+    shared_expert_intermediate_size=HIDDEN,
+    mlp_only_layers=[0],
+    **EXPERTS,
+)
+add(
+    "Qwen 3 MoE",
+    "Qwen3MoeForCausalLM",
+    "Qwen3MoeConfig",
+    text,
+    8,
+    num_experts=4,
+    **EXPERTS,
+)
+add("OLMoE", "OlmoeForCausalLM", "OlmoeConfig", text, 8, num_experts=4, num_experts_per_tok=2)
+add(
+    "DeepSeek-V3",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3Config",
+    text,
+    6,
+    num_key_value_heads=4,
+    n_routed_experts=4,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=4,
+    v_head_dim=8,
+    **EXPERTS,
+)
+
+# What no pattern names yet: it is said.
 add("Phi-3", "Phi3ForCausalLM", "Phi3Config", text, covered=0)
 add(
     "ModernBERT",
@@ -527,37 +575,6 @@ add(
     sep_token_id=2,
 )
 add("BitNet", "BitNetForCausalLM", "BitNetConfig", text, covered=0)
-add(
-    "Mixtral",
-    "MixtralForCausalLM",
-    "MixtralConfig",
-    text,
-    8,
-    covered=0,
-    num_local_experts=4,
-)
-add(
-    "Qwen 2 MoE",
-    "Qwen2MoeForCausalLM",
-    "Qwen2MoeConfig",
-    text,
-    6,
-    covered=1,
-    num_experts=4,
-    shared_expert_intermediate_size=HIDDEN,
-    mlp_only_layers=[0],
-    **EXPERTS,
-)
-add(
-    "Qwen 3 MoE",
-    "Qwen3MoeForCausalLM",
-    "Qwen3MoeConfig",
-    text,
-    8,
-    covered=0,
-    num_experts=4,
-    **EXPERTS,
-)
 add(
     "GPT-OSS",
     "GptOssForCausalLM",

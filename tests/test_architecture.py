@@ -36,6 +36,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "steppe.activations",
         "steppe.blocks",
         "steppe.candidates",
+        "steppe.experts",
+        "steppe.fused",
         "steppe.linear",
         "steppe.patterns",
         "steppe.recognition",

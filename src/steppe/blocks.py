@@ -6,19 +6,27 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from steppe.candidates import Candidate, candidates, listed, share_of
 from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning, SparsificationError
-from steppe.linear import linear_shape
-from steppe.patterns import PATTERNS, BlockPattern
+from steppe.experts import Expert, experts_of
+from steppe.fused import halves_of
+from steppe.linear import PartOfLinear, linear_shape
+from steppe.patterns import OTHER_MLP_NORMS, PATTERNS, BlockPattern
 from steppe.record import config_of, unapplied
 
 # Wrappers that hold one inner module under a name of their own, and leave its behaviour alone.
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
+
+# Norms whose output a layer's router and experts read, where none of the others is beside them.
+_EXPERTS_NORMS = (
+    *("post_attention_layernorm", "pre_ff_layernorm", "ffn_norm", "layer_norm", "ff_layer_norm"),
+)
 
 # Parameters of the forward of what is told about tokens, and of a tower that makes its own.
 _TOKENS = {"input_ids", "inputs_embeds", "src_key_padding_mask"}
@@ -55,6 +63,8 @@ class MLPBlock:
         act_slot: the attribute that holds `act`.
         act_flags: attributes of the owner to override when `act` changes.
         stack: what tells the token positions and the padding, or None.
+        routed_in: of an expert, the module that routes its tokens to it and others; None for what
+            is no expert.
     """
 
     name: str
@@ -72,6 +82,12 @@ class MLPBlock:
     act_slot: Slot = field(repr=False)
     act_flags: tuple[tuple[Slot, object], ...] = field(repr=False)
     stack: nn.Module | None = field(repr=False)
+    routed_in: nn.Module | None = field(repr=False, default=None)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the block is an expert: its tokens are those that are routed to it."""
+        return self.routed_in is not None
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -211,8 +227,11 @@ def _all_blocks(root: nn.Module, patterns: Sequence[BlockPattern]) -> list[MLPBl
     blocks: list[MLPBlock] = []
     seen: set[int] = set()
     for name, owner in root.named_modules():
-        if _wrapped(owner) is not None:
+        if _wrapped(owner) is not None or isinstance(owner, Expert | PartOfLinear):
             continue
+        for expert in _expert_blocks(root, name, owner):
+            seen.add(id(expert.up))
+            blocks.append(expert)
         for pattern in patterns:
             block = _match(root, name, owner, pattern)
             if block is not None and id(block.up) not in seen:
@@ -262,7 +281,10 @@ def _missing(root: nn.Module, pattern: BlockPattern) -> str:
         return f"{where} has no {', '.join(lacking)}"
     if pattern.when is not None and not pattern.when(owner):
         return f"{where} has all parts, but `when` says no"
-    shapes = {path: linear_shape(_part(owner, path)) for path in (pattern.up, pattern.down)}
+    shapes = {
+        path: linear_shape(_part(owner, path))
+        for path in (pattern.gate_up or pattern.up, pattern.down)
+    }
     return f"in {where}, up and down are no D → F and F → D: {shapes}"
 
 
@@ -373,9 +395,17 @@ def forward_parameters(module: nn.Module) -> list[str]:
 def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) -> MLPBlock | None:
     """The block that hangs below `owner` by `pattern`, or None."""
     act_slot = _slot(owner, pattern.act)
-    up, down = _part(owner, pattern.up), _part(owner, pattern.down)
+    down = _part(owner, pattern.down)
     norm = None if pattern.norm is None else _part(owner, pattern.norm)
-    gate = None if pattern.gate is None else _part(owner, pattern.gate)
+    if pattern.gate_up is None:
+        up = _part(owner, pattern.up)
+        gate = None if pattern.gate is None else _part(owner, pattern.gate)
+    else:
+        fused = _part(owner, pattern.gate_up)
+        halves = halves_of(fused) if isinstance(fused, nn.Module) else None
+        if halves is None:
+            return None
+        gate, up = halves.both if pattern.gate_first else halves.both[::-1]
     if act_slot is None or not isinstance(up, nn.Module) or not isinstance(down, nn.Module):
         return None
     if pattern.norm is not None and not isinstance(norm, nn.Module):
@@ -388,6 +418,11 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         return None
     if pattern.when is not None and not pattern.when(owner):
         return None
+    router = _router_of(root, name) if pattern.is_expert else None
+    if pattern.is_expert and router is None:
+        return None
+    if router is not None:
+        norm = _experts_norm(root, name.rpartition(".")[0])
     sequence_first = pattern.sequence_first is not None and pattern.sequence_first(owner)
     return MLPBlock(
         name=_plain_name(name) or type(owner).__name__,
@@ -400,12 +435,65 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         d_model=up_shape[0],
         d_hidden=up_shape[1],
         family=pattern.family,
-        norm_is_shared=pattern.norm_is_shared,
+        norm_is_shared=pattern.norm_is_shared or (router is not None and norm is not None),
         token_dim=0 if sequence_first else 1,
         act_slot=act_slot,
         act_flags=tuple((Slot(owner, flag), value) for flag, value in pattern.act_flags),
         stack=_stack_of(root, name),
+        routed_in=router,
     )
+
+
+def _expert_blocks(root: nn.Module, name: str, owner: nn.Module) -> Iterator[MLPBlock]:
+    """The blocks of the experts that `owner` has the weights of, if it has any."""
+    experts = experts_of(owner)
+    if experts is None:
+        return
+    stack = _stack_of(root, name)
+    norm = _experts_norm(root, name)
+    for number, expert in enumerate(experts.each):
+        act_slot = Slot(expert, "act")
+        yield MLPBlock(
+            name=f"{_plain_name(name) or type(owner).__name__}.{number}",
+            norm=norm,
+            up=expert.up,
+            gate=expert.gate,
+            act=see_through(getattr(act_slot.module, act_slot.name)),
+            down=expert.down,
+            dropout=None,
+            d_model=expert.width,
+            d_hidden=expert.hidden,
+            family=f"experts of {type(owner).__name__}",
+            norm_is_shared=norm is not None,  # by the router
+            token_dim=1,
+            act_slot=act_slot,
+            act_flags=(),
+            stack=stack,
+            routed_in=owner,
+        )
+
+
+def _experts_norm(root: nn.Module, name: str) -> nn.Module | None:
+    """The norm whose output the experts in a module read, with the router; None if unknown."""
+    norms = (
+        norm
+        for ancestor in islice(_ancestors(root, name), 1, 3)
+        if not any(hasattr(ancestor, other) for other in OTHER_MLP_NORMS)
+        for path in _EXPERTS_NORMS
+        if isinstance(norm := _part(ancestor, path), nn.Module)
+    )
+    return next(norms, None)
+
+
+def _router_of(root: nn.Module, name: str) -> nn.Module | None:
+    """The module that runs the list of modules that `name` is in; None if it is in none."""
+    parent, _, _ = name.rpartition(".")
+    listed = root.get_submodule(parent)
+    if not isinstance(listed, nn.ModuleList | nn.ModuleDict) or not parent:
+        return None
+    if type(listed).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward):
+        return listed
+    return root.get_submodule(parent.rpartition(".")[0])
 
 
 def _stack_of(root: nn.Module, name: str) -> nn.Module | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from steppe.linear import linear_shape, linear_weight
+from steppe.experts import Expert, ExpertLayer
+from steppe.linear import PartOfLinear, linear_shape, linear_weight
 
 _ATTENTION = ("attn", "attention", "lora_", "base_layer")  # in a dotted name
 _LEVELS = 2  # modules above the last layer that are looked at for the first one
@@ -55,7 +56,7 @@ class Candidate:
     def pattern(self) -> str:
         """A `BlockPattern` to paste, if a pattern can name it; else why not."""
         if not self.down:
-            return "# experts in one tensor: no pattern names them"
+            return "# experts in one tensor, with a layout or a gate that steppe does not know"
         if self.is_fused:
             return f"# {self.up} is gate and up in one: no pattern names its halves"
         if not self.act:
@@ -81,11 +82,13 @@ def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Can
     Returns:
         The candidates, in the order of the model's modules.
     """
-    known = {id(module) for module in covered}
+    known = {id(getattr(module, "whole", module)) for module in covered}
     linears = {
         name: shape
         for name, module in _without_attention(root)
-        if (shape := linear_shape(module)) is not None and id(module) not in known
+        if (shape := linear_shape(module)) is not None
+        and id(module) not in known
+        and not isinstance(module, PartOfLinear)
     }
     found: list[Candidate] = []
     used: set[str] = set()
@@ -104,7 +107,8 @@ def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Can
                 break
         for owner in owners:
             earlier[owner].append(down)
-    return [*found, *_experts(root)]
+    experts = {id(module.experts.module) for module in covered if isinstance(module, ExpertLayer)}
+    return [*found, *_experts(root, experts)]
 
 
 def share_of(blocks_layers: Iterable[nn.Module], left: Iterable[Candidate]) -> float:
@@ -200,9 +204,11 @@ def is_activation(value: object) -> bool:
     )
 
 
-def _experts(root: nn.Module) -> Iterator[Candidate]:
+def _experts(root: nn.Module, known: Collection[int]) -> Iterator[Candidate]:
     """Modules whose experts lie in tensors of three dimensions, the first of which counts them."""
     for owner, module in root.named_modules():
+        if id(module) in known or isinstance(module, Expert | ExpertLayer):
+            continue
         tensors = {
             name: tuple(parameter.shape)
             for name, parameter in module.named_parameters(recurse=False)

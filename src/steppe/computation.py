@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from steppe.blocks import MLPBlock
-from steppe.linear import linear_weight
+from steppe.linear import PartOfLinear, held_by, linear_weight
 from steppe.ops.backend import backend_of
 from steppe.ops.mlp import mlp, support
 from steppe.ops.outcome import noted
@@ -58,7 +58,7 @@ class Computation:
         self._sigma = sigma_of(block)
         self._is_transposed = [is_conv1d(layer) for layer in block.layers]
         self._shape = block.d_model, block.d_hidden
-        self._held = [layer._parameters for layer in block.layers]
+        self._held = [held_by(layer) for layer in block.layers]
         self._kernels: BlockKernels | None = None
         self._device = ""  # that the kernels are of
 
@@ -91,9 +91,9 @@ class Computation:
         trains = torch.is_grad_enabled() and (
             x.requires_grad
             or any(
-                part is not None and part.requires_grad
+                (part := parameters.get(name)) is not None and part.requires_grad
                 for held in self._held
-                for part in held.values()
+                for parameters, name in held
             )
         )
         kernels = self._kernels_for(x)
@@ -126,12 +126,18 @@ class Computation:
 
     def layer_parameters(self) -> list[tuple[dict[str, Any], str]]:
         """Where the parameters of the block's layers are."""
-        return [(held, name) for held in self._held for name in ("weight", "bias")]
+        return [place for held in self._held for place in held]
 
     def layer_tensors(self) -> list[Tensor | None]:
-        """What the layers compute with, which a parametrization makes anew each time."""
+        """What stands there by the layers, which a parametrization makes anew each time."""
+        tensors: list[Tensor | None] = []
         layers: list[Any] = self.block.layers
-        return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        for layer, held in zip(layers, self._held, strict=True):
+            if isinstance(layer, PartOfLinear):
+                tensors += [parameters.get(name) for parameters, name in held]
+            else:
+                tensors += [layer.weight, layer.bias]
+        return tensors
 
     def _kernels_for(self, x: Tensor) -> BlockKernels | None:
         """The block's kernels on a tensor's device, or None."""
@@ -160,8 +166,8 @@ class Computation:
         backend = backend_of(x)
         if backend is None or dtype not in backend.dtypes:
             return f"there are no kernels for {dtype}"
-        for held in self._held:
-            weight = held.get("weight")
+        for (parameters, name), *_ in self._held:
+            weight = parameters.get(name)
             if weight is None:  # a parametrization makes it
                 continue
             if type(weight) not in _PLAIN and not traced:

@@ -19,33 +19,57 @@ class BlockPattern:
     Attributes:
         family: the name that errors and listings show.
         up: path of the first linear layer (for gated blocks, of the one that is not activated).
-        act: path of the activation, a module or a plain function.
+        act: path of the activation, a module or a plain function; empty where the forward of the
+            MLP calls a function, which is then told by evaluating it.
         down: path of the second linear layer.
         norm: path of the norm whose output the block reads, or None.
         gate: path of the activated linear layer of a gated block, or None.
+        gate_up: path of a linear layer that is gate and up in one, in place of both; or None.
+        gate_first: whether the gate is its first half.
         dropout: path of the dropout between activation and second layer, or None.
         norm_is_shared: others (the residual stream, attention) read the norm's output too.
         when: further condition on the owner, for families that differ by a flag only.
         sequence_first: says of the owner that tokens are dimension 0 of its input, not 1.
         act_flags: attributes of the owner that describe `act`, with what they must be when it
             changes.
+        is_expert: the owner is one of a list of modules to which tokens are routed.
     """
 
     family: str
-    up: str
-    act: str
-    down: str
+    up: str = ""
+    act: str = ""
+    down: str = ""
     norm: str | None = None
     gate: str | None = None
+    gate_up: str | None = None
+    gate_first: bool = True
     dropout: str | None = None
     norm_is_shared: bool = False
     when: Callable[[Any], bool] | None = None
     sequence_first: Callable[[Any], bool] | None = None
     act_flags: tuple[tuple[str, object], ...] = ()
+    is_expert: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a pattern that names no block."""
+        if self.gate_up and (self.gate or self.up):
+            raise ValueError(
+                f"BlockPattern {self.family!r}: gate_up={self.gate_up!r} is gate and up in one, so"
+                " leave out gate and up"
+            )
+        if not self.down or not (self.gate_up or self.up):
+            raise ValueError(
+                f"BlockPattern {self.family!r}: expected the paths of two linear layers, e.g."
+                " up='fc_in', act='act', down='fc_out', or gate_up='gate_up' in place of up"
+            )
 
     def paths(self) -> list[str]:
         """Every path that must exist for the pattern to match."""
-        return [p for p in (self.norm, self.gate, self.up, self.act, self.down) if p is not None]
+        return [
+            path
+            for path in (self.norm, self.gate, self.gate_up, self.up, self.act, self.down)
+            if path
+        ]
 
 
 # nn.TransformerEncoderLayer decides by this attribute whether it may run its fused kernel.
@@ -68,7 +92,7 @@ _NO_NORM = ("Swinv2", "SwinTransformerV2", "ResPostBlock", "MobileBert", "FFNLay
 
 # Where a layer has one of these, its post_attention_layernorm is not what the MLP reads (Gemma 2,
 # OLMo 2, AFMoE) or not by the MLP alone (nomic-bert).
-_OTHER_MLP_NORMS = (
+OTHER_MLP_NORMS = (
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
     "pre_mlp_layernorm",
@@ -151,7 +175,7 @@ def _gpt2(layer: Any) -> bool:
 def _reads_post_attention_norm(layer: Any) -> bool:
     return (
         _has(layer, "input_layernorm")
-        and not any(_has(layer, name) for name in _OTHER_MLP_NORMS)
+        and not any(_has(layer, name) for name in OTHER_MLP_NORMS)
         and _has_nothing_between(layer)
     )
 
@@ -159,7 +183,7 @@ def _reads_post_attention_norm(layer: Any) -> bool:
 def _is_parallel(layer: Any) -> bool:
     """The MLP reads the norm that attention reads."""
     return not any(
-        _has(layer, name) for name in ("post_attention_layernorm", "ln_mlp", *_OTHER_MLP_NORMS)
+        _has(layer, name) for name in ("post_attention_layernorm", "ln_mlp", *OTHER_MLP_NORMS)
     )
 
 
@@ -194,6 +218,18 @@ def _timm_norm_first(layer: Any) -> bool:
 
 def _timm_norm_last(layer: Any) -> bool:
     return _has_nothing_between(layer) and _has_no_norm(layer)
+
+
+def _timm_gate_first(layer: Any) -> bool:
+    return _timm_norm_first(layer) and getattr(layer.mlp, "gate_last", None) is False
+
+
+def _timm_gate_last(layer: Any) -> bool:
+    return _timm_norm_first(layer) and getattr(layer.mlp, "gate_last", None) is True
+
+
+def _glm4(layer: Any) -> bool:
+    return _has(layer, "post_self_attn_layernorm") and _has(layer, "post_mlp_layernorm")
 
 
 def _bloom_norm_is_shared(layer: Any) -> bool:
@@ -529,6 +565,74 @@ PATTERNS: tuple[BlockPattern, ...] = (
         when=_is_parallel,
     ),
     BlockPattern(
+        family="Phi-3, GLM (gate and up in one)",
+        norm="post_attention_layernorm",
+        gate_up="mlp.gate_up_proj",
+        act="mlp.activation_fn",
+        down="mlp.down_proj",
+        when=_reads_post_attention_norm,
+    ),
+    BlockPattern(
+        family="GLM-4 (gate and up in one)",
+        norm="post_attention_layernorm",
+        gate_up="mlp.gate_up_proj",
+        act="mlp.activation_fn",
+        down="mlp.down_proj",
+        when=_glm4,
+    ),
+    BlockPattern(
+        family="ModernBERT (gate and up in one)",
+        norm="mlp_norm",
+        gate_up="mlp.Wi",
+        act="mlp.act",
+        down="mlp.Wo",
+        dropout="mlp.drop",
+    ),
+    BlockPattern(
+        family="Moonshine decoder (gate and up in one)",
+        norm="final_layernorm",
+        gate_up="mlp.fc1",
+        gate_first=False,
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+    ),
+    BlockPattern(
+        family="Phi-4 audio (gate and up in one)",
+        norm="layer_norm",
+        gate_up="gate_up_proj",
+        gate_first=False,
+        act="act_fn",
+        down="down_proj",
+        dropout="dropout",
+    ),
+    BlockPattern(
+        family="Granite-MoE (shared expert)",
+        norm="post_attention_layernorm",
+        norm_is_shared=True,
+        gate_up="shared_mlp.input_linear",
+        act="shared_mlp.activation",
+        down="shared_mlp.output_linear",
+    ),
+    BlockPattern(
+        family="timm SwiGLU, GluMlp (gate and up in one)",
+        norm="norm2",
+        gate_up="mlp.fc1",
+        act="mlp.act",
+        down="mlp.fc2",
+        dropout="mlp.drop1",
+        when=_timm_gate_first,
+    ),
+    BlockPattern(
+        family="timm GluMlp (gate last)",
+        norm="norm2",
+        gate_up="mlp.fc1",
+        gate_first=False,
+        act="mlp.act",
+        down="mlp.fc2",
+        dropout="mlp.drop1",
+        when=_timm_gate_last,
+    ),
+    BlockPattern(
         family="DINOv3 (gated)",
         norm="norm2",
         gate="mlp.gate_proj",
@@ -628,5 +732,57 @@ PATTERNS: tuple[BlockPattern, ...] = (
         down="ff.2",
         dropout="ff.1",
         when=_x_transformers,
+    ),
+    BlockPattern(
+        family="Qwen-MoE (shared expert)",
+        norm="post_attention_layernorm",
+        norm_is_shared=True,
+        gate="mlp.shared_expert.gate_proj",
+        up="mlp.shared_expert.up_proj",
+        act="mlp.shared_expert.act_fn",
+        down="mlp.shared_expert.down_proj",
+        when=_reads_post_attention_norm,
+    ),
+    BlockPattern(
+        family="DeepSeek, GLM-MoE (shared expert)",
+        norm="post_attention_layernorm",
+        norm_is_shared=True,
+        gate="mlp.shared_experts.gate_proj",
+        up="mlp.shared_experts.up_proj",
+        act="mlp.shared_experts.act_fn",
+        down="mlp.shared_experts.down_proj",
+        when=_reads_post_attention_norm,
+    ),
+    BlockPattern(
+        family="Switch Transformers (experts)",
+        up="wi",
+        act="act",
+        down="wo",
+        dropout="dropout",
+        is_expert=True,
+    ),
+    BlockPattern(
+        family="NLLB-MoE (experts)",
+        up="fc1",
+        act="act",
+        down="fc2",
+        dropout="dropout",
+        is_expert=True,
+    ),
+    BlockPattern(
+        family="Mixtral (Transformers 4, experts)",
+        gate="w1",
+        up="w3",
+        act="act_fn",
+        down="w2",
+        is_expert=True,
+    ),
+    BlockPattern(
+        family="Qwen-MoE, DeepSeek (Transformers 4, experts)",
+        gate="gate_proj",
+        up="up_proj",
+        act="act_fn",
+        down="down_proj",
+        is_expert=True,
     ),
 )

@@ -29,6 +29,8 @@ from torch.nn.modules import module as global_hooks
 from steppe.activations import Activation, is_relu
 from steppe.blocks import MLPBlock, Slot
 from steppe.errors import AccelerationError
+from steppe.experts import Expert, SharedActivation
+from steppe.fused import Half
 from steppe.ops.outcome import OWN_MODULES, Outcome
 from steppe.ops.plan import Plan
 from steppe.surgery import Journal
@@ -136,6 +138,25 @@ class _Part(NamedTuple):
         if self.siblings.get(self.name) is not self.module:
             return f"another module stands in the place of {self.name}"
         return ""
+
+
+Places = dict[int, tuple[nn.Module, str]]
+"""By a module's id, one that it is a child of, and its name there."""
+
+
+def places_of(root: nn.Module) -> Places:
+    """Where the modules of a model are."""
+    return {
+        id(module): (parent, name)
+        for parent in root.modules()
+        for name, module in parent._modules.items()
+    }
+
+
+def _part(module: nn.Module, place: tuple[nn.Module, str], plain: type[nn.Module]) -> _Part:
+    parent, name = place
+    kind = type(module)
+    return _Part(module, name, parent._modules, kind, kind.forward, plain, plain.forward)
 
 
 class _Call:
@@ -341,40 +362,38 @@ class Route:
             reason = self.foreign() or self.unfit.get(self._modes["training"], "")
         return Plan(reason) if reason else computation.plan_and_count(x, traced)
 
-    def lay(self, root: nn.Module, journal: Journal) -> None:
+    def lay(self, places: Places, journal: Journal) -> None:
         """Put the route into the model.
 
         Args:
-            root: of the model.
+            places: of the model's modules.
             journal: takes it back.
         """
         block = self.block
         parts: list[tuple[nn.Module, type[nn.Module]]] = [(block.activated, Entering)]
         if block.gate is not None:
             parts.append((block.up, Multiplying))
+        shared = _shared_activation(block.act_slot)
         parts.append((_activation_module(block.act_slot, journal), Passing))
         if block.dropout is not None:
             parts.append((block.dropout, Passing))
         parts.append((block.down, Arriving))
         for slot, value in block.act_flags:
             journal.set_attribute(slot, value)
-        places = {
-            id(module): (parent, name)
-            for parent in root.modules()
-            for name, module in parent._modules.items()
-        }
+        slot = block.act_slot
         for module, behaviour in parts:
             plain = plain_class(type(module))
             self._join(module, behaviour, journal)
-            parent, name = places.get(id(module), (root, ""))
-            if not name:  # an activation that was a function
-                parent, name = block.act_slot.module, block.act_slot.name
-            kind = type(module)
-            self._parts.append(
-                _Part(
-                    *(module, name, parent._modules, kind, kind.forward, plain, plain.forward),
-                )
-            )
+            # An activation that was a function has no place yet.
+            place = places.get(id(module), (slot.module, slot.name))
+            self._parts.append(_part(module, place, plain))
+        # They are no parts, but whoever has a hook on one of them sees what flows.
+        seen = [layer.whole for layer in block.layers if isinstance(layer, Half)]
+        if shared is not None:  # it is not called in a routed call
+            seen.append(shared)
+        for module in dict.fromkeys(seen):
+            place = places.get(id(module), (slot.module, slot.name))
+            self._parts.append(_part(module, place, plain_class(type(module))))
         self._join(self.owner, Owning, journal)
 
     def _join(self, module: nn.Module, behaviour: type[nn.Module], journal: Journal) -> None:
@@ -637,8 +656,20 @@ class _Applied(nn.Module):
 def _activation_module(slot: Slot, journal: Journal) -> nn.Module:
     """A block's activation as a module, which takes the place of a function."""
     act: Activation = getattr(slot.module, slot.name)
+    module: nn.Module
+    if isinstance(slot.module, Expert) and slot.name not in slot.module._modules:
+        module = SharedActivation(slot.module.experts).train(slot.module.training)
+        journal.set_attribute(slot, module)
+        return module
     if isinstance(act, nn.Module):
         return act
     module = (nn.ReLU() if is_relu(act) else _Applied(act)).train(slot.module.training)
     journal.set_attribute(slot, module)
     return module
+
+
+def _shared_activation(slot: Slot) -> nn.Module | None:
+    """A module that is the activation of all experts, if a block's activation is that."""
+    act: Activation = getattr(slot.module, slot.name)
+    is_shared = isinstance(slot.module, Expert) and slot.name not in slot.module._modules
+    return act if is_shared and isinstance(act, nn.Module) else None

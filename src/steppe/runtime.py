@@ -14,11 +14,12 @@ from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
 from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
+from steppe.fused import Half
 from steppe.linear import is_linear, linear_weight
 from steppe.ops.backend import backend_of
 from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
-from steppe.routing import Route, owners_of
+from steppe.routing import Route, owners_of, places_of
 from steppe.surgery import Journal, forget_compiled_code
 from steppe.swapping import plain_class
 
@@ -154,13 +155,15 @@ def _route(
     journal = Journal(transient=True)
     try:
         journal.hold_nested_tensors_off(root)
+        journal.hold_parts(blocks)
         computations = [
             Computation(block, settings.max_density, settings.max_candidates) for block in blocks
         ]
         routes = []
+        places = places_of(root)
         for owner, computation in zip(owners_of(root, blocks), computations, strict=True):
             routes.append(Route(computation.block, owner, computation))
-            routes[-1].lay(root, journal)
+            routes[-1].lay(places, journal)
         if settings.check:
             check_routes(routes)
         for weight in [linear_weight(layer) for block in blocks for layer in block.layers]:
@@ -253,9 +256,10 @@ def _check(block: MLPBlock) -> None:
             f" both. {leave_out}"
         )
     for layer in block.layers:
-        if not is_linear(plain_class(type(layer))) and not is_conv1d(layer):
+        computes = layer.whole if isinstance(layer, Half) else layer
+        if not is_linear(plain_class(type(computes))) and not is_conv1d(computes):
             raise AccelerationError(
-                f"{block.name}: expected nn.Linear or Conv1D, got {_described(layer)}, which may"
+                f"{block.name}: expected nn.Linear or Conv1D, got {_described(computes)}, which may"
                 " compute something else. Of a PEFT model merge the adapters first: model ="
                 f" model.merge_and_unload(). {leave_out}"
             )
@@ -277,7 +281,9 @@ def _check(block: MLPBlock) -> None:
         raise AccelerationError(
             f"{block.name}: expected nn.Dropout, got {_described(dropout)}. {leave_out}"
         )
-    parts = [*block.layers, *(part for part in (block.act, dropout) if part is not None)]
+    fused = {layer.whole for layer in block.layers if isinstance(layer, Half)}
+    others = [part for part in (block.act, dropout) if part is not None]
+    parts = [*block.layers, *fused, *others]
     replaced = [part for part in parts if "forward" in getattr(part, "__dict__", {})]
     if replaced:
         raise AccelerationError(

@@ -38,6 +38,7 @@ from steppe.measures.flatness import (
     tap,
 )
 from steppe.measures.report import ratio_of_sums, report_from_dict
+from steppe.tokens import Layout
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -650,7 +651,7 @@ def _look_back(
 def test_a_tap_is_the_identity() -> None:
     p = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     q = p * 1.0
-    out = tap(q, new_probe(p.device), torch.randn(2, 3, 5), (2, False), q > 0, None, torch.ones(2))
+    out = tap(q, new_probe(p.device), torch.randn(2, 3, 5), Layout(2, False), q > 0, torch.ones(2))
     assert out.data_ptr() == q.data_ptr()
     assert not out._is_view()
     grad = torch.randn_like(p)

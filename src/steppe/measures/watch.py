@@ -81,6 +81,7 @@ class Monitor:
         journal = Journal(transient=True)
         try:
             journal.hold_nested_tensors_off(self._model)
+            journal.hold_parts([observer.block for observer in self._observers])
             for observer in self._observers:
                 journal.append(observers_of(observer.block.down), observer)
             attach(journal, self._context_hooks)
@@ -363,14 +364,14 @@ class _Observer:
     def _count(self, p: Tensor, active: Tensor, slopes: Tensor) -> None:
         if self.counts.device != p.device:
             self._allocate(p.device)
-        layout = self._layout(p)
+        layout = self._context.layout(p, self.block)
         count_(
             self.counts,
             self.units,
             self.moments,
-            by_sample(active, *layout),
-            by_sample(slopes, *layout),
-            self._context.mask_by_sample(p, self.block),
+            by_sample(active, layout),
+            by_sample(slopes, layout),
+            layout.mask,
         )
 
     def _tapped(
@@ -379,20 +380,9 @@ class _Observer:
         """The output through a tap, where a backward pass can follow."""
         if self._losses is None or not torch.is_grad_enabled():
             return None
-        layout = self._layout(output)
-        return tap(
-            output,
-            self.probes[name],
-            layer_input,
-            layout,
-            None if slopes is None else by_sample(slopes, *layout),
-            self._context.mask_by_sample(output, self.block),
-            self._losses.scale_of(layout[0], output.device, self.block.name),
-        )
-
-    def _layout(self, hidden: Tensor) -> tuple[int, bool]:
-        """Number of samples, and whether tokens are the first dimension."""
-        return self._context.samples(hidden, self.block), self.block.token_dim == 0
+        layout = self._context.layout(output, self.block)
+        scale = self._losses.scale_of(layout.samples, output.device, self.block.name)
+        return tap(output, self.probes[name], layer_input, layout, slopes, scale)
 
     def _allocate(self, device: torch.device) -> None:
         """Nothing counted yet, on a device."""

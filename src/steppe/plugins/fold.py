@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steppe.blocks import MLPBlock, find_blocks, unwrap
 from steppe.errors import SparsificationError
+from steppe.fused import Half
 from steppe.linear import linear_weight
 from steppe.plugins.rising_threshold import Rising, Threshold, activated_bias
 from steppe.plugins.sparsify import sparsification_of, take_out_
@@ -75,6 +76,11 @@ def fold_(model: nn.Module) -> nn.Module:
 def _check(threshold: Threshold) -> None:
     """Refuse a threshold that is not known yet, or a bias that is not whole."""
     block = threshold.block
+    if block.is_routed and not isinstance(linear_weight(block.activated), nn.Parameter):
+        raise SparsificationError(
+            f"fold_: {block.name} has its weights in a tensor of all experts, which has no bias to"
+            " fold a threshold into. Keep the threshold: accelerate_ takes it as it is"
+        )
     if not bool(threshold.deviation.any()):
         raise SparsificationError(
             f"fold_: {block.name} has seen no training batch, so its threshold is not known. Train"
@@ -91,13 +97,14 @@ def _has_no_bias(layer: Any) -> bool:
     return layer.bias is None
 
 
-def _bias_of(layer: Any) -> nn.Parameter:
-    """The bias of a layer; where it has none, a new one of zeros."""
+def _bias_of(layer: Any) -> Tensor:
+    """The bias of a layer, or the part of a larger one; where there is none, a new one of zeros."""
     if layer.bias is None:
+        whole = layer.whole if isinstance(layer, Half) else layer
         weight = linear_weight(layer)
-        zeros = torch.zeros(layer.out_features, dtype=weight.dtype, device=weight.device)
-        layer.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
-    bias: nn.Parameter = layer.bias
+        zeros = torch.zeros(whole.out_features, dtype=weight.dtype, device=weight.device)
+        whole.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+    bias: Tensor = layer.bias
     return bias
 
 

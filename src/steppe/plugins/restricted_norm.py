@@ -96,12 +96,14 @@ class RestrictedNorm(Plugin):
     ) -> list[Constraint]:
         """Freeze the biases."""
         constraints: list[Constraint] = []
-        for block in blocks:
-            assert block.norm is not None
-            bias = getattr(block.norm, "bias", None)
+        for norm in dict.fromkeys(
+            block.norm for block in blocks
+        ):  # the experts of a layer share it
+            assert norm is not None
+            bias = getattr(norm, "bias", None)
             if isinstance(bias, nn.Parameter):
                 journal.freeze(bias)
-            constraints.append(_Floor(block.norm, self.floor, self.ramp))
+            constraints.append(_Floor(norm, self.floor, self.ramp))
         return constraints
 
 

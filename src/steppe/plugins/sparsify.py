@@ -180,6 +180,7 @@ def sparsify_(
     new = Sparsification()
     try:
         new.journal.hold_nested_tensors_off(root)
+        new.journal.hold_parts(blocks)
         for plugin in resolved:
             applied = Applied(plugin, names, Journal(), [])
             new.applied.append(applied)

@@ -66,7 +66,13 @@ class ZerothBias(Plugin):
         return replace(self, max_tokens=max_tokens)
 
     def check(self, block: MLPBlock) -> None:
-        """Refuse a block without a norm scale, or one that is sharded already."""
+        """Refuse an expert, a block without a norm scale, or one that is sharded already."""
+        if block.is_routed:
+            raise UnfitBlockError(
+                f"{block.name}: is an expert; a zeroth bias for each position and each expert would"
+                " be larger than the experts. Leave them out: sparsify_(..., where=lambda block:"
+                " not block.is_routed)"
+            )
         if not isinstance(getattr(block.norm, "weight", None), nn.Parameter):
             raise UnfitBlockError(
                 f"{block.name}: ZerothBias is bounded by the scale of the block's norm, and"
