@@ -560,8 +560,7 @@ add(
     **EXPERTS,
 )
 
-# What no pattern names yet: it is said.
-add("Phi-3", "Phi3ForCausalLM", "Phi3Config", text, covered=0)
+add("Phi-3", "Phi3ForCausalLM", "Phi3Config", text)
 add(
     "ModernBERT",
     "ModernBertForMaskedLM",
@@ -569,11 +568,12 @@ add(
     text,
     2,
     "hidden_activation",
-    covered=0,
     global_attn_every_n_layers=1,
     cls_token_id=1,
     sep_token_id=2,
 )
+
+# What no pattern names yet: it is said.
 add("BitNet", "BitNetForCausalLM", "BitNetConfig", text, covered=0)
 add(
     "GPT-OSS",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from torch import Tensor, nn
 
 from steppe.linear import PartOfLinear, linear_shape, linear_weight
 from steppe.per_thread import PerThread
-
-HALVES = "_steppe_halves"  # on a fused layer whose calls are those of its halves
 
 
 class Half(PartOfLinear):
@@ -103,6 +102,7 @@ class Halves:
         is_turned: whether its weight is ``[in, out]``.
         both: the layers, that of the first rows first.
         call: that the layer is in.
+        forward: runs them, in place of the layer's own forward.
     """
 
     def __init__(self, layer: nn.Module, shape: tuple[int, int]) -> None:
@@ -110,6 +110,7 @@ class Halves:
         self.is_turned = linear_weight(layer).shape[0] == shape[0] and hasattr(layer, "nf")
         self.both = Half(self, 0, shape), Half(self, 1, shape)
         self.call: PerThread[_Call | None] = PerThread(None)
+        self.forward = HalvesForward(self)
 
     def run(self, x: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """The output of the fused layer, by its halves.
@@ -142,16 +143,24 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first, second], -1)
 
 
-class Fused(nn.Module):
-    """A fused layer while its halves are called."""
+class HalvesForward:
+    """In place of the forward of a fused layer: calls its halves.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    Args:
+        halves: of the layer.
+    """
+
+    def __init__(self, halves: Halves) -> None:
+        self.halves = halves
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """As before."""
-        halves: Halves | None = self.__dict__.get(HALVES)
-        own: Callable[..., Tensor] = super().forward
-        if halves is None or kwargs or len(args) != 1:
-            return own(*args, **kwargs)
-        return halves.run(args[0], own)
+        layer: Any = self.halves.layer
+        own = partial(type(layer).forward, layer)
+        if kwargs or len(args) != 1:
+            output: Tensor = own(*args, **kwargs)
+            return output
+        return self.halves.run(args[0], own)
 
 
 _known: weakref.WeakValueDictionary[int, Halves] = weakref.WeakValueDictionary()
@@ -171,9 +180,9 @@ def halves_of(layer: nn.Module) -> Halves | None:
         >>> gate.weight.shape
         torch.Size([16, 8])
     """
-    held: Halves | None = layer.__dict__.get(HALVES)
-    if held is not None:
-        return held
+    forward = layer.__dict__.get("forward")
+    if isinstance(forward, HalvesForward):
+        return forward.halves
     shape = linear_shape(layer)
     if shape is None or shape[1] % 2:
         return None

@@ -30,7 +30,7 @@ from steppe.activations import Activation, is_relu
 from steppe.blocks import MLPBlock, Slot
 from steppe.errors import AccelerationError
 from steppe.experts import Expert, SharedActivation
-from steppe.fused import Half
+from steppe.fused import Half, HalvesForward
 from steppe.ops.outcome import OWN_MODULES, Outcome
 from steppe.ops.plan import Plan
 from steppe.surgery import Journal
@@ -129,7 +129,7 @@ class _Part(NamedTuple):
         for kind in HOOKS:
             if own[kind] and not all(map(is_own_hook, own[kind].values())):
                 return f"a hook that is not steppe's is on {self.name}"
-        if "forward" in own:
+        if not isinstance(own.get("forward", None), HalvesForward | None):
             return f"the forward of {self.name} was replaced"
         if type(self.module).forward is not self.forward:
             return f"{self.name} was made a {type(self.module).__name__}"

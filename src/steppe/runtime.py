@@ -14,7 +14,7 @@ from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
 from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
-from steppe.fused import Half
+from steppe.fused import Half, HalvesForward
 from steppe.linear import is_linear, linear_weight
 from steppe.ops.backend import backend_of
 from steppe.patterns import BlockPattern
@@ -284,7 +284,10 @@ def _check(block: MLPBlock) -> None:
     fused = {layer.whole for layer in block.layers if isinstance(layer, Half)}
     others = [part for part in (block.act, dropout) if part is not None]
     parts = [*block.layers, *fused, *others]
-    replaced = [part for part in parts if "forward" in getattr(part, "__dict__", {})]
+    own = HalvesForward | None
+    replaced = [
+        part for part in parts if not isinstance(getattr(part, "__dict__", {}).get("forward"), own)
+    ]
     if replaced:
         raise AccelerationError(
             f"{block.name}: the forward of {_described(replaced[0])} was replaced, and may compute"

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steppe.blocks import MLPBlock, Slot, find_nested_tensor_encoders
 from steppe.experts import ExpertLayer, ListedTokens
-from steppe.fused import HALVES, Fused, Half
+from steppe.fused import Half
 from steppe.swapping import (
     OwnHook,
     Reviver,
@@ -214,8 +214,7 @@ class Journal:
             for name, half in (("gate", gate), ("up", up)):
                 half.train(fused.training)
                 self.hold_attribute(Slot(fused, name), half)
-            self.hold_attribute(Slot(fused, HALVES), up.halves)
-            self.swap_class(fused, Fused)
+            self.hold_attribute(Slot(fused, "forward"), up.halves.forward)
 
     def _hold_experts(self, blocks: Sequence[MLPBlock]) -> None:
         """Let experts run as blocks, and know which tokens each gets.

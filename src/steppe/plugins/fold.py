@@ -100,7 +100,7 @@ def _has_no_bias(layer: Any) -> bool:
 def _bias_of(layer: Any) -> Tensor:
     """The bias of a layer, or the part of a larger one; where there is none, a new one of zeros."""
     if layer.bias is None:
-        whole = layer.whole if isinstance(layer, Half) else layer
+        whole: Any = layer.whole if isinstance(layer, Half) else layer
         weight = linear_weight(layer)
         zeros = torch.zeros(whole.out_features, dtype=weight.dtype, device=weight.device)
         whole.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
