@@ -43,10 +43,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.ops",),
     ("steppe.activations",),
     ("steppe.linear", "steppe.patterns", "steppe.record", "steppe.schema"),
-    ("steppe.candidates",),
+    ("steppe.candidates", "steppe.pattern_values"),
     ("steppe.blocks", "steppe.recognition", "steppe.swapping"),
     ("steppe.surgery", "steppe.wiring"),
-    ("steppe.tokens",),
+    ("steppe.pattern_notes", "steppe.tokens"),
     ("steppe.routing",),
     (
         "steppe.measures.curvature",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from steppe.candidates import Candidate, candidates, listed, share_of
 from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning, SparsificationError
 from steppe.linear import linear_shape
+from steppe.pattern_values import pattern_noted_on
 from steppe.patterns import PATTERNS, BlockPattern
 from steppe.record import config_of, unapplied
 
@@ -133,7 +134,7 @@ def coverage(model: nn.Module, patterns: Sequence[BlockPattern] = ()) -> Coverag
         "BlockPattern(family='mine', up='0', act='1', down='2')"
     """
     root = unwrap(model)
-    blocks = _all_blocks(root, (*patterns, *PATTERNS))
+    blocks = [block for _, _, _, block in matches(root, patterns)]
     layers = [layer for block in blocks for layer in block.layers]
     left = candidates(root, layers)
     return Coverage(blocks, left, share_of(layers, left))
@@ -154,7 +155,8 @@ def find_blocks(
         model: T5, ViT, I-JEPA, OPT, GPT-2, BERT, GPT-NeoX, Llama/Qwen, ``nn.TransformerEncoder``,
             timm's or torchvision's ViT, or anything of the same shape.
         where: keeps the blocks for which it is true; all by default.
-        patterns: patterns of your own, tried before the built-in ones.
+        patterns: patterns of your own, tried first; then those that `sparsify_`, `accelerate_`,
+            `watch` or `measure` was given for this model, then the built-in ones.
         strict: refuse a model of which a part is not found, instead of warning.
 
     Returns:
@@ -206,20 +208,28 @@ def _refuse_record(root: nn.Module) -> None:
         )
 
 
-def _all_blocks(root: nn.Module, patterns: Sequence[BlockPattern]) -> list[MLPBlock]:
-    """Every block that a pattern names, in forward order."""
-    blocks: list[MLPBlock] = []
+def matches(
+    root: nn.Module, patterns: Sequence[BlockPattern]
+) -> Iterator[tuple[str, nn.Module, BlockPattern, MLPBlock]]:
+    """Every block that a pattern names, in forward order.
+
+    Args:
+        root: the model.
+        patterns: tried first; then what is noted on an owner, then the built-in ones.
+
+    Yields:
+        Name of the owner, the owner, the pattern that matched, the block.
+    """
     seen: set[int] = set()
     for name, owner in root.named_modules():
         if _wrapped(owner) is not None:
             continue
-        for pattern in patterns:
+        for pattern in (*patterns, *pattern_noted_on(owner), *PATTERNS):
             block = _match(root, name, owner, pattern)
             if block is not None and id(block.up) not in seen:
                 seen.add(id(block.up))
-                blocks.append(block)
+                yield name, owner, pattern, block
                 break
-    return blocks
 
 
 def _nothing_found(
@@ -390,7 +400,7 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         return None
     sequence_first = pattern.sequence_first is not None and pattern.sequence_first(owner)
     return MLPBlock(
-        name=_plain_name(name) or type(owner).__name__,
+        name=owner_name(name, owner),
         norm=norm,
         up=up,
         gate=gate,
@@ -458,6 +468,11 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
         if inner is not None:
             return inner
     return None
+
+
+def owner_name(name: str, owner: nn.Module) -> str:
+    """The name of a block, by that of its owner."""
+    return _plain_name(name) or type(owner).__name__
 
 
 def _plain_name(name: str) -> str:
