@@ -22,10 +22,16 @@ class OddConfig(PreTrainedConfig):
 
     model_type = "odd-of-steppe"
 
-    def __init__(self, mlp_bias: bool = False, layers: int = 2, **rest: Any) -> None:
+    def __init__(
+        self,
+        mlp_bias: bool = False,
+        layers: int = 2,
+        vocab_size: int = VOCABULARY,
+        **rest: Any,
+    ) -> None:
         self.mlp_bias = mlp_bias
         self.layers = layers
-        self.vocab_size = VOCABULARY
+        self.vocab_size = vocab_size
         super().__init__(**rest)
 
 
@@ -64,7 +70,7 @@ class OddModel(OddPreTrained):
 
     def __init__(self, config: OddConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(VOCABULARY, D_MODEL)
+        self.embed_tokens = nn.Embedding(config.vocab_size, D_MODEL)
         self.stack = nn.ModuleList(
             OddLayer(config, number % 2 == 0) for number in range(config.layers)
         )
@@ -84,7 +90,7 @@ class OddForCausalLM(OddPreTrained):
     def __init__(self, config: OddConfig) -> None:
         super().__init__(config)
         self.body = OddModel(config)
-        self.head = nn.Linear(D_MODEL, VOCABULARY, bias=False)
+        self.head = nn.Linear(D_MODEL, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -98,7 +104,7 @@ class OddForCausalLM(OddPreTrained):
         logits = self.head(self.body(input_ids))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=VOCABULARY, **rest)
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **rest)
         return CausalLMOutput(loss=loss, logits=logits)
 
 

@@ -40,8 +40,10 @@ from steppe.training import SteppeCallback
 from steppe.training.held_out import measure_checkpoints
 from steppe.training.lightning import LightningCallback
 from steppe.training.recipe import ModelArguments, patterns_of, read_recipe, settings_of
+from steppe.training.run_recipe import run_recipe
 from steppe.training.sources import Source
 from training.data_makers import TEXT, words_tokenizer
+from training.recipe_worker import tiny_text_recipe, write_text
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning",
@@ -623,3 +625,18 @@ def test_a_recipe_has_patterns(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="patterns: expected a pattern"):
         read_recipe(path)
     assert patterns_of(ModelArguments(task="causal-lm")) == []
+
+
+def test_a_recipe_trains_a_model_that_steppe_does_not_know(tmp_path: Path) -> None:
+    data_folder = write_text(tmp_path / "data", topics=4)
+    words = ["--model_type", "odd-of-steppe", "--model_config", "{}", "--max_steps", "2"]
+    words += ["--patterns", odd.TEXT, "--save_steps", "1", "--logging_steps", "1", "--ramp", "0.5"]
+    words += ["--gradient_accumulation_steps", "1", "--vocab_size", "280"]
+    recipe = tiny_text_recipe(data_folder, tmp_path / "cache", tmp_path / "out", *words)
+    summary = run_recipe(recipe)
+    assert len(summary["density_per_block"]) == len(BOTH)
+    assert names(AutoModelForCausalLM.from_pretrained(summary["model"])) == BOTH
+    again = tiny_text_recipe(
+        data_folder, tmp_path / "cache", tmp_path / "out", *words, "--resume", "true"
+    )
+    assert run_recipe(again)["resumed_from"] == "checkpoint-2"

@@ -111,13 +111,14 @@ def _no_bias(layer: Any, name: str) -> Tensor:
 @torch.no_grad()
 def _write(biases: Mapping[Any, Tensor | None], configs: Sequence[Any]) -> None:
     """Give layers their biases and configs the setting, or leave all as it was."""
-    before = {
-        layer: None if layer.bias is None else layer.bias.detach().clone() for layer in biases
-    }
-    settings = [getattr(config, _BIAS_SETTING) for config in configs]
+    before = [(layer, layer.bias) for layer in biases]
+    values = [None if bias is None else bias.detach().clone() for _, bias in before]
+    settings = [(config, getattr(config, _BIAS_SETTING)) for config in configs]
+    done = 0
     try:
         for layer, bias in biases.items():
             assert bias is not None
+            done += 1
             if layer.bias is None:
                 trained = linear_weight(layer).requires_grad
                 layer.bias = nn.Parameter(bias, requires_grad=trained)
@@ -126,13 +127,12 @@ def _write(biases: Mapping[Any, Tensor | None], configs: Sequence[Any]) -> None:
         for config in configs:
             setattr(config, _BIAS_SETTING, True)
     except BaseException:  # also Ctrl-C: never half a model
-        for layer, old in before.items():
-            if old is None:
-                layer.bias = None
-            else:
-                layer.bias.copy_(old)
-        for config, setting in zip(configs, settings, strict=True):
+        for config, setting in settings:
             setattr(config, _BIAS_SETTING, setting)
+        for (layer, bias), value in list(zip(before, values, strict=True))[:done]:
+            layer.bias = bias
+            if value is not None:
+                layer.bias.copy_(value)
         raise
 
 
