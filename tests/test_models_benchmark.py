@@ -61,5 +61,5 @@ def test_a_model_without_its_mlps_would_be_seen(name: str) -> None:
 def test_other_outputs_end_the_program_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models_cpu, "TOLERANCE", {"float32": -1.0, "bfloat16": -1.0})
     with pytest.raises(typer.Exit) as raised:
-        models_cpu.main(None, quick=True, model=["T5-base"])
+        models_cpu.main(None, quick=True, model=["gated 7B, 1 layer"])
     assert raised.value.exit_code == 1

@@ -420,6 +420,16 @@ def test_a_folder_of_the_base_model_knows_them_and_one_with_a_head_too(tmp_path:
     assert names(AutoModelForCausalLM.from_pretrained(tmp_path / "body")) == BOTH
 
 
+def test_a_model_within_a_model_is_saved_with_its_own(tmp_path: Path) -> None:
+    both = nn.ModuleDict({"one": odd.odd(), "two": odd.odd(layers=1)})
+    sparsify_(both, [steppe.RestrictedNorm()], patterns=[odd.PATTERN])
+    for name, expected in (("one", BOTH), ("two", BOTH[:1])):
+        both[name].save_pretrained(tmp_path / name)
+        (entry,) = read(tmp_path / name)["patterns"]
+        assert entry["blocks"] == expected
+        assert names(AutoModelForCausalLM.from_pretrained(tmp_path / name)) == expected
+
+
 @pytest.mark.filterwarnings("ignore::steppe.IncompleteCoverageWarning")
 def test_a_condition_is_saved_as_the_blocks_that_it_chose(tmp_path: Path) -> None:
     model = odd.odd(layers=3)

@@ -210,7 +210,7 @@ def _refuse_record(root: nn.Module) -> None:
 
 def matches(
     root: nn.Module, patterns: Sequence[BlockPattern]
-) -> Iterator[tuple[str, nn.Module, BlockPattern, MLPBlock]]:
+) -> Iterator[tuple[str, nn.Module, BlockPattern | None, MLPBlock]]:
     """Every block that a pattern names, in forward order.
 
     Args:
@@ -218,7 +218,8 @@ def matches(
         patterns: tried first; then what is noted on an owner, then the built-in ones.
 
     Yields:
-        Name of the owner, the owner, the pattern that matched, the block.
+        Name of the owner, the owner, the pattern that matched (None where a block is found without
+        one), the block.
     """
     seen: set[int] = set()
     for name, owner in root.named_modules():
