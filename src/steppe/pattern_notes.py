@@ -44,7 +44,7 @@ def note_patterns_(
     notes = [
         (owner, values_of(pattern, owner))
         for _, owner, pattern, _ in matches(unwrap(model), patterns)
-        if any(pattern is one for one in patterns)
+        if pattern is not None and any(pattern is one for one in patterns)
     ]
     _note(notes, Journal() if journal is None else journal)
     return model

@@ -15,8 +15,7 @@ from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
 from steppe.linear import is_linear, linear_weight
-from steppe.ops.calibration import use_remembered
-from steppe.ops.packing import declare_final
+from steppe.ops.backend import backend_of
 from steppe.pattern_notes import forget_patterns_, note_patterns_
 from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
@@ -150,9 +149,10 @@ def _route(
     patterns: Sequence[BlockPattern] = (),
 ) -> None:
     """Lay the routes of some blocks, check them, and note the patterns that they were found by."""
-    if settings.max_density is None:
-        for dtype in {linear_weight(block.down).dtype for block in blocks}:
-            use_remembered(dtype)
+    for weight in [linear_weight(block.down) for block in blocks]:
+        backend = backend_of(weight)
+        if backend is not None and settings.max_density is None:
+            backend.prepare(weight.dtype)
     journal = Journal(transient=True)
     try:
         journal.hold_nested_tensors_off(root)
@@ -165,9 +165,10 @@ def _route(
             routes[-1].lay(root, journal)
         if settings.check:
             check_routes(routes)
-        for layer in (layer for block in blocks for layer in block.layers):
-            if settings.weights_are_final:
-                declare_final(linear_weight(layer))
+        for weight in [linear_weight(layer) for block in blocks for layer in block.layers]:
+            backend = backend_of(weight)
+            if backend is not None and settings.weights_are_final:
+                backend.declare_final(weight)
         journal.add_attribute(Slot(root, _ATTRIBUTE), Acceleration(routes, settings, journal))
         journal.revive(root, _Again(tuple(block.name for block in blocks), settings))
         note_patterns_(root, patterns)
