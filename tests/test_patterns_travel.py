@@ -520,6 +520,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "unknown": ([{**ENTRY, "blocks": BOTH, "more": "x"}], "more: Extra inputs"),
     "other model": ([{**ENTRY, "blocks": ["body.stack.9"]}], "does not have: body.stack.9"),
     "other parts": ([{**ENTRY, "blocks": BOTH, "up": "fc1"}], "'odd', does not match body.stack.0"),
+    "twice": ([{**ENTRY, "blocks": BOTH}] * 2, "two patterns for one block"),
     "no path": ([{**ENTRY, "blocks": BOTH, "up": "a b"}], "up: expected a dotted path"),
     "a method": ([{**ENTRY, "blocks": BOTH, "act": "bend.forward"}], "act: expected a dotted path"),
     "dunder": ([{**ENTRY, "blocks": BOTH, "norm": "__class__"}], "norm: expected a dotted path"),

@@ -238,6 +238,11 @@ def parse_record(record: Any, path: str, own: Own) -> Record:
     patterns = _with_blocks(values.get("patterns", []), path)
     if not plugins:
         raise CheckpointError(f"{path}: the record under {RECORD_KEY!r} is damaged (no plug-in)")
+    noted = [name for _, names in patterns for name in names]
+    if len(set(noted)) < len(noted):
+        raise CheckpointError(
+            f"{path}: the record under {RECORD_KEY!r} is damaged (two patterns for one block)"
+        )
     for pattern, _ in patterns:
         fault = fault_in(pattern)
         if fault is not None:
