@@ -39,6 +39,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "steppe.experts",
         "steppe.fused",
         "steppe.linear",
+        "steppe.pattern_notes",
+        "steppe.pattern_values",
         "steppe.patterns",
         "steppe.recognition",
         "steppe.record",

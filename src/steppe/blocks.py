@@ -16,6 +16,7 @@ from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning, Sparsi
 from steppe.experts import Expert, experts_of
 from steppe.fused import halves_of
 from steppe.linear import PartOfLinear, linear_shape
+from steppe.pattern_values import pattern_noted_on
 from steppe.patterns import OTHER_MLP_NORMS, PATTERNS, BlockPattern
 from steppe.record import config_of, unapplied
 
@@ -149,7 +150,7 @@ def coverage(model: nn.Module, patterns: Sequence[BlockPattern] = ()) -> Coverag
         "BlockPattern(family='mine', up='0', act='1', down='2')"
     """
     root = unwrap(model)
-    blocks = _all_blocks(root, (*patterns, *PATTERNS))
+    blocks = [block for _, _, _, block in matches(root, patterns)]
     layers = [layer for block in blocks for layer in block.layers]
     left = candidates(root, layers)
     return Coverage(blocks, left, share_of(layers, left))
@@ -170,7 +171,8 @@ def find_blocks(
         model: T5, ViT, I-JEPA, OPT, GPT-2, BERT, GPT-NeoX, Llama/Qwen, ``nn.TransformerEncoder``,
             timm's or torchvision's ViT, or anything of the same shape.
         where: keeps the blocks for which it is true; all by default.
-        patterns: patterns of your own, tried before the built-in ones.
+        patterns: patterns of your own, tried first; then those that `sparsify_`, `accelerate_`,
+            `watch` or `measure` was given for this model, then the built-in ones.
         strict: refuse a model of which a part is not found, instead of warning.
 
     Returns:
@@ -222,23 +224,32 @@ def _refuse_record(root: nn.Module) -> None:
         )
 
 
-def _all_blocks(root: nn.Module, patterns: Sequence[BlockPattern]) -> list[MLPBlock]:
-    """Every block that a pattern names, in forward order."""
-    blocks: list[MLPBlock] = []
+def matches(
+    root: nn.Module, patterns: Sequence[BlockPattern]
+) -> Iterator[tuple[str, nn.Module, BlockPattern | None, MLPBlock]]:
+    """Every block that a pattern names, in forward order.
+
+    Args:
+        root: the model.
+        patterns: tried first; then what is noted on an owner, then the built-in ones.
+
+    Yields:
+        Name of the owner, the owner, the pattern that matched (None where a block is found without
+        one), the block.
+    """
     seen: set[int] = set()
     for name, owner in root.named_modules():
         if _wrapped(owner) is not None or isinstance(owner, Expert | PartOfLinear):
             continue
         for expert in _expert_blocks(root, name, owner):
             seen.add(id(expert.up))
-            blocks.append(expert)
-        for pattern in patterns:
+            yield name, owner, None, expert
+        for pattern in (*patterns, *pattern_noted_on(owner), *PATTERNS):
             block = _match(root, name, owner, pattern)
             if block is not None and id(block.up) not in seen:
                 seen.add(id(block.up))
-                blocks.append(block)
+                yield name, owner, pattern, block
                 break
-    return blocks
 
 
 def _nothing_found(
@@ -425,7 +436,7 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         norm = _experts_norm(root, name.rpartition(".")[0])
     sequence_first = pattern.sequence_first is not None and pattern.sequence_first(owner)
     return MLPBlock(
-        name=_plain_name(name) or type(owner).__name__,
+        name=owner_name(name, owner),
         norm=norm,
         up=up,
         gate=gate,
@@ -454,7 +465,7 @@ def _expert_blocks(root: nn.Module, name: str, owner: nn.Module) -> Iterator[MLP
     for number, expert in enumerate(experts.each):
         act_slot = Slot(expert, "act")
         yield MLPBlock(
-            name=f"{_plain_name(name) or type(owner).__name__}.{number}",
+            name=f"{owner_name(name, owner)}.{number}",
             norm=norm,
             up=expert.up,
             gate=expert.gate,
@@ -546,6 +557,11 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
         if inner is not None:
             return inner
     return None
+
+
+def owner_name(name: str, owner: nn.Module) -> str:
+    """The name of a block, by that of its owner."""
+    return _plain_name(name) or type(owner).__name__
 
 
 def _plain_name(name: str) -> str:

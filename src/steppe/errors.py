@@ -58,6 +58,10 @@ class BlocksNotFoundError(SteppeError, LookupError):
     """No MLP block of a known shape was found in the model."""
 
 
+class PatternError(SteppeError, ValueError):
+    """What should be a `BlockPattern` is none, or one cannot be written into a file."""
+
+
 class UnfitBlockError(SteppeError, ValueError):
     """A plug-in does not fit a block; the model was left as it was."""
 

@@ -17,8 +17,10 @@ from steppe.errors import AccelerationError
 from steppe.fused import Half, HalvesForward
 from steppe.linear import is_linear, linear_weight
 from steppe.ops.backend import backend_of
+from steppe.pattern_notes import forget_patterns_, note_patterns_
 from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
+from steppe.record import APPLIED
 from steppe.routing import Route, owners_of, places_of
 from steppe.surgery import Journal, forget_compiled_code
 from steppe.swapping import plain_class
@@ -32,13 +34,11 @@ class Acceleration:
 
     Attributes:
         routes: of the blocks.
-        patterns: of the user's own, that the blocks were found by.
         settings: the other arguments that it was called with.
         journal: takes it back.
     """
 
     routes: list[Route]
-    patterns: Sequence[BlockPattern]
     settings: Settings
     journal: Journal
 
@@ -97,7 +97,7 @@ def accelerate_(
     Args:
         model: the model; wrappers are seen through.
         where: which blocks; all by default.
-        patterns: patterns of your own for `find_blocks`.
+        patterns: patterns of your own for `find_blocks`, which are noted with the model.
         max_density: up to which density a block runs sparse, in [0, 1], however little there is to
             do; by default what `steppe calibrate` has measured on this machine, else a table.
         max_candidates: up to which share of candidates, the entries that the int8 product cannot
@@ -133,21 +133,23 @@ def accelerate_(
         blocks = find_blocks(root, where, patterns)
         for block in blocks:
             _check(block)
-        _route(root, blocks, patterns, settings)
+        _route(root, blocks, settings, patterns)
     except BaseException:  # also Ctrl-C: never half a model
         if old is not None:
-            _route(root, old.blocks, old.patterns, replace(old.settings, check=False))
+            _route(root, old.blocks, replace(old.settings, check=False))
         raise
+    if patterns and (sparsification := root.__dict__.get(APPLIED)) is not None:
+        sparsification.keep()  # with them
     return model
 
 
 def _route(
     root: nn.Module,
     blocks: list[MLPBlock],
-    patterns: Sequence[BlockPattern],
     settings: Settings,
+    patterns: Sequence[BlockPattern] = (),
 ) -> None:
-    """Lay the routes of some blocks, and check them."""
+    """Lay the routes of some blocks, check them, and note the patterns that they were found by."""
     for weight in [linear_weight(block.down) for block in blocks]:
         backend = backend_of(weight)
         if backend is not None and settings.max_density is None:
@@ -170,12 +172,9 @@ def _route(
             backend = backend_of(weight)
             if backend is not None and settings.weights_are_final:
                 backend.declare_final(weight)
-        journal.add_attribute(
-            Slot(root, _ATTRIBUTE), Acceleration(routes, patterns, settings, journal)
-        )
-        journal.revive(
-            root, _Again(tuple(block.name for block in blocks), tuple(patterns), settings)
-        )
+        journal.add_attribute(Slot(root, _ATTRIBUTE), Acceleration(routes, settings, journal))
+        journal.revive(root, _Again(tuple(block.name for block in blocks), settings))
+        note_patterns_(root, patterns)
     except BaseException:
         journal.undo()
         forget_compiled_code()
@@ -191,19 +190,19 @@ class _Again:
     """
 
     names: tuple[str, ...]
-    patterns: tuple[BlockPattern, ...]
     settings: Settings
 
     def __call__(self, replica: nn.Module) -> None:
-        blocks = find_blocks(replica, lambda block: block.name in self.names, self.patterns)
+        blocks = find_blocks(replica, lambda block: block.name in self.names)
         settings = replace(self.settings, check=False, weights_are_final=False)
-        _route(replica, blocks, self.patterns, settings)
+        _route(replica, blocks, settings)
 
 
 def restore_(model: nn.Module) -> nn.Module:
     """Take everything back that `accelerate_` and `sparsify_` did: the exact inverse.
 
-    Values that training has given to the model's own parameters stay; the zeroth biases are gone.
+    Values that training has given to the model's own parameters stay; the zeroth biases are gone,
+    and so are noted patterns.
 
     Args:
         model: a model that `accelerate_` or `sparsify_` changed.
@@ -218,7 +217,10 @@ def restore_(model: nn.Module) -> nn.Module:
     if acceleration is None:
         return plugins.restore_(model)
     _decelerate(acceleration)
-    return model if sparsification_of(model) is None else plugins.restore_(model)
+    if sparsification_of(model) is not None:
+        return plugins.restore_(model)
+    forget_patterns_(model)
+    return model
 
 
 def acceleration_of(model: nn.Module) -> Acceleration | None:

@@ -93,7 +93,7 @@ def measure(
         forward: runs the model on a batch.
         max_batches: stop after so many; all by default.
         where: which blocks; all by default.
-        patterns: patterns of your own for `find_blocks`.
+        patterns: patterns of your own for `find_blocks`, which are noted with the model.
         group: processes that measure a share of the data each; the sums go over all of them.
         curvature: measure the trace and the largest eigenvalue of the Hessian of each weight too,
             see `BlockCurvature`; keeps the batches, and takes many passes over them.

@@ -28,6 +28,7 @@ from steppe.measures.generation import follow_generation
 from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, scaled, sum_over
+from steppe.pattern_notes import note_patterns_
 from steppe.patterns import BlockPattern
 from steppe.per_thread import PerThread
 from steppe.routing import observers_of
@@ -429,7 +430,7 @@ def watch(
     Args:
         model: the model; wrappers are seen through.
         where: which blocks; all by default.
-        patterns: patterns of your own for `find_blocks`.
+        patterns: patterns of your own for `find_blocks`, which are noted with the model.
         gradients: measure backward passes too.
         reduction: of the loss over its terms, as in ``nn.CrossEntropyLoss``.
 
@@ -448,5 +449,6 @@ def watch(
         10
     """
     monitor = Monitor(model, find_blocks(model, where, patterns), gradients, reduction)
+    note_patterns_(model, patterns)
     with monitor.attached():
         yield monitor
