@@ -651,6 +651,42 @@ def test_no_hook_of_others_is_called_with_tokens_that_there_are_not() -> None:
     assert not calls
 
 
+@pytest.mark.filterwarnings(
+    # Deprecated in Transformers 5, but the only name that the oldest supported version has.
+    "ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning"
+)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_change_nothing(reentrant: bool) -> None:
+    model: Any = qwen().train()
+    reports = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with steppe.watch(model, gradients=True) as monitor:
+            model(**batch()).loss.backward()
+        reports.append(monitor.report().blocks)
+    for plain, again in zip(*reports, strict=True):
+        assert (plain.tokens, plain.samples) == (again.tokens, again.samples)
+        assert again.AF_gate == pytest.approx(plain.AF_gate, rel=1e-4)
+        assert again.squared_gradient_norm_down == pytest.approx(
+            plain.squared_gradient_norm_down, rel=1e-4
+        )
+
+
+def test_generated_text_is_the_same_watched_and_accelerated() -> None:
+    model: Any = qwen().eval()
+    ids = batch(padded=False)["input_ids"]
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    with steppe.watch(model) as monitor:
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+    assert sum(block.tokens for block in monitor.report().blocks[1:5]) == 2 * 3 * (9 + 4)
+    steppe.accelerate_(model, max_density=1.0)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+    told = steppe.explain(model).blocks[1:]
+    assert any(block.is_few and block.is_sparse for block in told)
+
+
 def test_a_hook_of_others_on_the_shared_activation_is_called() -> None:
     model: Any = qwen(num_hidden_layers=2)
     inputs = batch()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from steppe.activations import Activation, is_relu
-from steppe.blocks import MLPBlock, find_blocks
+from steppe.blocks import MLPBlock, find_blocks, unwrap
 from steppe.errors import LossError
 from steppe.linear import linear_weight
 from steppe.measures.density import (
@@ -23,7 +24,7 @@ from steppe.measures.density import (
     count_,
     sloped_entries,
 )
-from steppe.measures.flatness import COLUMNS, by_sample, new_probe, tap
+from steppe.measures.flatness import COLUMNS, Calls, by_sample, new_probe, tap
 from steppe.measures.generation import follow_generation
 from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
@@ -81,6 +82,8 @@ class Monitor:
         """Measure while this lasts, any number of times; the model is then as it was before."""
         journal = Journal(transient=True)
         try:
+            journal.add_forward_pre_hook(unwrap(self._model), self._switch.enter)
+            journal.add_forward_hook(unwrap(self._model), self._switch.leave, always=True)
             journal.hold_nested_tensors_off(self._model)
             journal.hold_parts([observer.block for observer in self._observers])
             for observer in self._observers:
@@ -243,12 +246,42 @@ class Monitor:
         return torch.as_tensor(self._loss_factor, dtype=torch.float64).square()
 
 
+Pass = defaultdict[tuple[int, str], Calls]
+"""The calls of layers in one forward pass, by their observers and names."""
+
+
 @dataclass
 class _Switch:
     """Whether passes are measured now; the observers do not keep their monitor alive."""
 
     enabled: bool = True
     counts_generation: bool = True
+    passes: PerThread[tuple[Pass, ...]] = field(default_factory=lambda: PerThread(()))
+
+    def enter(self, *arguments: Any) -> None:
+        """Forward pre-hook on the model: a pass begins."""
+        if not torch.compiler.is_compiling():
+            self.passes.set((*self.passes.get(), defaultdict(Calls)))
+
+    def leave(self, *arguments: Any) -> None:
+        """Forward hook on it, called also where its forward has raised."""
+        if not torch.compiler.is_compiling():
+            self.passes.set(self.passes.get()[:-1])
+
+    def call(self, observer: _Observer, name: str) -> Calls | None:
+        """The calls of a layer in this pass, with the one that runs; None if that is all there is.
+
+        It is where torch.compile traces, outside of the model's forward, and where gradient
+        checkpointing runs a forward pass again.
+        """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return None
+        passes = self.passes.get()
+        if not passes:
+            return None
+        calls = passes[-1][id(observer), name]
+        calls.made += 1
+        return calls
 
     @property
     def is_on(self) -> bool:
@@ -366,6 +399,7 @@ class _Observer:
         if self.counts.device != p.device:
             self._allocate(p.device)
         layout = self._context.layout(p, self.block)
+        calls = self._switch.call(self, "counts")
         count_(
             self.counts,
             self.units,
@@ -373,6 +407,7 @@ class _Observer:
             by_sample(active, layout),
             by_sample(slopes, layout),
             layout.mask,
+            calls is not None and calls.made > 1,
         )
 
     def _tapped(
@@ -383,7 +418,8 @@ class _Observer:
             return None
         layout = self._context.layout(output, self.block)
         scale = self._losses.scale_of(layout.samples, output.device, self.block.name)
-        return tap(output, self.probes[name], layer_input, layout, slopes, scale)
+        calls = self._switch.call(self, name)
+        return tap(output, self.probes[name], layer_input, layout, slopes, scale, calls)
 
     def _allocate(self, device: torch.device) -> None:
         """Nothing counted yet, on a device."""
