@@ -48,6 +48,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.surgery", "steppe.wiring"),
     ("steppe.tokens",),
     ("steppe.routing",),
+    ("steppe.first_pass",),
     (
         "steppe.measures.curvature",
         "steppe.measures.density",
@@ -214,6 +215,7 @@ PUBLIC = [
     "RisingThreshold",
     "SShapedSquaredReLU",
     "SteppeError",
+    "WiringError",
     "ZerothBias",
     "accelerate_",
     "added_parameters",

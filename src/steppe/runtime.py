@@ -14,6 +14,7 @@ from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
 from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
+from steppe.first_pass import not_looking
 from steppe.linear import is_linear, linear_weight
 from steppe.ops.calibration import use_remembered
 from steppe.ops.packing import declare_final
@@ -133,7 +134,8 @@ def accelerate_(
         blocks = find_blocks(root, where, patterns)
         for block in blocks:
             _check(block)
-        _route(root, blocks, patterns, settings)
+        with not_looking(root):
+            _route(root, blocks, patterns, settings)
     except BaseException:  # also Ctrl-C: never half a model
         if old is not None:
             _route(root, old.blocks, old.patterns, replace(old.settings, check=False))

@@ -481,8 +481,8 @@ def test_an_interruption_in_the_middle_leaves_the_model_untouched(
     if has_some_already:
         steppe.sparsify_(model, [MIXED if kind is not JumpingSquaredReLU else ZEROTH])
         randomise_(model)
-    before = Snapshot.of(model)
     old = logits(model)
+    before = Snapshot.of(model)
     monkeypatch.setattr(kind, "apply", interrupted)
     have = {applied.plugin.key for applied in getattr(sparsification_of(model), "applied", [])}
     with pytest.raises(KeyboardInterrupt):

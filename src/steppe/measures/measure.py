@@ -108,6 +108,7 @@ def measure(
             that counts.
         LossError: the loss is no scalar, has no gradient, or there are no labels for it.
         NonFiniteLossError: the loss is NaN or infinite.
+        WiringError: what flows through a block is not what its pattern says.
         ValueError: `labels` or `reduction` is none of those above.
 
     Source: arXiv 2605.25612.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from steppe.activations import Activation, is_relu
-from steppe.blocks import MLPBlock, find_blocks
+from steppe.blocks import MLPBlock, find_blocks, unwrap
 from steppe.errors import LossError
+from steppe.first_pass import Look, looking
 from steppe.linear import linear_weight
 from steppe.measures.density import (
     COUNTERS,
@@ -73,6 +74,8 @@ class Monitor:
             _Observer(self._switch, block, context, self._losses)
             for block, context in zip(blocks, contexts, strict=True)
         ]
+        root = unwrap(model)
+        self._looks = [Look(root, block, "watch") for block in blocks]
         self.enabled = True
 
     @contextmanager
@@ -89,7 +92,8 @@ class Monitor:
                 self._losses.attach(journal)
             for module, see in self._hooks():
                 journal.add_forward_hook(module, see)
-            yield
+            with looking(self._looks):
+                yield
         finally:
             journal.undo()
 
@@ -448,6 +452,8 @@ def watch(
 
     Raises:
         BlocksNotFoundError: there is no MLP block.
+        WiringError: in the first forward pass, what flows through a block is not what its pattern
+            says.
         ValueError: `reduction` is neither ``mean`` nor ``sum``.
 
     Example:

@@ -39,6 +39,7 @@ class RestrictedNorm(Plugin):
     """
 
     key: ClassVar[str] = "restricted_norm"
+    uses_norm: ClassVar[bool] = True
 
     floor: float = 1.0
     ramp: float = 0.0

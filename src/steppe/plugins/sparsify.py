@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
 from steppe.errors import SparsificationError
+from steppe.first_pass import look_later, stop_looking
 from steppe.patterns import BlockPattern
 from steppe.plugins.base import Constraint, Plugin
 from steppe.plugins.jumping_relu import JumpingSquaredReLU
@@ -117,10 +118,12 @@ def sparsify_(
 ) -> nn.Module:
     """Put plug-ins into the MLP blocks of a model, in place.
 
-    All is checked before anything is changed. Existing Parameters stay the same objects under the
-    same names; `added_parameters` names the new ones. A Hugging Face model notes it in its config,
-    so that ``save_pretrained`` saves it and `load_pretrained` brings it back. Call it before DDP,
-    FSDP or an optimizer see the model.
+    All is checked before anything is changed, but for what flows between the modules of a block:
+    that is compared in its first pass, which raises `WiringError` where it is not what the block's
+    pattern says. Existing Parameters stay the same objects under the same names;
+    `added_parameters` names the new ones. A Hugging Face model notes it in its config, so that
+    ``save_pretrained`` saves it and `load_pretrained` brings it back. Call it before DDP, FSDP or
+    an optimizer see the model.
 
     Args:
         model: the model; wrappers (PEFT, ``torch.compile``) are seen through.
@@ -205,6 +208,8 @@ def sparsify_(
         if old is not None:
             old.keep()
         raise
+    uses_norm = any(plugin.uses_norm for plugin in resolved)
+    look_later(root, blocks, names if uses_norm else ())
     forget_compiled_code()
     return model
 
@@ -228,6 +233,7 @@ def restore_(model: nn.Module) -> nn.Module:
     if sparsification_of(root) is None and unapplied(root) is not None:
         erase_records(root)  # of plug-ins that it never had
         return model
+    stop_looking(root)
     require_sparsification(root).undo()
     forget_compiled_code()
     return model

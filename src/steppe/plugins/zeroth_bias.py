@@ -41,6 +41,7 @@ class ZerothBias(Plugin):
     """
 
     key: ClassVar[str] = "zeroth_bias"
+    uses_norm: ClassVar[bool] = True
 
     max_tokens: int | None = None
     limit: float = 0.1
