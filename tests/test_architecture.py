@@ -42,7 +42,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("steppe.ops.calibration",),
     ("steppe.ops",),
     ("steppe.activations",),
-    ("steppe.linear", "steppe.patterns", "steppe.record", "steppe.schema"),
+    ("steppe.linear", "steppe.norms", "steppe.patterns", "steppe.record", "steppe.schema"),
     ("steppe.candidates",),
     ("steppe.blocks", "steppe.recognition", "steppe.swapping"),
     ("steppe.surgery", "steppe.wiring"),
