@@ -273,7 +273,7 @@ class Look:
             if about_norm
             else "leave this"
         )
-        first = f"First {self._undo}, then " if self._undo else ""
+        first = f"First {self._undo}, then " if self._undo else "To go on, "
         text = (
             f"{name}: is not the block that its pattern describes: in the first pass,"
             f" {mismatch}{norm}. {first}{other} block out: {self._verb}(model,"

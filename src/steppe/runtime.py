@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import steppe.plugins as plugins
-from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
+from steppe.blocks import MLPBlock, Slot, blocks_for, find_blocks, unwrap
 from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
@@ -74,6 +74,7 @@ def accelerate_(
     max_candidates: float | None = None,
     weights_are_final: bool = False,
     check: bool = True,
+    strict: bool = False,
 ) -> nn.Module:
     """Run the MLP blocks of a ReLU-type model on exact sparse kernels, forward and backward.
 
@@ -108,6 +109,7 @@ def accelerate_(
         check: run each block once on random input through its own modules and on the kernels,
             forward and backward, in evaluation and in training, and refuse it where they differ.
             Without, the first call of each mode looks at what flows between a block's modules.
+        strict: refuse a model of which some MLPs are not found, instead of warning once.
 
     Returns:
         The model.
@@ -131,7 +133,7 @@ def accelerate_(
     if old is not None:
         _decelerate(old)
     try:
-        blocks = find_blocks(root, where, patterns)
+        blocks = blocks_for("accelerate_", root, where, patterns, strict)
         for block in blocks:
             _check(block)
         with not_looking(root):

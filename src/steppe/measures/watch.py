@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from steppe.activations import Activation, is_relu
-from steppe.blocks import MLPBlock, find_blocks, unwrap
+from steppe.blocks import Blocks, MLPBlock, blocks_for, unwrap
 from steppe.errors import LossError
 from steppe.first_pass import Look, looking
 from steppe.linear import linear_weight
@@ -41,10 +41,11 @@ class Monitor:
 
     Args:
         model: the model.
-        blocks: of it.
+        blocks: of it; of `find_blocks`, for what they cover to be known.
         gradients: measure backward passes too.
         reduction: of a loss that is not the model's own, over its terms.
         counts_generation: whether passes within the model's ``generate`` are measured.
+        verb: what the user has called, for errors.
 
     Attributes:
         enabled: whether forward passes, and their backward passes, are measured now.
@@ -62,6 +63,7 @@ class Monitor:
         gradients: bool = False,
         reduction: Reduction = "mean",
         counts_generation: bool = True,
+        verb: str = "watch",
     ) -> None:
         self.names = tuple(block.name for block in blocks)
         self._loss_factor: float | Tensor = 1.0
@@ -75,11 +77,12 @@ class Monitor:
             for block, context in zip(blocks, contexts, strict=True)
         ]
         root = unwrap(model)
-        self._looks = [Look(root, block, "watch") for block in blocks]
+        self._coverage = blocks.coverage if isinstance(blocks, Blocks) else None
+        self._looks = [Look(root, block, verb) for block in blocks]
         self.enabled = True
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Iterator[Monitor]:
         """Measure while this lasts, any number of times; the model is then as it was before."""
         journal = Journal(transient=True)
         try:
@@ -93,7 +96,7 @@ class Monitor:
             for module, see in self._hooks():
                 journal.add_forward_hook(module, see)
             with looking(self._looks):
-                yield
+                yield self
         finally:
             journal.undo()
 
@@ -162,7 +165,11 @@ class Monitor:
 
     def report_of(self, tallies: Sequence[Tally]) -> Report:
         """The report of tallies that `take` gave, on the CPU."""
-        return report_of([observer.block for observer in self._observers], tallies)
+        report = report_of([observer.block for observer in self._observers], tallies)
+        found = self._coverage
+        if found is None:
+            return report
+        return replace(report, coverage=found.share, not_covered=found.not_covered())
 
     def reset(self) -> None:
         """Start from zero."""
@@ -418,6 +425,7 @@ def watch(
     patterns: Sequence[BlockPattern] = (),
     gradients: bool = False,
     reduction: Reduction = "mean",
+    strict: bool = False,
 ) -> Iterator[Monitor]:
     """Measure a model's MLP blocks while any loop runs it.
 
@@ -446,6 +454,8 @@ def watch(
         patterns: patterns of your own for `find_blocks`.
         gradients: measure backward passes too.
         reduction: of the loss over its terms, as in ``nn.CrossEntropyLoss``.
+        strict: refuse a model of which some MLPs are not found, instead of warning once;
+            ``Report.coverage`` says it in any case.
 
     Yields:
         The monitor; ``monitor.report()`` at any time, also afterwards.
@@ -463,6 +473,7 @@ def watch(
         >>> monitor.report().blocks[0].tokens
         10
     """
-    monitor = Monitor(model, find_blocks(model, where, patterns), gradients, reduction)
+    blocks = blocks_for("watch", model, where, patterns, strict)
+    monitor = Monitor(model, blocks, gradients, reduction)
     with monitor.attached():
         yield monitor

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
+from steppe.blocks import MLPBlock, Slot, blocks_for, unwrap
 from steppe.errors import SparsificationError
 from steppe.first_pass import look_later, stop_looking
 from steppe.patterns import BlockPattern
@@ -115,6 +115,7 @@ def sparsify_(
     plugins: Sequence[Plugin],
     where: Callable[[MLPBlock], bool] | None = None,
     patterns: Sequence[BlockPattern] = (),
+    strict: bool = False,
 ) -> nn.Module:
     """Put plug-ins into the MLP blocks of a model, in place.
 
@@ -131,6 +132,7 @@ def sparsify_(
             `ActivationPenalty`, in any combination.
         where: which blocks; all by default.
         patterns: patterns of your own for `find_blocks`.
+        strict: refuse a model of which some MLPs are not found, instead of warning once.
 
     Returns:
         The model.
@@ -151,7 +153,7 @@ def sparsify_(
         'relu'
     """
     root = unwrap(model)
-    blocks = find_blocks(root, where, patterns)
+    blocks = blocks_for("sparsify_", root, where, patterns, strict)
     names = tuple(block.name for block in blocks)
     if not plugins:
         raise ValueError("sparsify_: no plug-in given, e.g. sparsify_(model, [ZerothBias()])")

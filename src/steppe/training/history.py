@@ -156,6 +156,8 @@ class History:
             "d_model_per_block": [block.d_model for block in blocks],
             "d_hidden_per_block": [block.d_hidden for block in blocks],
             "gated_per_block": [block.gate is not None for block in blocks],
+            "coverage": blocks.coverage.share,
+            "not_covered": list(blocks.coverage.not_covered()),
         }
         training = [report_from_dict(layout | entry) for entry in self.history]
         return Run(
