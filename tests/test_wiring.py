@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import steppe
-from architectures import ARCHITECTURES, Architecture
+from architectures import ARCHITECTURES, HIDDEN, VOCABULARY, WIDTH, Architecture, ids
+from architectures import config_of as tiny
 from steppe import BlockPattern, IncompleteCoverageWarning, MLPBlock, WiringError
 from steppe.blocks import Slot
 from steppe.first_pass import Look, looking
@@ -207,11 +210,6 @@ class ByOtherFunction(ByFunction):
     def forward(self, x: Tensor) -> Tensor:
         z: Tensor = self.down(F.relu(self.up(self.norm(x))))
         return z
-
-
-def wrongly(name: str, **paths: str) -> tuple[Architecture, BlockPattern]:
-    one = next(one for one in ARCHITECTURES if one.name == name)
-    return one, BlockPattern(family="mine", **paths)
 
 
 def batch() -> Tensor:
@@ -416,3 +414,106 @@ def test_functions_and_meta_tensors_are_not_looked_at() -> None:
     meta = Scaled().to("meta")
     steppe.sparsify_(meta, [steppe.JumpingSquaredReLU()], patterns=[PATTERN])
     meta(batch().to("meta"))
+
+
+def built(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    one = next(one for one in ARCHITECTURES if one.name == name)
+    return one.build().eval(), one.batch(0)
+
+
+def bert_decoder() -> tuple[nn.Module, dict[str, Tensor]]:
+    config = tiny("BertConfig", is_decoder=True, add_cross_attention=True)
+    return transformers.BertLMHeadModel(config).eval(), {
+        "input_ids": ids(0),
+        "encoder_hidden_states": torch.randn(2, 3, WIDTH),
+    }
+
+
+def mobile_bert() -> tuple[nn.Module, dict[str, Tensor]]:
+    config = tiny("MobileBertConfig", true_hidden_size=8, intra_bottleneck_size=8)
+    return transformers.MobileBertModel(config).eval(), {"input_ids": ids(0)}
+
+
+def segformer() -> tuple[nn.Module, dict[str, Tensor]]:
+    config = transformers.SegformerConfig(
+        num_channels=1,
+        depths=[1, 1],
+        hidden_sizes=[8, 16],
+        num_encoder_blocks=2,
+        sr_ratios=[2, 1],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        hidden_act="relu",
+    )
+    model = transformers.SegformerForImageClassification(config)
+    return model.eval(), {"pixel_values": torch.randn(2, 1, 16, 16)}
+
+
+def gemma_3n() -> tuple[nn.Module, dict[str, Tensor]]:
+    config = tiny(
+        "Gemma3nTextConfig",
+        act="hidden_activation",
+        activation_sparsity_pattern=[0.5, 0.5],
+        laurel_rank=4,
+        hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=0,
+        altup_num_inputs=2,
+        layer_types=["full_attention", "full_attention"],
+        intermediate_size=[HIDDEN, HIDDEN],
+    )
+    return transformers.Gemma3nForCausalLM(config).eval(), {"input_ids": ids(0)}
+
+
+BERTS = {"up": "intermediate.dense", "act": "intermediate.intermediate_act_fn"}
+BERTS["down"] = "output.dense"
+LLAMAS = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "act": "mlp.act_fn"}
+LLAMAS["down"] = "mlp.down_proj"
+GPTS = {"up": "mlp.c_fc", "act": "mlp.act", "down": "mlp.c_proj"}
+KNOWN_TRAPS: dict[str, tuple[Callable[[], Any], dict[str, str], str]] = {
+    "OpenAI GPT": (lambda: built("OpenAI GPT"), {"norm": "ln_2", **GPTS}, "of the norm"),
+    "Swin v2": (lambda: built("Swin v2"), {"norm": "layernorm_after", **BERTS}, "of the norm"),
+    "BERT": (bert_decoder, {"norm": "attention.output.LayerNorm", **BERTS}, "of the norm"),
+    "MobileBERT": (mobile_bert, {"norm": "attention.output.LayerNorm", **BERTS}, "of the norm"),
+    "OLMo 2": (lambda: built("OLMo 2"), {"norm": "post_attention_layernorm", **LLAMAS}, "norm"),
+    "BitNet": (
+        lambda: built("BitNet"),
+        {"norm": "post_attention_layernorm", **LLAMAS},
+        "between the activation and the last layer",
+    ),
+    "Gemma 3n": (
+        gemma_3n,
+        {"norm": "pre_feedforward_layernorm", **LLAMAS},
+        "does not get the output of the layer before it",
+    ),
+    "SegFormer": (
+        segformer,
+        {"norm": "layernorm_after", "up": "mlp.fc1", "act": "mlp.activation_fn"}
+        | {"down": "mlp.fc2"},
+        "does not get the output of the layer before it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_TRAPS)
+@pytest.mark.filterwarnings("ignore::steppe.IncompleteCoverageWarning")
+def test_a_row_that_was_wrong_once_would_be_refused(name: str) -> None:
+    build, paths, what = KNOWN_TRAPS[name]
+    model, inputs = build()
+    pattern = BlockPattern(family="wrong", **paths)
+    with torch.no_grad():
+        for one, parameter in model.named_parameters():
+            if "norm" in one.lower() or "ln_" in one:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+    steppe.sparsify_(
+        model,
+        [steppe.ZerothBias(max_tokens=64)],
+        where=lambda block: block.family == "wrong",
+        patterns=[pattern],
+    )
+    with torch.no_grad(), pytest.raises(WiringError, match=what):
+        model(**inputs)
+    steppe.restore_(model)
+    model(**inputs)
