@@ -392,10 +392,15 @@ def stock_model(model: nn.Module) -> nn.Module:
 def _outermost_models(root: nn.Module) -> Iterator[nn.Module]:
     """The Hugging Face models within a module that are in no other one."""
     for child in root.children():
-        if config_of(child) is not None and hasattr(type(child), "save_pretrained"):
+        if _is_model(child):
             yield child
         else:
             yield from _outermost_models(child)
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Whether a module is a whole Hugging Face model."""
+    return config_of(module) is not None and hasattr(type(module), "save_pretrained")
 
 
 def decoders(model: nn.Module) -> Iterator[tuple[nn.Module, set[nn.Module]]]:
@@ -476,8 +481,9 @@ def _stack_of(root: nn.Module, name: str) -> nn.Module | None:
         told = set(forward_parameters(ancestor))
         if _TOKENS & told:
             return ancestor
-        if _OTHER_INPUTS & told:
-            return None  # the text and the padding that modules above are told of are not its own
+        # The text and the padding that modules above are told of are not a tower's own.
+        if _OTHER_INPUTS & told or (ancestor is not root and _is_model(ancestor)):
+            return None
     return None
 
 

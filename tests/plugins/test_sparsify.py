@@ -419,7 +419,7 @@ MISFITS: dict[str, tuple[Callable[[], nn.Module], Plugin, str]] = {
         LAST + "RestrictedNorm needs a norm with a scale",
     ),
     "no norm scale to bound the zeroth bias": (
-        _set("ln_2", nn.LayerNorm(models.D_MODEL, elementwise_affine=False)),
+        _set("ln_2", nn.Identity()),
         ZEROTH,
         LAST + "ZerothBias is bounded by the scale",
     ),
