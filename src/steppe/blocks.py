@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,6 +33,10 @@ _EXPERTS_NORMS = (
 # Parameters of the forward of what is told about tokens, and of a tower that makes its own.
 _TOKENS = {"input_ids", "inputs_embeds", "src_key_padding_mask"}
 _OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}
+
+
+# What was said of each model: once for each function that the user calls is enough.
+_said: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -130,30 +135,62 @@ class Coverage:
     Attributes:
         blocks: the blocks, in forward order; empty if there are none.
         left: what looks like an MLP and is in no block.
-        share: of the parameters of both that are in blocks, in [0, 1].
+        share: of the parameters of all of these that are in blocks, in [0, 1].
+        excluded: blocks that `where` has left out.
     """
 
     blocks: list[MLPBlock]
     left: list[Candidate]
     share: float
+    excluded: list[MLPBlock] = field(default_factory=list)
+
+    def not_covered(self) -> tuple[str, ...]:
+        """A line for each kind of what is left, and one for each block that was left out."""
+        kinds = tuple(line.strip() for line in listed(self.left).splitlines())
+        return (*kinds, *(f"{block.name}: left out by `where`" for block in self.excluded))
+
+    def __str__(self) -> str:
+        """The share, and what is not covered."""
+        lines = "".join(f"\n  {line}" for line in self.not_covered())
+        return f"{self.share:.0%} of the MLP parameters are in {len(self.blocks)} blocks{lines}"
 
 
-def coverage(model: nn.Module, patterns: Sequence[BlockPattern] = ()) -> Coverage:
+class Blocks(list[MLPBlock]):
+    """Blocks of a model, in forward order.
+
+    Attributes:
+        coverage: what of the model they cover, and what is left.
+    """
+
+    def __init__(self, found: Coverage) -> None:
+        super().__init__(found.blocks)
+        self.coverage = found
+
+
+def coverage(
+    model: nn.Module,
+    patterns: Sequence[BlockPattern] = (),
+    where: Callable[[MLPBlock], bool] | None = None,
+) -> Coverage:
     """Which MLPs of a model are found, and which are not; also of a model on the meta device.
 
     Args:
         model: as of `find_blocks`.
-        patterns: likewise.
+        patterns: as there.
+        where: as there.
 
     Example:
         >>> coverage(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))).left[0].pattern()
         "BlockPattern(family='mine', up='0', act='1', down='2')"
     """
     root = unwrap(model)
-    blocks = [block for _, _, _, block in matches(root, patterns)]
-    layers = [layer for block in blocks for layer in block.layers]
-    left = candidates(root, layers)
-    return Coverage(blocks, left, share_of(layers, left))
+    found = [block for _, _, _, block in matches(root, patterns)]
+    blocks = [block for block in found if where is None or where(block)]
+    kept = {id(block) for block in blocks}
+    excluded = [block for block in found if id(block) not in kept]
+    layers, others = ([la for block in some for la in block.layers] for some in (blocks, excluded))
+    left = candidates(root, [*layers, *others])
+    return Coverage(blocks, left, share_of(layers, left, others), excluded)
 
 
 def find_blocks(
@@ -161,11 +198,12 @@ def find_blocks(
     where: Callable[[MLPBlock], bool] | None = None,
     patterns: Sequence[BlockPattern] = (),
     strict: bool = False,
-) -> list[MLPBlock]:
+) -> Blocks:
     """Every MLP block of a model, in forward order.
 
     Sees through ``torch.compile``, DDP, PEFT and checkpoint wrappers. Names are those of the
-    unwrapped model. Warns of what looks like an MLP and is not among them.
+    unwrapped model. Warns, once a model, of what looks like an MLP and is not among them; what
+    `where` leaves out it was told to, ``print(find_blocks(model, where=...).coverage)`` shows it.
 
     Args:
         model: T5, ViT, I-JEPA, OPT, GPT-2, BERT, GPT-NeoX, Llama/Qwen, ``nn.TransformerEncoder``,
@@ -176,7 +214,7 @@ def find_blocks(
         strict: refuse a model of which a part is not found, instead of warning.
 
     Returns:
-        The blocks. Never empty.
+        The blocks, a list that says in its ``coverage`` what is left. Never empty.
 
     Raises:
         BlocksNotFoundError: no module matches any pattern, or `where` refused all that do, or with
@@ -188,28 +226,52 @@ def find_blocks(
         >>> [(b.d_model, b.d_hidden) for b in find_blocks(layer)]
         [(8, 32)]
     """
+    return blocks_for("find_blocks", model, where, patterns, strict)
+
+
+def blocks_for(
+    verb: str,
+    model: nn.Module,
+    where: Callable[[MLPBlock], bool] | None = None,
+    patterns: Sequence[BlockPattern] = (),
+    strict: bool = False,
+) -> Blocks:
+    """`find_blocks` for a function that the user has called, which warns in its own name.
+
+    Args:
+        verb: the function.
+        model: as of `find_blocks`, as all that follows.
+        where: which blocks.
+        patterns: of the user's own.
+        strict: refuse instead of warning.
+    """
     root = unwrap(model)
     _refuse_record(root)
-    found = coverage(root, patterns)
-    blocks, left = found.blocks, found.left
-    if not blocks:
-        raise BlocksNotFoundError(_nothing_found(root, patterns, left))
-    if left:
+    found = coverage(root, patterns, where)
+    if not found.blocks and not found.excluded:
+        raise BlocksNotFoundError(_nothing_found(root, patterns, found.left))
+    if not found.blocks:
+        names = ", ".join(block.name for block in found.excluded)
+        raise BlocksNotFoundError(
+            f"`where` refused all {len(found.excluded)} MLP blocks of {type(root).__name__}:"
+            f" {names}"
+        )
+    if found.left:
+        number = len(found.blocks) + len(found.excluded)
+        covered = [la for block in (*found.blocks, *found.excluded) for la in block.layers]
         partly = (
-            f"find_blocks: {found.share:.0%} of the MLP parameters of {type(root).__name__} are in"
-            f" the {len(blocks)} blocks that were found. Not covered:\n{listed(left)}\n"
-            f"To cover what a pattern can name:\n{listed(left, Candidate.pattern)}"
+            f"{verb}: {share_of(covered, found.left):.0%} of the MLP parameters of"
+            f" {type(root).__name__} are in the {number} blocks that were found. Not"
+            f" covered:\n{listed(found.left)}\n"
+            f"To cover what a pattern can name:\n{listed(found.left, Candidate.pattern)}"
         )
         if strict:
             raise BlocksNotFoundError(partly)
-        warnings.warn(partly, IncompleteCoverageWarning, stacklevel=2)
-    kept = [block for block in blocks if where is None or where(block)]
-    if not kept:
-        names = ", ".join(block.name for block in blocks)
-        raise BlocksNotFoundError(
-            f"`where` refused all {len(blocks)} MLP blocks of {type(root).__name__}: {names}"
-        )
-    return kept
+        said = _said.setdefault(root, set())
+        if partly not in said:
+            said.add(partly)
+            warnings.warn(partly, IncompleteCoverageWarning, stacklevel=3)
+    return Blocks(found)
 
 
 def _refuse_record(root: nn.Module) -> None:
@@ -363,10 +425,15 @@ def stock_model(model: nn.Module) -> nn.Module:
 def _outermost_models(root: nn.Module) -> Iterator[nn.Module]:
     """The Hugging Face models within a module that are in no other one."""
     for child in root.children():
-        if config_of(child) is not None and hasattr(type(child), "save_pretrained"):
+        if _is_model(child):
             yield child
         else:
             yield from _outermost_models(child)
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Whether a module is a whole Hugging Face model."""
+    return config_of(module) is not None and hasattr(type(module), "save_pretrained")
 
 
 def decoders(model: nn.Module) -> Iterator[tuple[nn.Module, set[nn.Module]]]:
@@ -513,8 +580,9 @@ def _stack_of(root: nn.Module, name: str) -> nn.Module | None:
         told = set(forward_parameters(ancestor))
         if _TOKENS & told:
             return ancestor
-        if _OTHER_INPUTS & told:
-            return None  # the text and the padding that modules above are told of are not its own
+        # The text and the padding that modules above are told of are not a tower's own.
+        if _OTHER_INPUTS & told or (ancestor is not root and _is_model(ancestor)):
+            return None
     return None
 
 

@@ -111,15 +111,21 @@ def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Can
     return [*found, *_experts(root, experts)]
 
 
-def share_of(blocks_layers: Iterable[nn.Module], left: Iterable[Candidate]) -> float:
+def share_of(
+    blocks_layers: Iterable[nn.Module],
+    left: Iterable[Candidate],
+    others: Iterable[nn.Module] = (),
+) -> float:
     """The share of a model's MLP parameters that its blocks have, in [0, 1].
 
     Args:
         blocks_layers: the blocks' linear layers.
         left: what is left out.
+        others: linear layers that are left out too.
     """
     inside = sum(linear_weight(layer).numel() for layer in blocks_layers)
     outside = sum(candidate.parameters for candidate in left)
+    outside += sum(linear_weight(layer).numel() for layer in others)
     return inside / max(inside + outside, 1)
 
 

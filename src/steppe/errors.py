@@ -66,6 +66,10 @@ class UnfitBlockError(SteppeError, ValueError):
     """A plug-in does not fit a block; the model was left as it was."""
 
 
+class WiringError(SteppeError, ValueError):
+    """A block does not compute what its pattern says, as its first pass has shown."""
+
+
 class SparsificationError(SteppeError, RuntimeError):
     """The model carries the plug-in already, or carries none where one was expected."""
 

@@ -77,13 +77,16 @@ def fault_in(values: Mapping[str, Any]) -> str | None:
     fault = fault_of(BlockPattern, values)
     if fault is not None:
         return fault
-    pattern = BlockPattern(**values)
+    try:
+        pattern = BlockPattern(**values)
+    except ValueError as error:
+        return str(error)
     for name, value in pattern.act_flags:
         if hasattr(_EVERY_MODULE, name) or not isinstance(value, _PLAIN):
             return f"{_FLAGS}: {name!r} is not for a pattern to set"
     for one in fields(BlockPattern):
         path = getattr(pattern, one.name)
-        if isinstance(path, str) and one.name != _FAMILY:
+        if isinstance(path, str) and path and one.name != _FAMILY:
             parts = path.split(".")
             if not _PATH.fullmatch(path) or any(hasattr(_EVERY_MODULE, part) for part in parts):
                 return f"{one.name}: expected a dotted path of parts, got {path!r}"

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import steppe.plugins as plugins
-from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
+from steppe.blocks import MLPBlock, Slot, blocks_for, find_blocks, unwrap
 from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
+from steppe.first_pass import not_looking
 from steppe.fused import Half, HalvesForward
 from steppe.linear import is_linear, linear_weight
 from steppe.ops.backend import backend_of
@@ -73,6 +74,7 @@ def accelerate_(
     max_candidates: float | None = None,
     weights_are_final: bool = False,
     check: bool = True,
+    strict: bool = False,
 ) -> nn.Module:
     """Run the MLP blocks of a ReLU-type model on exact sparse kernels, forward and backward.
 
@@ -107,6 +109,7 @@ def accelerate_(
         check: run each block once on random input through its own modules and on the kernels,
             forward and backward, in evaluation and in training, and refuse it where they differ.
             Without, the first call of each mode looks at what flows between a block's modules.
+        strict: refuse a model of which some MLPs are not found, instead of warning once.
 
     Returns:
         The model.
@@ -130,10 +133,11 @@ def accelerate_(
     if old is not None:
         _decelerate(old)
     try:
-        blocks = find_blocks(root, where, patterns)
+        blocks = blocks_for("accelerate_", root, where, patterns, strict)
         for block in blocks:
             _check(block)
-        _route(root, blocks, settings, patterns)
+        with not_looking(root):
+            _route(root, blocks, settings, patterns)
     except BaseException:  # also Ctrl-C: never half a model
         if old is not None:
             _route(root, old.blocks, replace(old.settings, check=False))

@@ -272,11 +272,16 @@ class Journal:
         self._note(_AddedEdit(slot))
 
     def add_forward_pre_hook(
-        self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        with_kwargs: bool = False,
+        first: bool = False,
     ) -> None:
-        """Register a forward pre-hook."""
+        """Register a forward pre-hook; with `first` it comes before those that are there."""
         own = OwnHook(hook, self._transient)
-        self._note_hook(module, own, module.register_forward_pre_hook(own, with_kwargs=with_kwargs))
+        handle = module.register_forward_pre_hook(own, prepend=first, with_kwargs=with_kwargs)
+        self._note_hook(module, own, handle)
 
     def add_forward_hook(
         self,

@@ -57,6 +57,20 @@ def row_with(text: str, start: str) -> list[str]:
     return next(line.split() for line in text.splitlines() if line.split()[:1] == [start])
 
 
+def test_a_part_of_a_model_is_said_to_be_one() -> None:
+    part = replace(report(BLOCK), coverage=0.167)
+    assert "17% of the MLP parameters" in " ".join(text_of(measure_table(part)).split())
+    assert "MLP parameters" not in text_of(measure_table(replace(part, coverage=1.0)))
+
+
+def test_each_tower_has_a_density() -> None:
+    vision = replace(BLOCK, name="vision.layers.0", density=0.5, tokens=10, d_hidden=4)
+    other = replace(vision, name="vision.layers.1", density=0.25, tokens=30)
+    text = replace(BLOCK, name="text.layers.0", density=0.125)
+    towers = report(vision, other, text).density_by_tower
+    assert towers == {"vision.layers": (0.5 * 40 + 0.25 * 120) / 160, "text.layers": 0.125}
+
+
 def test_a_block_has_its_measures_and_standard_errors() -> None:
     blocks = (BLOCK, replace(BLOCK, name="model.layers.1.mlp", density=0.125))
     text = text_of(measure_table(report(*blocks)))

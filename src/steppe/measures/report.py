@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -111,6 +112,9 @@ class BlockReport:
         return _divide(self.AF_per_entry, self.active_gain)
 
 
+_POOLED = ("density", "derivative_density", "coverage", "not_covered")
+
+
 @dataclass(frozen=True)
 class Report:
     """What was measured of a model.
@@ -120,12 +124,32 @@ class Report:
         derivative_density: share of entries with σ′(p) ≠ 0, pooled over the blocks, in [0, 1].
         blocks: the same and more per block, in forward order.
         curvature: of the Hessian of each block's weights, where it was asked for.
+        coverage: share of the parameters of the model's MLPs that are in the blocks, in [0, 1]; NaN
+            in what was written before it was known.
+        not_covered: what is not: a line for each kind of it, and each block that was left out.
     """
 
     density: float
     derivative_density: float
     blocks: tuple[BlockReport, ...]
     curvature: tuple[BlockCurvature, ...] = ()
+    coverage: float = NAN
+    not_covered: tuple[str, ...] = ()
+
+    @property
+    def density_by_tower(self) -> dict[str, float]:
+        """The density pooled over the blocks of each tower: encoder, decoder, vision, text.
+
+        Blocks are of one tower whose names are the same up to the first number.
+        """
+        active: dict[str, float] = {}
+        entries: dict[str, int] = {}
+        for block in self.blocks:
+            parts = itertools.takewhile(lambda part: not part.isdigit(), block.name.split("."))
+            tower, number = ".".join(parts), block.tokens * block.d_hidden
+            entries[tower] = entries.get(tower, 0) + number
+            active[tower] = active.get(tower, 0.0) + (block.density * number if number else 0.0)
+        return {tower: _divide(active[tower], number) for tower, number in entries.items()}
 
     def __repr__(self) -> str:
         """All of it, or the first blocks where there are many."""
@@ -139,14 +163,15 @@ class Report:
         """The report as JSON values.
 
         Returns:
-            ``density``, ``derivative_density``, and for each attribute of `BlockReport` a list over
-            the blocks under its name with ``_per_block``; None for NaN.
+            ``density``, ``derivative_density``, ``coverage``, ``not_covered``, and for each
+            attribute of `BlockReport` a list over the blocks under its name with ``_per_block``;
+            None for NaN.
         """
         lists = {
             f"{field.name}_per_block": [getattr(block, field.name) for block in self.blocks]
             for field in fields(BlockReport)
         }
-        pooled = {"density": self.density, "derivative_density": self.derivative_density}
+        pooled = {name: getattr(self, name) for name in _POOLED}
         values: dict[str, Any] = to_json({**pooled, **lists})
         return values
 
@@ -195,7 +220,10 @@ def pooled(blocks: Sequence[BlockReport]) -> BlockReport:
     )
 
 
-LAYOUT = ("name_per_block", "d_model_per_block", "d_hidden_per_block", "gated_per_block")
+LAYOUT = (
+    *("name_per_block", "d_model_per_block", "d_hidden_per_block", "gated_per_block"),
+    *("coverage", "not_covered"),
+)
 """What `Report.to_dict` says of the blocks, whatever was measured of them."""
 
 
@@ -218,10 +246,15 @@ def report_from_dict(values: dict[str, Any]) -> Report:
     rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     for row in rows:
         row["neuron_frequency"] = tuple(row["neuron_frequency"])
+    left = tuple(values.get("not_covered", ()))  # not in reports of before it was said
+    if not all(isinstance(line, str) for line in left):
+        raise ValueError("not_covered is no list of lines")
     return Report(
         density=values["density"],
         derivative_density=values["derivative_density"],
         blocks=tuple(BlockReport(**row) for row in rows),
+        coverage=values.get("coverage", NAN),
+        not_covered=left,
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from steppe.activations import Activation, is_relu
-from steppe.blocks import MLPBlock, find_blocks, unwrap
+from steppe.blocks import Blocks, MLPBlock, blocks_for, unwrap
 from steppe.errors import LossError
+from steppe.first_pass import Look, is_to_be_seen, looking, names_of
 from steppe.linear import linear_weight
 from steppe.measures.density import (
     COUNTERS,
@@ -42,10 +43,11 @@ class Monitor:
 
     Args:
         model: the model.
-        blocks: of it.
+        blocks: of it; of `find_blocks`, for what they cover to be known.
         gradients: measure backward passes too.
         reduction: of a loss that is not the model's own, over its terms.
         counts_generation: whether passes within the model's ``generate`` are measured.
+        verb: what the user has called, for errors.
 
     Attributes:
         enabled: whether forward passes, and their backward passes, are measured now.
@@ -63,6 +65,7 @@ class Monitor:
         gradients: bool = False,
         reduction: Reduction = "mean",
         counts_generation: bool = True,
+        verb: str = "watch",
     ) -> None:
         self.names = tuple(block.name for block in blocks)
         self._loss_factor: float | Tensor = 1.0
@@ -75,10 +78,14 @@ class Monitor:
             _Observer(self._switch, block, context, self._losses)
             for block, context in zip(blocks, contexts, strict=True)
         ]
+        root = unwrap(model)
+        self._coverage = blocks.coverage if isinstance(blocks, Blocks) else None
+        names = names_of(root)
+        self._looks = [Look(root, names, block, verb) for block in blocks if is_to_be_seen(block)]
         self.enabled = True
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Iterator[Monitor]:
         """Measure while this lasts, any number of times; the model is then as it was before."""
         journal = Journal(transient=True)
         try:
@@ -94,7 +101,8 @@ class Monitor:
                 self._losses.attach(journal)
             for module, see in self._hooks():
                 journal.add_forward_hook(module, see)
-            yield
+            with looking(self._looks):
+                yield self
         finally:
             journal.undo()
 
@@ -163,7 +171,11 @@ class Monitor:
 
     def report_of(self, tallies: Sequence[Tally]) -> Report:
         """The report of tallies that `take` gave, on the CPU."""
-        return report_of([observer.block for observer in self._observers], tallies)
+        report = report_of([observer.block for observer in self._observers], tallies)
+        found = self._coverage
+        if found is None:
+            return report
+        return replace(report, coverage=found.share, not_covered=found.not_covered())
 
     def reset(self) -> None:
         """Start from zero."""
@@ -441,6 +453,7 @@ def watch(
     patterns: Sequence[BlockPattern] = (),
     gradients: bool = False,
     reduction: Reduction = "mean",
+    strict: bool = False,
 ) -> Iterator[Monitor]:
     """Measure a model's MLP blocks while any loop runs it.
 
@@ -469,12 +482,16 @@ def watch(
         patterns: patterns of your own for `find_blocks`, which are noted with the model.
         gradients: measure backward passes too.
         reduction: of the loss over its terms, as in ``nn.CrossEntropyLoss``.
+        strict: refuse a model of which some MLPs are not found, instead of warning once;
+            ``Report.coverage`` says it in any case.
 
     Yields:
         The monitor; ``monitor.report()`` at any time, also afterwards.
 
     Raises:
         BlocksNotFoundError: there is no MLP block.
+        WiringError: in the first forward pass, what flows through a block is not what its pattern
+            says.
         ValueError: `reduction` is neither ``mean`` nor ``sum``.
 
     Example:
@@ -484,7 +501,8 @@ def watch(
         >>> monitor.report().blocks[0].tokens
         10
     """
-    monitor = Monitor(model, find_blocks(model, where, patterns), gradients, reduction)
+    blocks = blocks_for("watch", model, where, patterns, strict)
+    monitor = Monitor(model, blocks, gradients, reduction)
     note_patterns_(model, patterns)
     with monitor.attached():
         yield monitor

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
+from steppe.blocks import MLPBlock, Slot, blocks_for, unwrap
 from steppe.errors import SparsificationError
+from steppe.first_pass import look_later, stop_looking
 from steppe.pattern_notes import entries_of, forget_patterns_, note_patterns_, noted
 from steppe.patterns import BlockPattern
 from steppe.plugins.base import Constraint, Plugin
@@ -126,13 +127,16 @@ def sparsify_(
     plugins: Sequence[Plugin],
     where: Callable[[MLPBlock], bool] | None = None,
     patterns: Sequence[BlockPattern] = (),
+    strict: bool = False,
 ) -> nn.Module:
     """Put plug-ins into the MLP blocks of a model, in place.
 
-    All is checked before anything is changed. Existing Parameters stay the same objects under the
-    same names; `added_parameters` names the new ones. A Hugging Face model notes it in its config,
-    so that ``save_pretrained`` saves it and `load_pretrained` brings it back. Call it before DDP,
-    FSDP or an optimizer see the model.
+    All is checked before anything is changed, but for what flows between the modules of a block:
+    that is compared in its first pass, which raises `WiringError` where it is not what the block's
+    pattern says. Existing Parameters stay the same objects under the same names;
+    `added_parameters` names the new ones. A Hugging Face model notes it in its config, so that
+    ``save_pretrained`` saves it and `load_pretrained` brings it back. Call it before DDP, FSDP or
+    an optimizer see the model.
 
     Args:
         model: the model; wrappers (PEFT, ``torch.compile``) are seen through.
@@ -142,6 +146,7 @@ def sparsify_(
         patterns: patterns of your own for `find_blocks`. They are noted with the model and in its
             config, with the names of the owners that they match in place of their functions, so
             that nothing needs to be told of them again.
+        strict: refuse a model of which some MLPs are not found, instead of warning once.
 
     Returns:
         The model.
@@ -163,7 +168,7 @@ def sparsify_(
         'relu'
     """
     root = unwrap(model)
-    blocks = find_blocks(root, where, patterns)
+    blocks = blocks_for("sparsify_", root, where, patterns, strict)
     names = tuple(block.name for block in blocks)
     if not plugins:
         raise ValueError("sparsify_: no plug-in given, e.g. sparsify_(model, [ZerothBias()])")
@@ -224,6 +229,8 @@ def sparsify_(
         if old is not None:
             old.keep()
         raise
+    uses_norm = any(plugin.uses_norm for plugin in resolved)
+    look_later(root, blocks, names if uses_norm else ())
     forget_compiled_code()
     return model
 
@@ -247,6 +254,7 @@ def restore_(model: nn.Module) -> nn.Module:
     if sparsification_of(root) is None and unapplied(root) is not None:
         erase_records(root)  # of plug-ins that it never had
         return model
+    stop_looking(root)
     require_sparsification(root).undo()
     forget_patterns_(root)
     forget_compiled_code()

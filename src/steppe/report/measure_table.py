@@ -35,6 +35,8 @@ def measure_table(report: Report) -> FittingTable:
     if report.blocks:
         tokens, samples = report.blocks[0].tokens, report.blocks[0].samples
         title += f", {samples:,} samples, {tokens:,} tokens"
+    if report.coverage < 1.0:
+        title += f"; {report.coverage:.0%} of the MLP parameters"
     table = FittingTable(title, is_tight=True)
     table.add_texts("block")
     blocks, units = _rows_of(report.blocks)

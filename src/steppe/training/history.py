@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 
 from steppe.activations import name_of
-from steppe.blocks import MLPBlock, find_blocks, unwrap
+from steppe.blocks import Blocks, MLPBlock, find_blocks, unwrap
 from steppe.errors import ScheduleError
 from steppe.measures.report import Report, report_from_dict
 from steppe.measures.tally import Tally, sum_over
@@ -107,12 +107,13 @@ class History:
         self._measured = self._monitor.names
         return self._monitor
 
-    def _blocks(self, model: nn.Module) -> list[MLPBlock]:
+    def _blocks(self, model: nn.Module) -> Blocks:
         """The blocks to measure; without `where`, in a run that goes on those from before."""
         blocks = find_blocks(model, self.where, self.patterns)
         note_patterns_(model, self.patterns)
-        before = [block for block in blocks if block.name in self._measured]
-        return before if before and self.where is None else blocks
+        if self.where is not None or not any(block.name in self._measured for block in blocks):
+            return blocks
+        return find_blocks(model, lambda block: block.name in self._measured, self.patterns)
 
     def _put_aside(self, step: int) -> None:
         """Take the tallies of a step; nothing waits for the device here."""
@@ -190,6 +191,8 @@ class History:
             "d_model_per_block": [block.d_model for block in blocks],
             "d_hidden_per_block": [block.d_hidden for block in blocks],
             "gated_per_block": [block.gate is not None for block in blocks],
+            "coverage": blocks.coverage.share,
+            "not_covered": list(blocks.coverage.not_covered()),
         }
         training = [report_from_dict(layout | entry) for entry in self.history]
         return Run(
