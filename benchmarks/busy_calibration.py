@@ -20,7 +20,7 @@ import typer
 from busy_programs import busy
 from steppe.bench import surroundings
 from steppe.files import write_json
-from steppe.ops.calibration import Calibration, Effort, calibrate
+from steppe.ops.cpu.calibration import Calibration, Effort, calibrate
 
 BUSY = (0, 1, 2, 4)
 DISTANCE = 0.25  # the largest step of `Effort.densities`

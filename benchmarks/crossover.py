@@ -3,7 +3,7 @@
 Accelerated and dense block take turns, as modules, so that all that a call costs is counted. With
 one thread it is the processor's time that is compared, which waiting for other programs does not
 lengthen. ``missed`` is dense time / accelerated time of a block that is always too dense: what it
-costs to find that out at every call. `steppe.ops.thresholds` has less than is measured here.
+costs to find that out at every call. `steppe.ops.cpu.thresholds` has less than is measured here.
 
     python benchmarks/crossover.py --json benchmarks/results/crossover.json
     STEPPE_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/crossover.py
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import steppe
 from steppe.bench import COLD_BYTES, PATTERNS, Block, surroundings
 from steppe.files import write_json
-from steppe.ops.calls import DECODE_ROWS
+from steppe.ops.cpu.calls import DECODE_ROWS
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
 SCREENED_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3)

@@ -18,7 +18,7 @@ import steppe
 from steppe import bench, find_blocks, kernels
 from steppe.bench import DECODE, PREFILL, TRAINING, Setting
 from steppe.errors import AccelerationError, OutputError
-from steppe.ops import dispatch
+from steppe.ops.cpu import dispatch
 from steppe.report import bench_table, plot_bench
 from steppe.routing import routes_of
 

@@ -15,8 +15,8 @@ import models
 import steppe
 from steppe.bench import PATTERNS, Block
 from steppe.errors import AccelerationError
-from steppe.ops import packing
-from steppe.ops.native import kernels
+from steppe.ops.cpu import copies
+from steppe.ops.cpu.library import kernels
 
 pytestmark = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 WIDTH, HIDDEN = 16, 64
@@ -222,7 +222,7 @@ def test_nothing_is_changed_by_looking() -> None:
     assert all(torch.equal(tensor, tensors[k]) for k, tensor in model.state_dict().items())
     assert calls == []
     assert counted.sum() == 0
-    assert not any(key[0] for key in packing._entries if key[1] == "screen")
+    assert not any(key[0] for key in copies._entries if key[1] == "screen")
     assert steppe.explain(model).blocks[0].calls == {}
 
 

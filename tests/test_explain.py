@@ -15,8 +15,8 @@ import models
 import steppe
 from steppe.bench import PATTERNS, Block
 from steppe.errors import AccelerationError
-from steppe.ops import packing, writes
-from steppe.ops.native import kernels
+from steppe.ops.cpu import copies, writes
+from steppe.ops.cpu.library import kernels
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 
@@ -109,7 +109,7 @@ def test_a_model_that_is_not_accelerated_is_an_error() -> None:
 
 @native
 def test_what_cannot_be_kept_is_said_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (writes, packing):
+    for module in (writes, copies):
         monkeypatch.setattr(module, "unseen", lambda: "an old kernel")
     plain = Block(512, 2048)
     nn.init.constant_(plain.up.bias, -1.0)

@@ -22,7 +22,7 @@ import models
 import steppe
 from steppe.bench import PATTERNS, Block
 from steppe.errors import AccelerationError
-from steppe.ops.native import kernels
+from steppe.ops.cpu.library import kernels
 
 pytestmark = [
     pytest.mark.skipif(kernels().name != "native", reason=kernels().reason),

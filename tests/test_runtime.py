@@ -17,8 +17,8 @@ import models
 import steppe
 from steppe.bench import PATTERNS, Block
 from steppe.errors import AccelerationError, SparsificationError
-from steppe.ops import dispatch, packing
-from steppe.ops.native import kernels
+from steppe.ops.cpu import copies, dispatch
+from steppe.ops.cpu.library import kernels
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 pytestmark = [
@@ -380,15 +380,15 @@ def test_a_weight_that_has_changed_is_never_served_stale() -> None:
 
 @native
 def test_copies_of_weights_go_with_the_model_and_with_restore() -> None:
-    packing._entries.clear()
+    copies._entries.clear()
     model = steppe.accelerate_(models.gpt2().eval(), max_density=1.0)
-    assert packing._entries == {}  # what the dry run has kept is gone
+    assert copies._entries == {}  # what the dry run has kept is gone
     with torch.no_grad():
         for _ in range(2):
             model(input_ids=models.token_ids())
-    assert len(packing._entries) == 2
+    assert len(copies._entries) == 2
     steppe.restore_(model)
-    assert packing._entries == {}
+    assert copies._entries == {}
 
 
 @native

@@ -17,11 +17,10 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import models
 import steppe
-from steppe.computation import Computation
-from steppe.ops import cpu, packing, screened
-from steppe.ops.few import FewCall
-from steppe.ops.native import kernels
-from steppe.routing import Route
+from steppe.ops.cpu import copies, native_ops, screen
+from steppe.ops.cpu.block import CpuBlock
+from steppe.ops.cpu.decode import FewCall
+from steppe.ops.cpu.library import kernels
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 pytestmark = [
@@ -77,7 +76,7 @@ def screen_(model: nn.Module) -> nn.Module:
 def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The share of candidates of each screened call, of many rows and of few."""
     SEEN.clear()
-    run, run_again = FewCall.run, Computation.run_again
+    run, run_again = FewCall.run, CpuBlock.run_again
 
     def see(call: FewCall | None) -> None:
         share = math.nan if call is None else call.outcome().candidates
@@ -85,7 +84,7 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             SEEN.append(share)
 
     def finding(*arguments: Any) -> Any:
-        found = screened.find_candidates(*arguments)
+        found = screen.find_candidates(*arguments)
         if found is not None:
             SEEN.append(found.share)
         return found
@@ -95,14 +94,14 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         see(None if done is None else call)
         return done
 
-    def running_again(computation: Computation, route: Route, x: Tensor) -> Tensor | None:
-        z = run_again(computation, route, x)
-        see(None if z is None else computation._stock)
+    def running_again(block: CpuBlock, x: Tensor) -> Tensor | None:
+        z = run_again(block, x)
+        see(None if z is None else block._repeated)
         return z
 
-    monkeypatch.setattr(cpu, "find_candidates", finding)
+    monkeypatch.setattr(native_ops, "find_candidates", finding)
     monkeypatch.setattr(FewCall, "run", running)
-    monkeypatch.setattr(Computation, "run_again", running_again)
+    monkeypatch.setattr(CpuBlock, "run_again", running_again)
     return SEEN
 
 
@@ -373,7 +372,7 @@ def test_a_copy_has_screens_of_its_own_weights(shares: list[float]) -> None:
 @native
 @pytest.mark.parametrize("tokens", [4, 24])
 def test_restore_frees_the_screens(tokens: int) -> None:
-    packing._entries.clear()
+    copies._entries.clear()
     model = screen_(gpt2().eval())
     weights = [weakref.ref(block.up.weight) for block in steppe.find_blocks(model)]
     with torch.no_grad():
@@ -381,24 +380,24 @@ def test_restore_frees_the_screens(tokens: int) -> None:
             model(input_ids=models.token_ids(1, tokens))
     kept = [
         weakref.ref(entry.copy.screen.integers)
-        for entry in packing._entries.values()
-        if isinstance(entry.copy, packing.KeptScreen)
+        for entry in copies._entries.values()
+        if isinstance(entry.copy, copies.KeptScreen)
     ]
     assert len(kept) == 2
     gc.collect()
     assert all(screen() is not None for screen in kept)
     steppe.restore_(model)
     gc.collect()
-    assert packing._entries == {}
+    assert copies._entries == {}
     assert all(screen() is None for screen in kept)
     assert all(weight() is not None for weight in weights)
 
 
 @native
 def test_training_keeps_no_screen() -> None:
-    packing._entries.clear()
+    copies._entries.clear()
     train(screen_(gpt2()), 2)
-    assert packing._entries == {}
+    assert copies._entries == {}
 
 
 @native
@@ -473,11 +472,11 @@ def test_what_is_no_share_is_refused() -> None:
 
 @native
 def test_zero_is_never_screened_and_nothing_is_kept_for_it(shares: list[float]) -> None:
-    packing._entries.clear()
+    copies._entries.clear()
     model = steppe.accelerate_(gpt2().eval(), max_density=1.0, max_candidates=0.0)
     with torch.no_grad():
         for tokens in (4, 4, 4, 24):
             model(input_ids=models.token_ids(1, tokens))
     train(model, 2)
     assert shares == []
-    assert not any(isinstance(e.copy, packing.KeptScreen) for e in packing._entries.values())
+    assert not any(isinstance(e.copy, copies.KeptScreen) for e in copies._entries.values())

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from steppe.blocks import MLPBlock, find_blocks, unwrap
 from steppe.linear import linear_weight
-from steppe.ops.calls import DECODE_ROWS
-from steppe.ops.native import kernels
+from steppe.ops.cpu.calls import DECODE_ROWS
+from steppe.ops.cpu.library import kernels
 from steppe.ops.screening import candidates, quantise
 from steppe.patterns import BlockPattern
 from steppe.plugins.rising_threshold import activated_bias

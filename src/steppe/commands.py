@@ -464,7 +464,7 @@ def calibrate(
     """
     import torch
 
-    from steppe.ops.calibration import calibrate as measure_thresholds
+    from steppe.ops.cpu.calibration import calibrate as measure_thresholds
     from steppe.report import calibration_summary, calibration_table
 
     if threads is not None:

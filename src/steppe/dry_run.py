@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from steppe.errors import AccelerationError
 from steppe.experts import ExpertLayer
 from steppe.linear import held_by, linear_weight
-from steppe.ops.calls import DTYPES
-from steppe.ops.native import kernels
+from steppe.ops.backend import backend_of
 from steppe.routing import HOOKS, Route, Trial
 
 _TOKENS = 6
@@ -42,8 +41,6 @@ def check_routes(routes: Sequence[Route]) -> None:
     Raises:
         AccelerationError: a block computes something else than its pattern says.
     """
-    if kernels().name != "native":
-        return
     seen = set()
     with torch.random.fork_rng(devices=[]):
         for route in routes:
@@ -66,18 +63,19 @@ def _kind_of(route: Route) -> tuple[object, ...]:
 def _check(route: Route, training: bool, with_gradients: bool) -> None:
     """Compare one block in one mode."""
     weight = linear_weight(route.block.down)
+    backend = backend_of(weight)
     is_ordinary = all(
-        type(parameter) is nn.Parameter and parameter.device.type == "cpu"
+        type(parameter) is nn.Parameter and parameter.device == weight.device
         for layer in route.block.layers
         for parameter in [*layer.parameters(), *_parameters_of(layer).values()]
     )
-    if not is_ordinary or weight.dtype not in DTYPES:
+    if not is_ordinary or backend is None or weight.dtype not in backend.dtypes:
         return
     if route.foreign() or route.computation.unfit():
         return
     with _alone(route.owner, training):
         x = 2.0 * torch.randn(1, _TOKENS, route.block.d_model)
-        x = x.to(weight.dtype)
+        x = x.to(weight)
         with_gradients = with_gradients and not weight.is_inference()
         own = _run_own(route, x, with_gradients)
         if own is None and with_gradients:  # its owner has no gradient

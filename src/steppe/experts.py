@@ -172,6 +172,10 @@ class ExpertLayer(nn.Module):
         parameters: dict[str, Any] = self.experts.module._parameters
         return [(parameters, self.source), (parameters, f"{self.source}_bias")]
 
+    def wholes(self) -> list[Tensor | None]:
+        """Those tensors now, which a parametrization may have made."""
+        return [getattr(self.experts.module, name, None) for _, name in self.held]
+
     def forward(self, x: Tensor) -> Tensor:
         """``[*, out]`` of ``[*, in]``."""
         return F.linear(x, self.weight, self.bias)

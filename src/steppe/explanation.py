@@ -7,16 +7,16 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from steppe.computation import Computation
 from steppe.errors import AccelerationError
 from steppe.linear import linear_weight
-from steppe.ops import cpu, dispatch
-from steppe.ops.native import Kernels, kernels
+from steppe.ops.backend import backend_of
+from steppe.ops.cpu.library import Kernels, kernels
+from steppe.ops.cpu.writes import unseen
 from steppe.ops.outcome import SCREENED, SPARSE, Outcome
-from steppe.ops.writes import unseen
+from steppe.ops.plan import Plan
 from steppe.routing import Route
 from steppe.runtime import acceleration_of
 
@@ -167,14 +167,14 @@ def _explain(route: Route) -> BlockExplanation:
     assert isinstance(computation, Computation)
     asked = computation.limits
     dtype, width = linear_weight(block.down).dtype, block.d_model
-    most, share = asked
-    if most is None:
-        most = dispatch.max_density_for(last.rows, width, dtype, last.trains)
-    share = cpu.screen_limit(last.rows, width, dtype, last.trains, share)
+    backend = backend_of(linear_weight(block.down))
+    limits = Plan()
+    if backend is not None:
+        limits = backend.limits(last.rows, width, dtype, last.trains, asked)
     has_run = last.how != NEVER
     sources = [_ASKED] if asked[0] is not None else []
-    if None in asked:
-        sources.append(dispatch.source(dtype, torch.get_num_threads()))
+    if None in asked and backend is not None:
+        sources.append(backend.source(dtype))
     return BlockExplanation(
         name=block.name,
         how=last.how,
@@ -184,8 +184,8 @@ def _explain(route: Route) -> BlockExplanation:
         tokens=last.rows,
         density=last.density,
         candidates=last.candidates,
-        max_density=most if has_run else math.nan,
-        max_candidates=share if has_run else math.nan,
+        max_density=limits.max_density if has_run else math.nan,
+        max_candidates=limits.max_candidates if has_run else math.nan,
         source=", ".join(sources),
         reason=last.reason,
     )

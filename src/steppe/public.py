@@ -6,7 +6,7 @@ from steppe.checkpoints import load_pretrained
 from steppe.errors import IncompleteCoverageWarning, SteppeError
 from steppe.explanation import BlockExplanation, Explanation, explain
 from steppe.measures import BlockCurvature, BlockReport, Monitor, Report, measure, watch
-from steppe.ops.native import Kernels, kernels
+from steppe.ops.cpu.library import Kernels, kernels
 from steppe.patterns import BlockPattern
 from steppe.plugins import (
     ActivationPenalty,

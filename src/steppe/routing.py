@@ -31,6 +31,7 @@ from steppe.blocks import MLPBlock, Slot
 from steppe.errors import AccelerationError
 from steppe.experts import Expert, SharedActivation
 from steppe.ops.outcome import OWN_MODULES, Outcome
+from steppe.ops.plan import Plan
 from steppe.surgery import Journal
 from steppe.swapping import is_own_hook, plain_class
 from steppe.wiring import Witness
@@ -72,20 +73,17 @@ def observers_of(down: nn.Module) -> list[SupportObserver]:
 class RoutedComputation(Protocol):
     """What computes a block in a routed call."""
 
-    def __call__(self, route: Route, x: Tensor, traced: bool) -> Tensor:
+    def __call__(self, route: Route, x: Tensor, plan: Plan | None) -> Tensor:
         """The block's output ``[*, D]`` from its input ``[*, D]``; tells the route's observers.
 
         Args:
             route: of the block.
             x: the input.
-            traced: whether torch.compile traces the call.
+            plan: of the call; None while torch.compile traces it.
         """
 
-    def is_again(self, x: Tensor) -> bool:
-        """Whether a call is like the last one, of which all was looked at but for foreign hooks."""
-
-    def run_again(self, route: Route, x: Tensor) -> Tensor | None:
-        """The output of such a call; None where it did not end as the last one."""
+    is_again: Callable[[Tensor], bool]
+    run_again: Callable[[Tensor], Tensor | None]
 
     def take_stock(self, route: Route) -> None:
         """Tell a route of the calls like the last one that were made since it was told."""
@@ -93,8 +91,11 @@ class RoutedComputation(Protocol):
     def has_too_little(self, x: Tensor) -> str:
         """Why a call has too little to do; empty if it has enough."""
 
-    def refuses(self, x: Tensor, traced: bool) -> str:
-        """Why a call is not worth it, or not possible; empty if it is. Asked once a call."""
+    def plan_and_count(self, x: Tensor, traced: bool) -> Plan:
+        """How a call runs; asked once a call, which it counts."""
+
+    def trial(self, x: Tensor) -> Plan:
+        """The plan of a call in a trial."""
 
     def unfit(self) -> str:
         """Why no call is possible now, whatever its input; empty if calls are."""
@@ -160,20 +161,21 @@ def _part(module: nn.Module, place: tuple[nn.Module, str], plain: type[nn.Module
 class _Call:
     """The call of a block that a thread is in."""
 
-    __slots__ = ("arrived", "is_again", "is_routed", "passed", "route", "witness", "x")
+    __slots__ = ("arrived", "is_again", "is_routed", "passed", "plan", "route", "witness", "x")
 
     def __init__(self, route: Route) -> None:
         self.route = route
         self.is_routed: bool | None = None  # None: no part has run yet
         self.is_again = False  # a decoding step like the last one
         self.witness: Witness | None = None
+        self.plan: Plan | None = None  # decided by the first part
         self.x: Tensor | None = None  # of a routed call, the block's input
         self.passed = False  # the activation has let it pass
         self.arrived = False  # a routed run of the block has ended before
 
     def end(self) -> None:
         """Be ready for the next one: an owner may run its block more than once."""
-        self.is_routed = self.x = self.witness = None
+        self.is_routed = self.plan = self.x = self.witness = None
         self.is_again = self.passed = False
 
     def refuse_other(self, x: Tensor, part: str) -> None:
@@ -240,14 +242,15 @@ class Route:
             call: that the part belongs to; None while torch.compile traces.
         """
         if call is None:
-            return not self._refusal(x, traced=True)
+            return not self._plan(x, traced=True).reason
         if call.is_routed is None:
             call.x = x
             if self.trial is None and self._is_again(x):
                 call.is_again = call.is_routed = True
                 return True
             if self.trial is None:
-                reason = self._refusal(x, traced=False)
+                call.plan = self._plan(x, traced=False)
+                reason = call.plan.reason
                 if not reason and self._modes["training"] not in self.unfit:
                     reason = "its wiring is looked at in this call"
                     call.witness = Witness(self.block)
@@ -255,7 +258,7 @@ class Route:
                 reason = "a trial"
                 call.witness = Witness(self.block)
             else:
-                reason = ""
+                call.plan, reason = self.computation.trial(x), ""
             call.is_routed = not reason
             if reason:
                 call.x = None
@@ -343,22 +346,20 @@ class Route:
             and self.unfit.get(self._modes["training"]) == ""
         )
 
-    def _refusal(self, x: Tensor, traced: bool) -> str:
-        """Why this call runs the block's own modules; empty if it does not."""
+    def _plan(self, x: Tensor, traced: bool) -> Plan:
+        """How this call runs."""
         if self.dense_holds:
-            return "the block's own modules were asked for"
+            return Plan("the block's own modules were asked for")
         for observer in self.observers:
             if observer.needs_dense:
-                return "watch(gradients=True) measures the block's own modules"
+                return Plan("watch(gradients=True) measures the block's own modules")
         computation = self.computation
         reason = computation.has_too_little(x)
-        if reason:
-            return reason
-        if traced:
+        if not reason and traced:
             reason = _reason_when_traced(self._number)
-        else:
+        elif not reason:
             reason = self.foreign() or self.unfit.get(self._modes["training"], "")
-        return reason or computation.refuses(x, traced)
+        return Plan(reason) if reason else computation.plan_and_count(x, traced)
 
     def lay(self, places: Places, journal: Journal) -> None:
         """Put the route into the model.
@@ -555,16 +556,19 @@ class Arriving(nn.Module):
         if x is not None and _goes_on(self, x, call):
             if call is None:
                 route = routes_of(self)[0]
-                return route.computation(route, x, traced=True)
+                return route.computation(route, x, None)
             route = call.route
             if x is not call.x:  # of a gated block always, multiplied by one
                 call.refuse_other(x, "its last layer")
             if not call.passed:
                 raise route.is_lost("its activation is not called")
-            z = route.computation.run_again(route, x) if call.is_again else None
+            z = route.computation.run_again(x) if call.is_again else None
+            plan = call.plan
             call.end()
             call.arrived = True
-            return route.computation(route, x, traced=False) if z is None else z
+            if z is not None:
+                return z
+            return route.computation(route, x, plan or route.computation.plan_and_count(x, False))
         if call is not None:
             if call.arrived and x is not None and call.route.is_routed(x):
                 raise call.route.is_lost("its last layer is called a second time")

@@ -15,8 +15,7 @@ from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
 from steppe.linear import is_linear, linear_weight
-from steppe.ops.calibration import use_remembered
-from steppe.ops.packing import declare_final
+from steppe.ops.backend import backend_of
 from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
 from steppe.routing import Route, owners_of, places_of
@@ -148,9 +147,10 @@ def _route(
     settings: Settings,
 ) -> None:
     """Lay the routes of some blocks, and check them."""
-    if settings.max_density is None:
-        for dtype in {linear_weight(block.down).dtype for block in blocks}:
-            use_remembered(dtype)
+    for weight in [linear_weight(block.down) for block in blocks]:
+        backend = backend_of(weight)
+        if backend is not None and settings.max_density is None:
+            backend.prepare(weight.dtype)
     journal = Journal(transient=True)
     try:
         journal.hold_nested_tensors_off(root)
@@ -165,9 +165,10 @@ def _route(
             routes[-1].lay(places, journal)
         if settings.check:
             check_routes(routes)
-        for layer in (layer for block in blocks for layer in block.layers):
-            if settings.weights_are_final:
-                declare_final(linear_weight(layer))
+        for weight in [linear_weight(layer) for block in blocks for layer in block.layers]:
+            backend = backend_of(weight)
+            if backend is not None and settings.weights_are_final:
+                backend.declare_final(weight)
         journal.add_attribute(
             Slot(root, _ATTRIBUTE), Acceleration(routes, patterns, settings, journal)
         )

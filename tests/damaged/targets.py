@@ -25,7 +25,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import steppe
 from models import gpt2, vit
 from steppe.measures.measure import measure
-from steppe.ops import remembered
+from steppe.ops.cpu import remembered
 from steppe.report import find_runs, write_report
 from steppe.runs import RUN_FILE, Run, write_run
 from steppe.training.held_out import measure_checkpoints

@@ -16,7 +16,8 @@ import models
 import steppe
 from fake.device import NAME, Watchdog, fake_tensors, move_
 from steppe.measures.density import count_
-from steppe.ops import reference, registry
+from steppe.ops import mlp as mlp_op
+from steppe.ops import reference
 from steppe.ops.outcome import OWN_MODULES
 from steppe.plugins.rising_threshold import add_moments_, add_product_moments_
 
@@ -243,10 +244,10 @@ def test_the_reference_ops_never_wait() -> None:
         x = torch.randn(32, 8, device=NAME)
         matrix, vector = torch.randn(24, 8, device=NAME), torch.randn(24, device=NAME)
         weights = reference.Weights(matrix, vector, None, None, matrix, x[0])
-        rule = registry.rule_of(1.0, 0.5, mix, 0.1)
+        rule = mlp_op.rule_of(1.0, 0.5, mix, 0.1)
         _, r, up, kept = reference.mlp(x, weights, rule)
-        nothing = registry.no_list(x.device)
-        registry.reference_backward(x, x, weights, rule, r, up, kept, *nothing, [True] * 7)
+        nothing = mlp_op.no_list(x.device)
+        mlp_op.reference_backward(x, x, weights, rule, r, up, kept, *nothing, [True] * 7)
     assert watchdog.events == {}
 
 

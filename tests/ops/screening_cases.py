@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from steppe.ops.calls import DECODE_ROWS
-from steppe.ops.few import FewBlock
+from steppe.ops.cpu.calls import DECODE_ROWS
+from steppe.ops.cpu.decode import FewBlock
 from steppe.ops.reference import Weights
 from steppe.ops.screening import rotate
 

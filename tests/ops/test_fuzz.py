@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from steppe.ops import cpu as cpu  # registers the kernels
-from steppe.ops.native import kernels
+from steppe.ops.cpu import native_ops as native_ops  # registers the kernels
+from steppe.ops.cpu.library import kernels
 from steppe.ops.reference import Weights, densify
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)

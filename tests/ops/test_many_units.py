@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ops.screening_cases import of_few_rows
-from steppe.ops.calls import DECODE_ROWS
-from steppe.ops.few import FewBlock
-from steppe.ops.native import kernels
+from steppe.ops.cpu.calls import DECODE_ROWS
+from steppe.ops.cpu.decode import FewBlock
+from steppe.ops.cpu.library import kernels
+from steppe.ops.cpu.screen import find_candidates, screen_of
 from steppe.ops.reference import Weights
-from steppe.ops.screened import find_candidates, screen_of
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steppe.ops import calls, registry
-from steppe.ops import cpu as cpu  # registers the kernels
-from steppe.ops.few import FewBlock
-from steppe.ops.native import kernels
+from steppe.ops import mlp as mlp_op
+from steppe.ops import products
+from steppe.ops.cpu import calls
+from steppe.ops.cpu import native_ops as native_ops  # registers the kernels
+from steppe.ops.cpu.decode import FewBlock
+from steppe.ops.cpu.library import kernels
 from steppe.ops.reference import Rule, Weights, densify
 from steppe.ops.reference import mlp as dense_mlp
 from steppe.ops.reference import mlp_backward as dense_backward
@@ -62,7 +64,7 @@ def run(
     trains: bool = True,
     max_candidates: float = 0.0,
 ) -> Any:
-    return registry.mlp(
+    return mlp_op.mlp(
         x,
         *weights,
         rule.alpha,
@@ -284,14 +286,14 @@ def test_the_single_ops_can_be_differentiated_twice() -> None:
     p = torch.randn(6, 70, dtype=torch.float64, requires_grad=True)
     matrix = torch.randn(70, 3, dtype=torch.float64, requires_grad=True)
     left = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    _, index, offsets = registry.compact(p.detach())
+    _, index, offsets = products.compact(p.detach())
 
     def product(p: Tensor, matrix: Tensor) -> Tensor:
-        return registry.spmm(*registry.compact(p), 6, matrix)
+        return products.spmm(*products.compact(p), 6, matrix)
 
     def gradient(left: Tensor, right: Tensor) -> Tensor:
-        values = registry.sampled(index, offsets, left, right)
-        return registry.spmm_t(values, index, offsets, left, 70)
+        values = products.sampled(index, offsets, left, right)
+        return products.spmm_t(values, index, offsets, left, 70)
 
     for function, inputs in ((product, (p, matrix)), (gradient, (left, matrix))):
         assert torch.autograd.gradcheck(function, inputs)
@@ -303,17 +305,17 @@ def test_opcheck(dtype: torch.dtype) -> None:
     p = torch.randn(6, 70, dtype=dtype, requires_grad=True)
     matrix = torch.randn(70, 3, dtype=dtype, requires_grad=True)
     left = torch.randn(6, 3, dtype=dtype, requires_grad=True)
-    values, index, offsets = (t.detach() for t in registry.compact(p))
+    values, index, offsets = (t.detach() for t in products.compact(p))
     weights = weights_for(3, 70, True, dtype)
     block = (left, *weights, 1.0, 0.5, torch.tensor(0.5), 0.0, True, 1.0, 0.0)
     for op, arguments in (
-        (registry.compact, (p,)),
-        (registry.spmm, (values.requires_grad_(), index, offsets, 6, matrix)),
-        (registry.spmm_t, (values, index, offsets, left, 70)),
-        (registry.sampled, (index, offsets, left, matrix)),
-        (registry.scatter, (values, index, offsets, 6, 70)),
-        (registry.gather, (p, index, offsets)),
-        (registry.mlp, block),
+        (products.compact, (p,)),
+        (products.spmm, (values.requires_grad_(), index, offsets, 6, matrix)),
+        (products.spmm_t, (values, index, offsets, left, 70)),
+        (products.sampled, (index, offsets, left, matrix)),
+        (products.scatter, (values, index, offsets, 6, 70)),
+        (products.gather, (p, index, offsets)),
+        (mlp_op.mlp, block),
     ):
         torch.library.opcheck(op, arguments)
 

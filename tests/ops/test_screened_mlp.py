@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ops.screening_cases import CASES, Make
-from steppe.ops import calls, cpu, packing, registry, screened
-from steppe.ops.native import kernels
+from steppe.ops import mlp as mlp_op
+from steppe.ops.cpu import copies, memory, native_ops, screen
+from steppe.ops.cpu.library import kernels
 from steppe.ops.reference import Rule, Weights, densify
 from steppe.ops.reference import mlp as dense_mlp
 from steppe.ops.reference import mlp_backward as dense_backward
@@ -49,7 +50,7 @@ def run(
     max_density: float = 1.0,
 ) -> Any:
     arguments = (x, *weights, *rule, None, 0.0, trains, max_density, max_candidates)
-    return registry.mlp(*arguments)
+    return mlp_op.mlp(*arguments)
 
 
 def r_of(output: Any, rows: int, hidden: int) -> Tensor:
@@ -73,11 +74,11 @@ def screens(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
 
     def finding(*arguments: Any) -> Any:
-        found = screened.find_candidates(*arguments)
+        found = screen.find_candidates(*arguments)
         seen.append(found is not None)
         return found
 
-    monkeypatch.setattr(cpu, "find_candidates", finding)
+    monkeypatch.setattr(native_ops, "find_candidates", finding)
     return seen
 
 
@@ -195,8 +196,8 @@ def test_more_candidates_than_are_allowed_are_not_screened(screens: list[bool]) 
     weights = weights_for(128, 512, False, torch.float32, -1.6)
     x = torch.randn(960, 128)
     expected = run(x, weights, 0.0)
-    screen = screened.screen_of(weights.activated)
-    found = screened.find_candidates(x, screen, weights.activated_bias)
+    screened = screen.screen_of(weights.activated)
+    found = screen.find_candidates(x, screened, weights.activated_bias)
     assert found is not None
     share = found.share
     for most, tries in (
@@ -211,7 +212,7 @@ def test_more_candidates_than_are_allowed_are_not_screened(screens: list[bool]) 
     # Rows that those looked at first do not stand for.
     del screens[:]
     looked_at = torch.zeros(960, dtype=torch.bool)
-    looked_at[screened._sampled_rows(960)] = True
+    looked_at[screen._sampled_rows(960)] = True
     x[looked_at] = 0.0
     weights.activated_bias.fill_(-0.5)
     expected = run(x, weights, 0.0)
@@ -325,7 +326,7 @@ def test_a_block_without_width_or_hidden_units_is_its_biases(
 
 @native
 def test_a_block_too_wide_for_int32_sums_is_not_screened(screens: list[bool]) -> None:
-    width = screened.MAX_WIDTH
+    width = screen.MAX_WIDTH
     weights = Weights(torch.ones(2, width), None, None, None, torch.ones(2, width), None)
     x = torch.ones(9, width)
     assert torch.equal(run(x, weights, 1.0)[1], torch.full((18,), float(width)))
@@ -339,21 +340,21 @@ def test_a_block_too_wide_for_int32_sums_is_not_screened(screens: list[bool]) ->
 @native
 def test_the_largest_integers_at_the_largest_width_fit() -> None:
     """|I| comes within two per cent of 2³¹; of either sign, in either screen."""
-    width = screened.MAX_WIDTH - 1
+    width = screen.MAX_WIDTH - 1
     # Sixteen times the same in the rotated basis, so that every integer is the largest.
     x = torch.zeros(9, width)
-    x[:, : screened.MAX_WIDTH // 16] = 1.0
+    x[:, : screen.MAX_WIDTH // 16] = 1.0
     weight = torch.cat([x[:1], -x[:1]]).expand(2, width).contiguous()
     for bias in (-8191.0, -8492.0):  # of so many terms 260 are left to rounding
         biases = torch.full((2,), bias)
-        found = screened.find_candidates(x, screened.screen_of(weight), biases)
+        found = screen.find_candidates(x, screen.screen_of(weight), biases)
         assert found is not None
         assert found.masks.flatten().tolist() == [1 if bias > -8192 else 0] * 9
         block = Weights(weight, biases, None, None, weight, None)
         for _ in range(2):
             r = run(x[:3], block, 1.0, trains=False)[1]
         assert r.tolist() == [1.0 if bias > -8192 else 0.0, 0.0] * 3
-        assert packing.kept_screen(weight).few.share == (0.5 if bias > -8192 else 0.0)
+        assert copies.kept_screen(weight).few.share == (0.5 if bias > -8192 else 0.0)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +365,7 @@ def test_opcheck(dtype: torch.dtype, trains: bool, gated: bool) -> None:
     x = torch.randn(20, 130, dtype=dtype, requires_grad=trains)
     weights = weights_for(130, 70, gated, dtype, -1.0)
     block = (x, *weights, 1.0, 0.5, torch.tensor(0.5), 0.0, trains, 1.0, 1.0)
-    torch.library.opcheck(registry.mlp, block)
+    torch.library.opcheck(mlp_op.mlp, block)
 
 
 def test_the_screened_block_compiles_into_one_graph() -> None:
@@ -397,5 +398,5 @@ def test_what_is_saved_for_backward_is_the_list_alone() -> None:
     )
     assert 0 < extra < 512 * 1024 * 4 / 8
     # No view of a buffer that the next call writes to.
-    buffers = {t.untyped_storage().data_ptr() for t in calls._scratch._buffers.values()}
+    buffers = {t.untyped_storage().data_ptr() for t in memory._scratch._buffers.values()}
     assert not buffers & {t.untyped_storage().data_ptr() for t in saved}

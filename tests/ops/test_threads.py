@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from steppe.ops import calls, registry
-from steppe.ops import cpu as cpu  # registers the kernels
-from steppe.ops.native import kernels
+from steppe.ops import products
+from steppe.ops.cpu import calls
+from steppe.ops.cpu import native_ops as native_ops  # registers the kernels
+from steppe.ops.cpu.library import kernels
 from steppe.ops.reference import Weights
 
 pytestmark = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
@@ -111,11 +112,11 @@ def test_every_op_gives_the_bits_of_one_thread(rows: int, dtype: torch.dtype, te
     left = torch.randn(rows, 65).to(dtype)
 
     def ops() -> list[Tensor]:
-        values, index, offsets = registry.compact(p)
-        entries = registry.sampled(index, offsets, left, matrices[1])
+        values, index, offsets = products.compact(p)
+        entries = products.sampled(index, offsets, left, matrices[1])
         results = [values, index, offsets, entries]
-        results += [registry.spmm(values, index, offsets, rows, matrix) for matrix in matrices]
-        results.append(registry.spmm_t(entries, index, offsets, left, 300))
+        results += [products.spmm(values, index, offsets, rows, matrix) for matrix in matrices]
+        results.append(products.spmm_t(entries, index, offsets, left, 300))
         return results
 
     assert same_bits(ops(), with_threads(1, ops))

@@ -7,7 +7,7 @@ x and K rounded to small integers, the integer product I tells p up to a bound, 
 
 A unit whose right side is not above zero is inactive, whatever way p is summed in float32; the
 others are candidates, whose p is computed in full. docs/screening.md has the proof. The kernel,
-native/screen.h, decides as this does; `steppe.ops.screened` calls it.
+native/screen.h, decides as this does; `steppe.ops.cpu.screen` calls it.
 """
 
 from __future__ import annotations

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from steppe.ops.calibration import CANDIDATES, Calibration, Threshold
-from steppe.ops.paired import Point
+from steppe.ops.cpu.calibration import CANDIDATES, Calibration, Threshold
 from steppe.tables import FittingTable
+from steppe.timing import Point
 
 
 def calibration_table(calibration: Calibration) -> FittingTable:
     """Built-in and measured thresholds, one line for each number of rows.
 
     Args:
-        calibration: of `steppe.ops.calibration.calibrate`.
+        calibration: of `steppe.ops.cpu.calibration.calibrate`.
 
     Returns:
         A table of 80 columns or less. ``evidence`` has the median of dense time / sparse time, and
@@ -42,7 +42,7 @@ def calibration_summary(calibration: Calibration) -> str:
     """What came of a calibration, in one line.
 
     Args:
-        calibration: of `steppe.ops.calibration.calibrate`.
+        calibration: of `steppe.ops.cpu.calibration.calibrate`.
     """
     counted, left_out = calibration.rounds
     changed = sum(threshold.is_measured for threshold in calibration.thresholds)

@@ -11,6 +11,7 @@ import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from steppe.errors import KernelError
 
@@ -125,3 +126,15 @@ def _places() -> list[Path]:
     spec = importlib.util.find_spec("steppe")
     folders = [] if spec is None else spec.submodule_search_locations or []
     return [Path(folder) / "native" for folder in folders]
+
+
+def library() -> Any:
+    """The native library.
+
+    Raises:
+        KernelError: it is not built.
+    """
+    loaded = load()
+    if loaded is None:
+        raise KernelError("the native kernels are not built; steppe.kernels() says why")
+    return loaded

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from steppe.ops import paired
-from steppe.ops.paired import (
+from steppe import timing
+from steppe.timing import (
     GAIN,
     LEAST_ROUNDS,
     Point,
@@ -223,7 +223,7 @@ def test_one_thread_is_timed_by_the_processor_so_that_waiting_does_not_count(
 ) -> None:
     clocks = {"process_time": iter([1.0, 1.5, 2.5]), "perf_counter": iter([])}
     for name, values in clocks.items():
-        monkeypatch.setattr(paired.time, name, values.__next__)
+        monkeypatch.setattr(timing.time, name, values.__next__)
     made = time_round(list, list, threads=1)
     assert (made.one, made.other) == (0.5, 1.0)
     assert not made.is_disturbed(1)
@@ -234,8 +234,8 @@ def test_a_team_is_timed_by_the_clock_and_what_it_waited_is_seen(
 ) -> None:
     clocks = {"perf_counter": iter([1.0, 1.5, 2.5]), "thread_time": iter([7.0, 8.0])}
     for name, values in clocks.items():
-        monkeypatch.setattr(paired.time, name, values.__next__)
-    monkeypatch.setattr(paired, "_forced_switches", iter([10, 13]).__next__)
+        monkeypatch.setattr(timing.time, name, values.__next__)
+    monkeypatch.setattr(timing, "_forced_switches", iter([10, 13]).__next__)
     made = time_round(list, list, threads=2)
     assert made == Round(0.5, 1.0, own=1.0, switches=3)
     assert made.is_disturbed(2)

@@ -2,7 +2,7 @@
 
 Densities go by the width of the block too: the narrower, the more of the time goes into lists. The
 thresholds are those that `steppe calibrate` has measured on this machine, see
-`steppe.ops.calibration`, else the built-in ones of `steppe.ops.thresholds`.
+`steppe.ops.cpu.calibration`, else the built-in ones of `steppe.ops.cpu.thresholds`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from steppe.ops.native import kernels
-from steppe.ops.thresholds import (
+from steppe.ops.cpu.library import kernels
+from steppe.ops.cpu.thresholds import (
     Tables,
     candidate_tables,
     density_tables,

@@ -2,7 +2,7 @@
 
 A copy is served only while the weight is the one it was made from, the same storage at the same
 address and version, and nothing was written to its memory since. Where writes cannot be seen, see
-`steppe.ops.writes`, copies are kept of weights alone that the user has said are final.
+`steppe.ops.cpu.writes`, copies are kept of weights alone that the user has said are final.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from steppe.ops.calls import Panels, lasting, pack, rows_are_contiguous
-from steppe.ops.dispatch import Habit
-from steppe.ops.screened import Screen, screen_of
-from steppe.ops.writes import (
+from steppe.ops.cpu.calls import Panels, pack, rows_are_contiguous
+from steppe.ops.cpu.dispatch import Habit
+from steppe.ops.cpu.memory import lasting
+from steppe.ops.cpu.screen import Screen, screen_of
+from steppe.ops.cpu.writes import (
     Mark,
     Watch,
     is_watched,

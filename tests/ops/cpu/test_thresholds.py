@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from steppe.ops import calls, dispatch, thresholds
-from steppe.ops.thresholds import (
+from steppe.ops.cpu import calls, dispatch, thresholds
+from steppe.ops.cpu.thresholds import (
     FEW_ROWS,
     NEVER,
     candidate_tables,

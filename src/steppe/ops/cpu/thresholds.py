@@ -126,7 +126,7 @@ def density_tables(dtype: torch.dtype, family: str, threads: int) -> dict[int, T
     this factor; from a width of 512 on by half of it, as with two threads the steps are where they
     are with one, by measurement. What the table says of few rows holds for any t: there it is the
     size of the weights alone that decides whether to call the kernels, see
-    `steppe.ops.dispatch.pays`.
+    `steppe.ops.cpu.dispatch.pays`.
 
     Args:
         dtype: of the block.

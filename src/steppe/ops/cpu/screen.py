@@ -1,7 +1,7 @@
 """The first product where it can be above zero, by the native kernels; see `steppe.ops.screening`.
 
 An int8 product and a bound tell the candidates, the sampled product their values, and those that
-are not ≤ 0 are listed, as `steppe.ops.calls.compact` lists them of the whole product.
+are not ≤ 0 are listed, as `steppe.ops.cpu.calls.compact` lists them of the whole product.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steppe.ops.calls import (
+from steppe.ops.cpu.calls import (
     Panels,
     Support,
     balanced,
     check_vector,
     dtype_code,
-    lasting,
-    library,
     pack,
     pointer,
     refuse,
     rows_are_contiguous,
     sampled,
-    scratch,
-    threads,
     tile_for,
 )
+from steppe.ops.cpu.library import library
+from steppe.ops.cpu.memory import lasting, scratch
+from steppe.ops.cpu.team import threads
 from steppe.ops.reference import TILE_UNIT, ceil_div
 
 MAX_WIDTH = 131_072  # of int8 products, whose sums are int32

@@ -8,28 +8,28 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from steppe.ops.calls import (
+from steppe.ops.cpu.calls import (
     DECODE_ROWS,
     check_rows,
     check_vector,
     dtype_code,
-    library,
     pointer,
-    prefer_large_pages,
     refuse,
     rows_are_contiguous,
-    threads,
 )
-from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
-from steppe.ops.packing import (
+from steppe.ops.cpu.copies import (
     is_final,
     kept_rows,
     kept_screen,
     marks_of,
     why_not_kept,
 )
+from steppe.ops.cpu.library import library
+from steppe.ops.cpu.memory import prefer_large_pages
+from steppe.ops.cpu.team import threads
+from steppe.ops.cpu.writes import Mark
+from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
 from steppe.ops.reference import Weights
-from steppe.ops.writes import Mark
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _NO_MEMORY, _CHANGED, _TOO_MANY = -1, -2, -3  # of steppe_native.h

@@ -13,16 +13,18 @@ import torch
 
 import steppe
 from steppe.errors import KernelError
-from steppe.ops import native, registry
-from steppe.ops.native import kernels
+from steppe.ops import products
+from steppe.ops.cpu import library
+from steppe.ops.cpu.library import kernels
 
 needs_native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 CHECK = """
 import itertools
 
 import torch
-from steppe.ops import calls, dispatch, reference
-from steppe.ops.native import kernels
+from steppe.ops import reference
+from steppe.ops.cpu import calls, dispatch
+from steppe.ops.cpu.library import kernels
 
 share = dispatch.max_candidates_for(1024, torch.float32, trains=True)
 print(kernels().isa, kernels().unscreened, share, sep="|")
@@ -51,15 +53,16 @@ for (dtype, limit), threads in itertools.product(dtypes, (1, 3, 17)):
 """
 # The screens find the candidates of the definition, and the block what is active of them.
 SCREEN = """
-from steppe.ops import cpu, screened, screening
-from steppe.ops.registry import mlp
+from steppe.ops import screening
+from steppe.ops.cpu import native_ops, screen
+from steppe.ops.mlp import mlp
 
 for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
     for width in (1, 130, 384):
         x = torch.randn(97, width).to(dtype)
         weight = (torch.randn(333, width) * width**-0.5).to(dtype)
         bias = (torch.randn(333) - 1.5).to(dtype)
-        found = screened.find_candidates(x, screened.screen_of(weight), bias)
+        found = screen.find_candidates(x, screen.screen_of(weight), bias)
         listed = (found.masks[..., None] >> torch.arange(64) & 1).bool().flatten(1)[:, :333]
         grid = screening.quantise(weight)
         expected = screening.candidates(screening.quantise(x), grid, bias)
@@ -75,7 +78,7 @@ for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
                 assert (screened_z - z).norm() <= limit * z.norm()
                 assert z.norm() > 0
         mlp(*block, False, 1.0, 1.0)  # a weight is screened for few rows when it is met again
-        share = cpu.kept_screen(weight).few.share
+        share = native_ops.kept_screen(weight).few.share
         expected = screening.candidates(screening.quantise(x[:7], 16), grid, bias)
         assert abs(share - expected.double().mean()) <= (2e-3 if dtype == torch.bfloat16 else 0)
 """
@@ -84,9 +87,9 @@ CAPPED = """
 import torch
 torch.manual_seed(0)
 from ops.screening_cases import CASES, active_somewhere
-from steppe.ops import cpu
-from steppe.ops.registry import mlp
-from steppe.ops.screened import find_candidates, screen_of
+from steppe.ops.cpu import native_ops
+from steppe.ops.mlp import mlp
+from steppe.ops.cpu.screen import find_candidates, screen_of
 
 extreme = torch.full((40, 256), 127.0), torch.full((70, 256), 127.0), torch.full((70,), -4e6)
 cases = [make(torch.Generator().manual_seed(0)) for make in CASES] + [extreme]
@@ -112,12 +115,12 @@ ORDER = ["avx512+bf16", "avx512+vnni", "avx512", "avx2", "portable"]
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty folder in place of those of the installation."""
-    monkeypatch.setattr(native, "_places", lambda: [tmp_path])
-    native.load.cache_clear()
-    native.kernels.cache_clear()
+    monkeypatch.setattr(library, "_places", lambda: [tmp_path])
+    library.load.cache_clear()
+    library.kernels.cache_clear()
     yield tmp_path
-    native.load.cache_clear()
-    native.kernels.cache_clear()
+    library.load.cache_clear()
+    library.kernels.cache_clear()
 
 
 @needs_native
@@ -155,7 +158,7 @@ def run(script: str, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, **environment},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=120,
@@ -172,7 +175,7 @@ def test_without_the_library_the_reference_runs_and_says_why(place: Path) -> Non
     assert "C++ compiler" in found.reason
     assert "pip install" in found.reason
     p = torch.randn(5, 70)
-    values, index, offsets = registry.compact(p)
+    values, index, offsets = products.compact(p)
     assert len(values) == len(index) == int(offsets[-1]) == int((p > 0).sum())
     layer = torch.nn.TransformerEncoderLayer(8, 2, 32, dropout=0.0)
     x = torch.randn(3, 2, 8)
@@ -192,8 +195,8 @@ def test_a_library_of_another_version_is_an_error(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    native.load.cache_clear()
-    version = native.ABI_VERSION
-    monkeypatch.setattr(native, "ABI_VERSION", 0)
+    library.load.cache_clear()
+    version = library.ABI_VERSION
+    monkeypatch.setattr(library, "ABI_VERSION", 0)
     with pytest.raises(KernelError, match=f"expected version 0, got {version}"):
-        native.load()
+        library.load()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from steppe.errors import OutputError
-from steppe.ops import remembered
-from steppe.ops.thresholds import Tables
+from steppe.ops.cpu import remembered
+from steppe.ops.cpu.thresholds import Tables
 
 DENSITIES: dict[int, Tables] = {
     256: {False: {32: 0.25}, True: {}},

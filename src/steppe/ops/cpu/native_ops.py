@@ -8,16 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steppe.ops import calls, reference, registry
-from steppe.ops.calls import DECODE_ROWS, Support
-from steppe.ops.dispatch import MARGIN, max_candidates_for, max_density_for
-from steppe.ops.few import FewBlock, why_not_laid_out
-from steppe.ops.native import load
-from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
-from steppe.ops.packing import keeps, kept_panels, kept_screen
-from steppe.ops.reference import Rule, Weights
-from steppe.ops.registry import Seven, no_list, only_needed, rule_of
-from steppe.ops.screened import (
+from steppe.ops import mlp as mlp_op
+from steppe.ops import products, reference
+from steppe.ops.cpu import calls, memory
+from steppe.ops.cpu.calls import DECODE_ROWS, Support
+from steppe.ops.cpu.copies import keeps, kept_panels, kept_screen
+from steppe.ops.cpu.decode import FewBlock, why_not_laid_out
+from steppe.ops.cpu.dispatch import MARGIN, max_candidates_for, max_density_for
+from steppe.ops.cpu.library import load
+from steppe.ops.cpu.screen import (
     MAX_WIDTH,
     Candidates,
     compact_product,
@@ -25,6 +24,10 @@ from steppe.ops.screened import (
     sample,
     screen_of,
 )
+from steppe.ops.mlp import Seven, no_list, only_needed, rule_of
+from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
+from steppe.ops.plan import Plan, Saved
+from steppe.ops.reference import Rule, Weights
 
 _LEAST_WIDTH = 256  # of narrower blocks all is done so soon that screening gains little or nothing
 _UNITS_SAMPLED = 32  # one unit in so many is looked at first
@@ -63,7 +66,7 @@ def screen_limit(
     return max_candidates_for(rows, dtype, trains) if width >= _LEAST_WIDTH else 0.0
 
 
-@registry.compact.register_kernel("cpu")
+@products.compact.register_kernel("cpu")
 def _(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not runs(p):
         return reference.compact(p)
@@ -73,7 +76,7 @@ def _(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, support.index, support.offsets
 
 
-@registry.spmm.register_kernel("cpu")
+@products.spmm.register_kernel("cpu")
 def _(values: Tensor, index: Tensor, offsets: Tensor, rows: int, matrix: Tensor) -> Tensor:
     if not runs(values, matrix):
         return reference.spmm(values, index, offsets, rows, matrix)
@@ -81,7 +84,7 @@ def _(values: Tensor, index: Tensor, offsets: Tensor, rows: int, matrix: Tensor)
     return calls.spmm(values.contiguous(), support, matrix)
 
 
-@registry.spmm_t.register_kernel("cpu")
+@products.spmm_t.register_kernel("cpu")
 def _(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, columns: int) -> Tensor:
     if not runs(values, matrix):
         return reference.spmm_t(values, index, offsets, matrix, columns)
@@ -90,7 +93,7 @@ def _(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, columns: i
     return calls.spmm(turned_values, turned, matrix)
 
 
-@registry.sampled.register_kernel("cpu")
+@products.sampled.register_kernel("cpu")
 def _(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if not runs(left, right):
         return reference.sampled(index, offsets, left, right)
@@ -98,7 +101,7 @@ def _(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return calls.sampled(support, calls.pack(left), right)
 
 
-@registry.mlp.register_kernel("cpu")
+@mlp_op.mlp.register_kernel("cpu")
 def mlp(
     x: Tensor,
     activated: Tensor,
@@ -115,57 +118,66 @@ def mlp(
     max_density: float | None,
     max_candidates: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `registry.mlp`."""
+    """See `steppe.ops.mlp.mlp`."""
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
-    rule = rule_of(alpha, beta, mix, dropout)
+    asked, width = max_density, x.shape[1]
+    if max_density is None:
+        max_density = max_density_for(len(x), width, x.dtype, trains)
+    share = screen_limit(len(x), width, x.dtype, trains, max_candidates)
+    plan = Plan("", max_density, share, asked is None, max_candidates is None)
+    return compute(x, weights, rule_of(alpha, beta, mix, dropout), plan, trains)
+
+
+def compute(x: Tensor, weights: Weights, rule: Rule, plan: Plan, trains: bool) -> Saved:
+    """A block by its plan, for `steppe.ops.mlp.mlp`.
+
+    Args:
+        x: ``[T, D]``.
+        weights: of the block.
+        rule: activation and dropout.
+        plan: the limits.
+        trains: whether a backward pass follows.
+    """
     if not runs(x, *weights):
-        return *reference.mlp(x, weights, rule), *no_list(x.device)
+        return Saved(*reference.mlp(x, weights, rule), *no_list(x.device))
+    activated, activated_bias, up, up_bias, down, down_bias = weights
     rows, columns = x.shape[0], down.shape[0]
     check_shapes(x, weights)
+    most, share = plan.max_density, plan.max_candidates
     # Where no copies may be kept, all is made in each call, as in training.
     makes_all = trains or not all([keeps(activated), keeps(down)])
-    most = max_density
-    if most is None:
-        most = max_density_for(rows, x.shape[1], x.dtype, makes_all)
+    if makes_all and not trains and plan.is_measured:
+        most = max_density_for(rows, x.shape[1], x.dtype, trains=True)
+    if makes_all and not trains and plan.screen_is_measured:
+        share = screen_limit(rows, x.shape[1], x.dtype, True, None)
     if most <= 0.0 or not down.numel():
         note(Outcome(DENSE, rows, trains=trains, reason=f"at {rows} tokens no density gains"))
-        return *reference.mlp(x, weights, rule), *no_list(x.device)
-    share = screen_limit(rows, x.shape[1], x.dtype, makes_all, max_candidates)
-    is_few = rows <= DECODE_ROWS and not trains and not dropout
+        return Saved(*reference.mlp(x, weights, rule), *no_list(x.device))
+    is_few = rows <= DECODE_ROWS and not trains and not rule.dropout
     unlaid = why_not_laid_out(weights) if is_few else ""
     if is_few and not unlaid:
-        return *_decode(x.contiguous(), weights, rule, most, share), *no_list(x.device)
-    if is_few and max_density is None:  # packing a weight anew takes longer than a dense call
+        return Saved(*_decode(x.contiguous(), weights, rule, most, share), *no_list(x.device))
+    if is_few and plan.is_measured:  # packing a weight anew takes longer than a dense call
         note(Outcome(DENSE, rows, trains=trains, reason=unlaid))
-        return *reference.mlp(x, weights, rule), *no_list(x.device)
+        return Saved(*reference.mlp(x, weights, rule), *no_list(x.device))
     found = panels_x = None
     if share > 0.0:
         find = _find_anew if makes_all else _find_by_habit
         tokens = x if calls.rows_are_contiguous(x) else x.contiguous()
         found = find(tokens, activated, activated_bias, share)
     if found is None:
-        p = reference.linear(x, activated, activated_bias, calls.scratch("p", (rows, columns), x))
+        p = reference.linear(x, activated, activated_bias, memory.scratch("p", (rows, columns), x))
         listed = calls.compact(p, most)
         if listed is None:
             note(Outcome(DENSE, rows, trains=trains, reason=_too_many(most), is_too_dense=True))
-            return *reference.mlp_from(p, x, weights, rule), *no_list(x.device)
+            return Saved(*reference.mlp_from(p, x, weights, rule), *no_list(x.device))
     else:
         panels_x = calls.pack(x, "x")
         listed = compact_product(panels_x, _gathered(activated, makes_all), activated_bias, found)
         if listed[1].entries > most * rows * columns:
-            density = listed[1].entries / (rows * columns)
-            note(
-                Outcome(
-                    DENSE,
-                    rows,
-                    density,
-                    found.share,
-                    trains,
-                    reason=_too_many(most),
-                    is_too_dense=True,
-                )
-            )
-            return *reference.mlp(x, weights, rule), *no_list(x.device)
+            density, reason = listed[1].entries / (rows * columns), _too_many(most)
+            note(Outcome(DENSE, rows, density, found.share, trains, False, reason, True))
+            return Saved(*reference.mlp(x, weights, rule), *no_list(x.device))
     r, support = listed
     up_values = r.new_empty(0)
     if up is not None:
@@ -177,7 +189,7 @@ def mlp(
     density = support.entries / max(rows * columns, 1)
     how, share = (SPARSE, math.nan) if found is None else (SCREENED, found.share)
     note(Outcome(how, rows, density, share, trains))
-    return z, r, up_values, kept, support.index, support.offsets
+    return Saved(z, r, up_values, kept, support.index, support.offsets)
 
 
 def check_shapes(x: Tensor, weights: Weights) -> None:
@@ -252,7 +264,7 @@ def _decode(
     return z, r.flatten(), up_values.flatten(), rule.draw_kept(x)
 
 
-@registry.mlp_backward.register_kernel("cpu")
+@mlp_op.mlp_backward.register_kernel("cpu")
 def _(
     grad_z: Tensor,
     x: Tensor,
@@ -276,7 +288,7 @@ def _(
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     rule = rule_of(alpha, beta, mix, dropout)
     if not offsets.numel() or not runs(grad_z, x, *weights):
-        return registry.reference_backward(
+        return mlp_op.reference_backward(
             grad_z, x, weights, rule, r, up_values, kept, index, offsets, needs
         )
     support = Support(index, offsets, x.shape[0], down.shape[0])

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 
 from steppe.errors import KernelError, OutputError
-from steppe.ops import calibration, dispatch, remembered
-from steppe.ops.calibration import CANDIDATES, DENSITY, Calibration, Effort, calibrate
-from steppe.ops.native import kernels
-from steppe.ops.paired import LEAST_ROUNDS, Round
+from steppe.ops.cpu import calibration, dispatch, remembered
+from steppe.ops.cpu.calibration import CANDIDATES, DENSITY, Calibration, Effort, calibrate
+from steppe.ops.cpu.library import kernels
 from steppe.report import calibration_summary, calibration_table
+from steppe.timing import LEAST_ROUNDS, Round
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 TINY = Effort(seconds=1e9, point_seconds=0.0, shrink=8, cold_bytes=2**16)

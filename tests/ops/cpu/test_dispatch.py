@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steppe.ops import cpu, dispatch, few, screened
-from steppe.ops.dispatch import MARGIN, Habit
-from steppe.ops.native import kernels
+from steppe.ops.cpu import decode, dispatch, native_ops, screen
+from steppe.ops.cpu.copies import kept_screen
+from steppe.ops.cpu.dispatch import MARGIN, Habit
+from steppe.ops.cpu.library import kernels
+from steppe.ops.cpu.thresholds import reached
+from steppe.ops.mlp import mlp
 from steppe.ops.outcome import noted
-from steppe.ops.packing import kept_screen
-from steppe.ops.registry import mlp
-from steppe.ops.thresholds import reached
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 TABLE = {False: {1: 0.25, 9: 0.0, 64: 0.5}, True: {64: 0.125}}
@@ -100,15 +100,15 @@ def test_few_rows_go_by_their_habit(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, down = torch.randn(256, 96) / 96**0.5, torch.randn(256, 96)
     quiet, busy = torch.full((256,), -3.0), torch.full((256,), 3.0)
     screened = []
-    run = few.FewBlock.run
+    run = decode.FewBlock.run
 
-    def counting(self: few.FewBlock, *arguments: object) -> object:
+    def counting(self: decode.FewBlock, *arguments: object) -> object:
         done = run(self, *arguments)
         outcome = noted()
         screened.append(outcome is not None and not math.isnan(outcome.candidates))
         return done
 
-    monkeypatch.setattr(few.FewBlock, "run", counting)
+    monkeypatch.setattr(decode.FewBlock, "run", counting)
 
     def call(bias: torch.Tensor, most: float = 0.25) -> None:
         mlp(torch.randn(2, 96), weight, bias, None, None, down, None, *rule, False, 1.0, most)
@@ -131,7 +131,7 @@ def test_few_rows_go_by_their_habit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert habit.held
     call(quiet, most=0.0)
     assert screened[-1:] == [False]
-    assert cpu.kept_screen(weight).few is habit
+    assert native_ops.kept_screen(weight).few is habit
 
 
 @native
@@ -139,11 +139,11 @@ def test_many_rows_in_inference_go_by_a_habit_of_their_own(monkeypatch: pytest.M
     looks: list[tuple[int, bool]] = []
 
     def finding(x: torch.Tensor, *arguments: object) -> object:
-        found = screened.find_candidates(x, *arguments)
+        found = screen.find_candidates(x, *arguments)
         looks.append((len(x), found is not None))
         return found
 
-    monkeypatch.setattr(cpu, "find_candidates", finding)
+    monkeypatch.setattr(native_ops, "find_candidates", finding)
     weight, down = torch.randn(256, 96) / 96**0.5, torch.randn(256, 96)
     quiet, busy = torch.full((256,), -3.0), torch.full((256,), 3.0)
     x = torch.randn(320, 96)
@@ -176,17 +176,17 @@ def test_what_is_asked_for_is_screened_without_vnni_and_however_narrow(
 ) -> None:
     monkeypatch.setattr(dispatch, "kernels", lambda: replace(kernels(), unscreened="no VNNI"))
     for trains in (False, True):
-        assert cpu.screen_limit(100, 16, torch.float32, trains, asked) == asked
-        assert cpu.screen_limit(100, 4096, torch.float32, trains, None) == 0.0
-        assert cpu.screen_limit(0, 16, torch.float32, trains, asked) == 0.0
-        assert cpu.screen_limit(100, screened.MAX_WIDTH, torch.float32, trains, asked) == 0.0
+        assert native_ops.screen_limit(100, 16, torch.float32, trains, asked) == asked
+        assert native_ops.screen_limit(100, 4096, torch.float32, trains, None) == 0.0
+        assert native_ops.screen_limit(0, 16, torch.float32, trains, asked) == 0.0
+        assert native_ops.screen_limit(100, screen.MAX_WIDTH, torch.float32, trains, asked) == 0.0
 
 
 def test_narrow_blocks_are_not_screened_unasked(
     with_vnni: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "_screened", {(torch.float32, 1): TABLE})
-    least = cpu._LEAST_WIDTH
-    assert cpu.screen_limit(64, least, torch.float32, False, None) == 0.5
-    assert cpu.screen_limit(64, least - 1, torch.float32, False, None) == 0.0
-    assert cpu.screen_limit(64, least - 1, torch.float32, False, 1.0) == 1.0
+    least = native_ops._LEAST_WIDTH
+    assert native_ops.screen_limit(64, least, torch.float32, False, None) == 0.5
+    assert native_ops.screen_limit(64, least - 1, torch.float32, False, None) == 0.0
+    assert native_ops.screen_limit(64, least - 1, torch.float32, False, 1.0) == 1.0

@@ -18,8 +18,8 @@ from functools import cache
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from steppe.ops.calls import library, prefer_large_pages
-from steppe.ops.native import kernels
+from steppe.ops.cpu.library import kernels, library
+from steppe.ops.cpu.memory import prefer_large_pages
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 

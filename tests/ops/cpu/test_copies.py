@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steppe.ops import packing, writes
-from steppe.ops.native import kernels
-from steppe.ops.packing import declare_final, forget, kept_panels, kept_rows, why_not_kept
+from steppe.ops.cpu import copies, writes
+from steppe.ops.cpu.copies import declare_final, forget, kept_panels, kept_rows, why_not_kept
+from steppe.ops.cpu.library import kernels
 
 pytestmark = [
     pytest.mark.skipif(kernels().name != "native", reason="needs the native kernels"),
@@ -26,16 +26,16 @@ seen = pytest.mark.skipif(bool(writes.unseen()), reason=writes.unseen() or "writ
 
 @pytest.fixture(autouse=True)
 def _no_entries() -> Iterator[None]:
-    packing._entries.clear()
+    copies._entries.clear()
     yield
-    packing._entries.clear()
+    copies._entries.clear()
 
 
 @pytest.fixture
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that does not say when memory is written to."""
     monkeypatch.setattr(writes, "unseen", lambda: "old kernel")
-    monkeypatch.setattr(packing, "unseen", lambda: "old kernel")
+    monkeypatch.setattr(copies, "unseen", lambda: "old kernel")
 
 
 def expected_panels(weight: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def test_views_that_overlap_are_not_both_watched() -> None:
 def test_one_write_makes_all_copies_of_a_weight_untrue() -> None:
     """Though the first copy that is made again begins to watch anew."""
     weight = torch.randn(300, 128)
-    kept_panels(weight), kept_rows(weight.T), packing.kept_screen(weight)
+    kept_panels(weight), kept_rows(weight.T), copies.kept_screen(weight)
     weight.data[7, 7] = 9.0
     panels = kept_panels(weight)
     rows = kept_rows(weight.T)
@@ -213,7 +213,7 @@ def test_no_copy_is_left_of_memory_that_a_weight_had() -> None:
         kept_panels(weight)
         new_memory(weight)
     kept_panels(weight)
-    assert len(packing._entries) == 1
+    assert len(copies._entries) == 1
 
 
 @seen

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-import math
-import os
-import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from steppe.errors import KernelError
-from steppe.ops.native import load
+from steppe.ops.cpu.library import library
+from steppe.ops.cpu.memory import lasting, scratch
+from steppe.ops.cpu.team import threads
 from steppe.ops.reference import TILE_UNIT, ceil_div, tile_of
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-DECODE_ROWS = 8  # the most rows that a call of `steppe.ops.few` takes
+DECODE_ROWS = 8  # the most rows that a call of `steppe.ops.cpu.decode` takes
 _DECODE_TILE = 256
-_LARGE_PAGE = 2**21  # bytes
 # Where one row in so many has clearly too many active entries, the others are not counted: in
 # bfloat16 counting takes 3 % of a dense forward pass.
 _SAMPLE = 8
@@ -121,78 +118,6 @@ class _Matrix(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
         ("panels", ctypes.c_void_p),
     )
-
-
-class _Scratch(threading.local):
-    """Buffers of a thread, by name, each as large as it ever had to be."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-        self._taken: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """A contiguous tensor of a shape, of another's dtype, with whatever was there."""
-        last = self._taken.get(name)
-        if last is not None and last.shape == shape and last.dtype == like.dtype:
-            return last
-        size = math.prod(shape) * like.element_size()
-        if name not in self._buffers or len(self._buffers[name]) < size:
-            self._buffers[name] = lasting((size,), torch.uint8)
-        with torch.inference_mode(False):  # the next call may be in another mode
-            self._taken[name] = self._buffers[name][:size].view(like.dtype).view(shape)
-        return self._taken[name]
-
-
-_scratch = _Scratch()
-
-
-def scratch(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-    """A buffer of this thread, which the next call with the name overwrites.
-
-    New memory has to be found by the system page by page: for the pre-activations of a block of
-    width 768 and 1024 tokens that is 2 % of a forward pass.
-
-    Args:
-        name: of the buffer.
-        shape: of the tensor.
-        like: a tensor of the wanted dtype.
-
-    Returns:
-        A contiguous tensor with whatever was there.
-    """
-    return _scratch.take(name, shape, like)
-
-
-def lasting(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """New memory for a copy that is kept, on large pages where the system gives them.
-
-    Of a copy that lies in memory and not in a cache, finding the pages takes a fifth of the time.
-    It is an ordinary tensor whatever mode the call is in, as calls in other modes write to it.
-
-    Args:
-        shape: of the tensor.
-        dtype: of the tensor.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    with torch.inference_mode(False):
-        if size < _LARGE_PAGE // 2:
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        whole = ceil_div(size, _LARGE_PAGE) * _LARGE_PAGE
-        memory = torch.empty(whole + _LARGE_PAGE, dtype=torch.uint8, device="cpu")
-        start = -memory.data_ptr() % _LARGE_PAGE
-        library().steppe_prefer_large_pages(memory.data_ptr() + start, whole, False)
-        return memory[start : start + size].view(dtype).view(shape)
-
-
-def prefer_large_pages(matrix: Tensor) -> None:
-    """Put a matrix in use on large pages, at its address, where the system gives them.
-
-    Of weights that lie in memory and not in a cache, rows are then gathered faster by a twentieth.
-
-    Args:
-        matrix: without gaps.
-    """
-    library().steppe_prefer_large_pages(matrix.data_ptr(), matrix.nbytes, True)
 
 
 def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | None:
@@ -424,48 +349,6 @@ def balanced(blocks: int, tile: int) -> int:
     """Of as many tiles as wanted, the width that `tile_of` tells from their number."""
     tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
     return TILE_UNIT * max(ceil_div(blocks, tiles), 1)
-
-
-def library() -> Any:
-    """The native library.
-
-    Raises:
-        KernelError: it is not built.
-    """
-    loaded = load()
-    if loaded is None:
-        raise KernelError("the native kernels are not built; steppe.kernels() says why")
-    return loaded
-
-
-class _Team:
-    """Whether this process has had a team of threads, and whether it has lost it by a fork."""
-
-    def __init__(self) -> None:
-        self.has_run = self.is_lost = False
-
-    def fork(self) -> None:
-        """Note that this process is a new one."""
-        self.is_lost = self.has_run
-
-
-_team = _Team()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_team.fork)
-
-
-def threads() -> int:
-    """Size of the team: torch's number of threads.
-
-    One in a process that was forked after a team had run: a team's threads do not live on in a
-    forked process, where libgomp would wait for them without end. The results are the same bits.
-    """
-    if _team.is_lost:
-        return 1
-    number = torch.get_num_threads()
-    if number > 1:
-        _team.has_run = True
-    return number
 
 
 def dtype_code(tensor: Tensor) -> int:

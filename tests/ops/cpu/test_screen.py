@@ -25,13 +25,13 @@ from ops.screening_cases import (
     overflowing,
 )
 from steppe.errors import KernelError
-from steppe.ops import calls, screened
-from steppe.ops.calls import DECODE_ROWS
-from steppe.ops.few import FewBlock
-from steppe.ops.native import kernels
+from steppe.ops.cpu import calls, screen
+from steppe.ops.cpu.calls import DECODE_ROWS
+from steppe.ops.cpu.decode import FewBlock
+from steppe.ops.cpu.library import kernels
+from steppe.ops.cpu.screen import Screen, compact_product, find_candidates, screen_of
 from steppe.ops.outcome import noted
 from steppe.ops.reference import Weights, ceil_div, densify
-from steppe.ops.screened import Screen, compact_product, find_candidates, screen_of
 from steppe.ops.screening import candidates, estimate, quantise, rotate, slack
 
 pytestmark = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
@@ -343,7 +343,7 @@ def test_results_are_the_same_bits_for_any_number_of_threads(rows: int, dtype: t
 def test_the_rows_that_are_looked_at_first_are_spread_and_few() -> None:
     for rows in (1, 5, 16, 17, 100, 1024):
         x = torch.arange(rows, dtype=torch.float32)[:, None]
-        sample = screened.sample(x).flatten()
+        sample = screen.sample(x).flatten()
         assert len(sample) == min(max(ceil_div(rows, 32), 2), rows)
         assert len(sample.unique()) == len(sample)
         assert float(sample.max()) < rows
@@ -363,7 +363,7 @@ def test_the_rows_that_are_looked_at_first_are_spread_and_few() -> None:
         lambda x, s, b: find_candidates(x.double(), s, None),
         lambda x, s, b: find_candidates(x, s, b[:-1]),
         lambda x, s, b: find_candidates(x, s, b.bfloat16()),
-        lambda x, s, b: screen_of(torch.zeros(1, screened.MAX_WIDTH)),
+        lambda x, s, b: screen_of(torch.zeros(1, screen.MAX_WIDTH)),
         lambda x, s, b: compact_product(
             calls.pack(x), calls.pack(torch.zeros(200, 30)), None, find_candidates(x, s, b)
         ),

@@ -13,8 +13,8 @@ import torch
 
 from steppe.errors import OutputError
 from steppe.files import prepare_folder, write_json
-from steppe.ops.native import ABI_VERSION, kernels
-from steppe.ops.thresholds import Tables
+from steppe.ops.cpu.library import ABI_VERSION, kernels
+from steppe.ops.cpu.thresholds import Tables
 
 VERSION = 4
 _MOST_BYTES = 2**16  # a file has about one thousand

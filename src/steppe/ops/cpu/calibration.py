@@ -2,7 +2,7 @@
 
 Nothing is measured unless `calibrate` is called: `accelerate_` goes by what an earlier calibration
 has kept, else by the built-in thresholds. A calibration changes a built-in threshold only where the
-measurements are clear, see `steppe.ops.paired`. On a busy machine it changes none.
+measurements are clear, see `steppe.timing`. On a busy machine it changes none.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ import torch
 from torch import Tensor
 
 from steppe.errors import KernelError, OutputError
-from steppe.ops import cpu as cpu  # registers the kernels that are measured
-from steppe.ops import dispatch, remembered
-from steppe.ops.calls import DTYPES, scratch
-from steppe.ops.few import FewBlock
-from steppe.ops.native import kernels
-from steppe.ops.packing import declare_final, kept_screen
-from steppe.ops.paired import Point, Round, Verdict, decide, measure_point, time_round
+from steppe.ops.cpu import dispatch, remembered
+from steppe.ops.cpu import native_ops as native_ops  # registers the kernels that are measured
+from steppe.ops.cpu.calls import DTYPES
+from steppe.ops.cpu.copies import declare_final, kept_screen
+from steppe.ops.cpu.decode import FewBlock
+from steppe.ops.cpu.library import kernels
+from steppe.ops.cpu.memory import scratch
+from steppe.ops.cpu.screen import find_candidates, screen_of
+from steppe.ops.cpu.thresholds import FEW_ROWS, NEVER, Tables, overlaid, reached, tables_at
+from steppe.ops.mlp import mlp
 from steppe.ops.reference import Rule, Weights, mlp_from
-from steppe.ops.registry import mlp
-from steppe.ops.screened import find_candidates, screen_of
-from steppe.ops.thresholds import FEW_ROWS, NEVER, Tables, overlaid, reached, tables_at
+from steppe.timing import Point, Round, Verdict, decide, measure_point, time_round
 
 DENSITY, CANDIDATES = "density", "candidates"
 _WIDTHS = (512, 256, 128)  # d_model from which on, and at which, thresholds are measured

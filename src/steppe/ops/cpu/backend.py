@@ -1,0 +1,63 @@
+"""What the CPU offers for MLP blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steppe.ops.cpu import copies, dispatch
+from steppe.ops.cpu.block import CpuBlock
+from steppe.ops.cpu.calibration import use_remembered
+from steppe.ops.cpu.calls import DECODE_ROWS, DTYPES
+from steppe.ops.cpu.library import kernels
+from steppe.ops.cpu.native_ops import screen_limit
+from steppe.ops.plan import Limits, Plan
+
+
+class CpuBackend:
+    """The native kernels; see `steppe.ops.plan.Backend`."""
+
+    name = "cpu"
+    dtypes = tuple(DTYPES)
+    decode_rows = DECODE_ROWS
+
+    def reason(self) -> str:
+        """Why there are no kernels; empty if there are."""
+        return kernels().reason
+
+    def block(self, shape: tuple[int, int], limits: Limits) -> CpuBlock:
+        """The kernels of a block."""
+        return CpuBlock(shape, limits)
+
+    def has_too_little(self, rows: int, shape: tuple[int, int]) -> bool:
+        """Whether so few tokens have too little to do."""
+        return not dispatch.pays(rows, *shape)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Read the thresholds that `steppe calibrate` has measured on this machine."""
+        use_remembered(dtype)
+
+    def declare_final(self, weight: Tensor) -> None:
+        """Keep copies of a weight whatever memory it has, until they are forgotten."""
+        copies.declare_final(weight)
+
+    def forget(self, weight: Tensor) -> None:
+        """Free the copies of a weight."""
+        copies.forget(weight)
+
+    def limits(
+        self, rows: int, width: int, dtype: torch.dtype, trains: bool, asked: Limits
+    ) -> Plan:
+        """The limits that hold for such calls."""
+        most = asked.max_density
+        if most is None:
+            most = dispatch.max_density_for(rows, width, dtype, trains)
+        share = screen_limit(rows, width, dtype, trains, asked.max_candidates)
+        return Plan("", most, share, asked.max_density is None, asked.max_candidates is None)
+
+    def source(self, dtype: torch.dtype) -> str:
+        """Whether the thresholds are built in or measured, and the file."""
+        return dispatch.source(dtype, torch.get_num_threads())
+
+
+CPU = CpuBackend()

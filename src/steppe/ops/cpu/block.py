@@ -1,0 +1,229 @@
+"""The calls of one block on the CPU: what was decided for them, and what decoding keeps.
+
+What a decoding step has laid out is used again, as long as the block's parameters are the same:
+looking at everything anew would take half of such a step.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from steppe.ops.cpu import native_ops
+from steppe.ops.cpu.calls import DECODE_ROWS
+from steppe.ops.cpu.copies import marks_of, why_not_kept
+from steppe.ops.cpu.decode import FewBlock, FewCall, why_not_laid_out
+from steppe.ops.cpu.dispatch import Habit, generation, max_density_for
+from steppe.ops.cpu.memory import scratch
+from steppe.ops.cpu.team import threads
+from steppe.ops.mlp import rule_of
+from steppe.ops.outcome import Outcome, noted
+from steppe.ops.plan import BlockSource, Coefficients, Limits, Plan, Saved
+from steppe.ops.reference import Rule, Weights, mlp_from
+
+
+class _Step(NamedTuple):
+    """A decoding step that ran sparse; good for others like it."""
+
+    call: FewCall
+    few: FewBlock
+    dtype: torch.dtype
+    shape: torch.Size  # of the input
+    habits: tuple[Habit, Habit]  # of the block, and of its screen
+    context: tuple[int, int]  # number of threads, generation of the thresholds
+
+
+class CpuBlock:
+    """See `steppe.ops.plan.BlockKernels`.
+
+    Args:
+        shape: D and F.
+        limits: of all calls.
+    """
+
+    def __init__(self, shape: tuple[int, int], limits: Limits) -> None:
+        self._shape, self._limits = shape, limits
+        self._few: FewBlock | None = None
+        self._last: _Step | None = None
+        self._repeated: FewCall | None = None  # the last call that may be made again
+        self._unkept = ""  # why nothing can be laid out for decoding
+        self._parameters: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        self._habits: defaultdict[float, Habit] = defaultdict(Habit)  # by threshold
+
+    def is_again(self, x: Tensor) -> bool:
+        """Whether a call is a decoding step like the last one, of which all was looked at.
+
+        Nothing is asked twice, and no function called that can be done without: of a decoding step
+        each costs what its code takes to come from memory.
+        """
+        last = self._last
+        if (
+            last is None
+            or type(x) is not Tensor
+            or not x.is_cpu
+            or x.dtype is not last.dtype
+            or x.shape != last.shape
+            or not x.is_contiguous()
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch._C._is_tracing()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or forward_ad._current_level >= 0
+            or last.context != (threads(), generation())
+        ):
+            return False
+        for habit in last.habits:
+            if not habit.held:
+                return False
+        for held, name, parameter in self._parameters:
+            if held.get(name) is not parameter:
+                return False
+        for weight, address in last.few.addresses:
+            if weight.data_ptr() != address:
+                return False
+        return not last.few.versions or last.few.holds()
+
+    def run_again(self, x: Tensor) -> Tensor | None:
+        """The output of such a call; None where it did not end as the last one."""
+        last = self._last
+        if last is None:
+            return None
+        call, z = last.call, torch.empty_like(x)
+        told = call.function(call.reference, x.data_ptr(), None, None, z.data_ptr())
+        if 0 <= told < call.end:
+            call.told = told
+            call.times += 1
+            return z
+        self._last = None
+        return None
+
+    def take_repeated(self) -> tuple[Outcome, int] | None:
+        """How the repeated calls ran since this was asked, and their number."""
+        call = self._repeated
+        if call is None or not call.times:
+            return None
+        times, call.times = call.times, 0
+        return call.outcome(), times
+
+    def plan_and_count(self, rows: int, dtype: torch.dtype, trains: bool) -> Plan:
+        """The plan of a call. A block that was too dense runs its own modules for a while."""
+        most, asked = self._limits
+        width = self._shape[0]
+        is_measured = most is None
+        if most is None:
+            is_decoding = rows <= DECODE_ROWS and not trains
+            if self._unkept and is_decoding and self._are_the_same():
+                return Plan(self._unkept)
+            most = max_density_for(rows, width, dtype, trains)
+            if most <= 0.0:
+                return Plan(f"at {rows} tokens no density gains")
+            if not trains and self._habits[most].limit(most) <= 0.0:
+                return Plan("the last calls were too dense")
+        share = native_ops.screen_limit(rows, width, dtype, trains, asked)
+        return Plan("", most, share, is_measured, asked is None)
+
+    def decode(
+        self,
+        x: Tensor,
+        source: BlockSource,
+        coefficients: Coefficients,
+        plan: Plan,
+        may_repeat: bool,
+    ) -> Tensor | None:
+        """The output for few tokens; None where the block is not laid out, or has changed."""
+        few = self._few
+        if few is None or not self._are_the_same() or not few.holds():
+            self._last = None
+            few = self._few = self._lay_out(x, source)
+        if few is None or x.dtype != few.weights.down.dtype or plan.max_density <= 0.0:
+            return None
+        width, hidden = self._shape
+        rows = x.numel() // width
+        alpha, beta, mix = coefficients
+        if mix is not None:
+            beta *= float(mix)
+        self._last = None
+        share = few.limit_of_candidates(plan.max_candidates)
+        call = FewCall(few, rows, (alpha, beta), plan.max_density, share)
+        z = torch.empty_like(x)
+        r = scratch("r", (rows, hidden), x)
+        up_values = r if few.weights.up is None else scratch("up", (rows, hidden), x)
+        done = call.run(x, (z, r, up_values))
+        if done is None:
+            self._few = None
+            return None
+        habit = self._habits[plan.max_density] if plan.is_measured else Habit()
+        if habit.held is not done:
+            habit.note(math.nan, done)
+        if not done:
+            flat = x.view(-1, width)
+            return mlp_from(r, flat, few.weights, Rule(alpha, beta, 0.0))[0].view_as(x)
+        if may_repeat:
+            screens = Habit() if few.habit is None else few.habit
+            context = threads(), generation()
+            self._last = _Step(call, few, x.dtype, x.shape, (habit, screens), context)
+            self._repeated = call
+        return z
+
+    def mlp(
+        self,
+        x: Tensor,
+        weights: Weights,
+        coefficients: Coefficients,
+        dropout: float,
+        plan: Plan,
+    ) -> Saved:
+        """The block past the dispatcher, without gradients."""
+        saved = native_ops.compute(x, weights, rule_of(*coefficients, dropout), plan, trains=False)
+        if plan.is_measured and len(x) > DECODE_ROWS:
+            outcome = noted()
+            is_too_dense = outcome is not None and outcome.is_too_dense
+            if saved.offsets.numel() or is_too_dense:  # not a first call, before copies are kept
+                self._habits[plan.max_density].note(math.nan, not is_too_dense)
+        return saved
+
+    def forget(self) -> None:
+        """Free what was laid out for decoding."""
+        self._few = self._last = self._repeated = None
+        self._parameters = []
+
+    def _are_the_same(self) -> bool:
+        """Whether the block's parameters are those of the last call."""
+        for held, name, parameter in self._parameters:
+            if held.get(name) is not parameter:
+                return False
+        return bool(self._parameters)
+
+    def _lay_out(self, x: Tensor, source: BlockSource) -> FewBlock | None:
+        """The block for few rows, if its parameters are those of the last call."""
+        if not self._are_the_same():
+            self._unkept = ""
+            self._parameters = [
+                (held, name, held.get(name)) for held, name in source.layer_parameters()
+            ]
+            return None
+        sources = source.bias_sources()
+        self._unkept = next(filter(None, map(why_not_kept, sources)), "")
+        if self._unkept:
+            return None
+        mark = marks_of(sources)  # before the bias is made of them
+        actual = source.layer_tensors()
+        known = [parameter for _, _, parameter in self._parameters]
+        weights = source.weights()
+        if (
+            not all(map(operator.is_, known, actual))  # a parametrization makes them anew each time
+            or not native_ops.runs(x, *weights)
+        ):
+            return None
+        asked = self._limits.max_candidates
+        limit = native_ops.screen_limit(DECODE_ROWS, self._shape[0], x.dtype, False, asked)
+        self._unkept = why_not_laid_out(weights)
+        if self._unkept:
+            return None
+        return FewBlock(weights, screens=limit > 0.0, stays=True, derived=(sources, mark))
