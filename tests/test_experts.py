@@ -26,7 +26,7 @@ import steppe
 from oracles import flatness_row
 from steppe import MLPBlock
 from steppe.errors import SparsificationError, TokenPositionError, UnfitBlockError
-from steppe.experts import Experts, ExpertsForward, experts_of
+from steppe.experts import Experts, ExpertsForward, current_rows, experts_of
 
 VOCABULARY, WIDTH, HIDDEN, EXPERTS = 50, 16, 24, 4
 SIZES: dict[str, Any] = {
@@ -263,7 +263,10 @@ def test_restored_is_what_it_was() -> None:
     )
     with steppe.watch(model), torch.no_grad():
         assert not torch.equal(model(**inputs).logits, before)
+    expert = experts_of(model.get_submodule("model.layers.1.mlp.experts")).each[0]
+    assert "act" in expert._modules
     steppe.restore_(model)
+    assert "act" not in expert._modules
     assert list(states(model)) == held
     assert dict(model.named_parameters()) == parameters
     after = model.state_dict()
@@ -271,6 +274,25 @@ def test_restored_is_what_it_was() -> None:
     assert all(torch.equal(after[name], value) for name, value in tensors.items())
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
+
+
+def test_experts_are_in_the_mode_of_their_model() -> None:
+    model = qwen().eval()
+    blocks = experts_in(model)
+    assert blocks[0].down.training
+    for mode in (False, True):
+        model.train(mode)
+        with steppe.watch(model):
+            assert {block.down.training for block in experts_in(model)} == {mode}
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list"])
+def test_nothing_is_kept_of_a_calls_tokens(kind: str) -> None:
+    model, inputs = (qwen() if kind == "tensor" else ListedModel()), batch()
+    del inputs["labels"]
+    with steppe.watch(model):
+        model(**inputs)
+        assert current_rows.get() is None
 
 
 def test_verbs_may_end_in_any_order() -> None:

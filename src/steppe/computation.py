@@ -92,8 +92,7 @@ class Computation:
             x.requires_grad
             or any(
                 (part := parameters.get(name)) is not None and part.requires_grad
-                for held in self._held
-                for parameters, name in held
+                for parameters, name in self.layer_parameters()
             )
         )
         kernels = self._kernels_for(x)
@@ -129,12 +128,15 @@ class Computation:
         return [place for held in self._held for place in held]
 
     def layer_tensors(self) -> list[Tensor | None]:
-        """What stands there by the layers, which a parametrization makes anew each time."""
+        """What the layers compute with, which a parametrization makes anew each time.
+
+        Of a layer that is a part of a larger one that is the whole of it.
+        """
         tensors: list[Tensor | None] = []
         layers: list[Any] = self.block.layers
         for layer, held in zip(layers, self._held, strict=True):
             if isinstance(layer, PartOfLinear):
-                tensors += [parameters.get(name) for parameters, name in held]
+                tensors += [getattr(layer.whole, name, None) for _, name in held]
             else:
                 tensors += [layer.weight, layer.bias]
         return tensors
