@@ -12,6 +12,8 @@ from torch import nn
 from steppe.linear import linear_shape, linear_weight
 
 _ATTENTION = ("attn", "attention", "lora_", "base_layer")  # in a dotted name
+_CONVOLUTIONS = ("conv1d", "depthwise_conv")
+_MLP = ("mlp", "feedforward", "ffn")  # in the name of a class
 _LEVELS = 2  # modules above the last layer that are looked at for the first one
 _SHOWN = 6  # of many, in a message
 
@@ -71,8 +73,8 @@ def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Can
     """Everything in a model that looks like an MLP.
 
     That is a linear layer D → F and, later, one F → D in one module or in two of one module, not in
-    attention, F greater than D unless there is a gate; or two tensors of experts. What has F = D is
-    not told from attention.
+    attention, F greater than D unless there is a gate or the class is named an MLP; or two tensors
+    of experts. What has F = D is not told from attention otherwise.
 
     Args:
         root: the model.
@@ -92,12 +94,17 @@ def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Can
     earlier: defaultdict[str, list[str]] = defaultdict(list)  # by the modules above
     for down, (hidden, width) in linears.items():
         owners = _above(down)
-        for owner in owners if hidden != width else ():
+        for owner in owners:
+            if not _may_be_mlp(root.get_submodule(owner), hidden != width):
+                continue
             inside = [name for name in earlier[owner] if name not in used]
             ups = [name for name in inside if linears[name] == (width, hidden)]
             fused = [name for name in inside if linears[name] == (width, 2 * hidden)]
             # Of two narrower layers, without a gate, most are an adapter or a projection.
-            if len(ups) > 1 or fused or (ups and hidden > width):
+            if not ups and not fused:
+                continue
+            is_named = _is_named_mlp(root.get_submodule(owner))
+            if len(ups) > 1 or fused or hidden > width or is_named:
                 first = (ups or fused)[-2:]
                 used.update((*first, down))
                 found.append(_candidate(root, owner, first, down, (width, hidden), not ups))
@@ -138,9 +145,26 @@ def listed(found: Collection[Candidate], line: Callable[[Candidate], str] = str)
     return "\n".join(lines)
 
 
+def _may_be_mlp(owner: nn.Module, widens: bool) -> bool:
+    """Whether layers of a module can be those of one MLP: not those of two layers in a list."""
+    if isinstance(owner, nn.ModuleList) and any(any(one.children()) for one in owner):
+        return False
+    return widens or _is_named_mlp(owner)
+
+
+def _is_named_mlp(owner: nn.Module) -> bool:
+    return any(name in type(owner).__name__.lower().replace("_", "") for name in _MLP)
+
+
 def _without_attention(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules outside of attention and of state space models, which have a convolution in time."""
+    beside = ""
     for name, module in root.named_modules():
-        if not any(part in name.lower() for part in _ATTENTION):
+        if beside and name.startswith(beside):
+            continue
+        if any(hasattr(module, one) for one in _CONVOLUTIONS):
+            beside = f"{name}."
+        elif not any(part in name.lower() for part in _ATTENTION):
             yield name, module
 
 
@@ -203,6 +227,8 @@ def is_activation(value: object) -> bool:
 def _experts(root: nn.Module) -> Iterator[Candidate]:
     """Modules whose experts lie in tensors of three dimensions, the first of which counts them."""
     for owner, module in root.named_modules():
+        if type(module).__name__ == "ParametrizationList":  # of a convolution's weight
+            continue
         tensors = {
             name: tuple(parameter.shape)
             for name, parameter in module.named_parameters(recurse=False)

@@ -7,7 +7,7 @@ module that owns them. A new architecture is a new row; a user's own row goes in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,9 @@ def _is(*prefixes: str) -> Callable[[Any], bool]:
     return lambda layer: any(kind.__name__.startswith(prefixes) for kind in type(layer).__mro__)
 
 
-_has_no_norm = _is(*_NO_NORM)
+def _has_no_norm(layer: Any) -> bool:
+    # A Q-Former's two MLPs read a part each of what its norm gives.
+    return _is(*_NO_NORM)(layer) or _has(layer, "intermediate_query")
 
 
 def _has(layer: Any, name: str) -> bool:
@@ -164,11 +166,15 @@ def _is_parallel(layer: Any) -> bool:
 
 
 def _has_nothing_between(layer: Any) -> bool:
-    """Between the activation and the last layer: no norm (BitNet, timm), no top-k (Gemma 3n)."""
+    """Whether nothing stands between the activation and the last layer.
+
+    No norm (BitNet, timm), no top-k (Gemma 3n), no convolution (SegFormer).
+    """
     mlp = layer.mlp
     norm = getattr(mlp, "norm", None)
     return not (
         _has(mlp, "ffn_sub_norm")
+        or any("conv" in name for name, _ in mlp.named_children())
         or (norm is not None and type(norm).__name__ != "Identity")
         or getattr(mlp, "activation_sparsity", 0.0) > 0.0
     )
@@ -212,8 +218,70 @@ def _is_not_stable(layer: Any) -> bool:
     return not _is_stable(layer)
 
 
+def _has_no_response_norm(layer: Any) -> bool:
+    return not _has(layer, "grn")
+
+
+def _is_merger(module: Any) -> bool:
+    return _has(module, "post_projection_norm")
+
+
+def _has_attention(layer: Any) -> bool:
+    return _has(layer, "self_attn") and not _has(layer, "ffn_layernorm")
+
+
 def _x_transformers(layer: Any) -> bool:
     return type(layer.ff[1]).__name__ == "Dropout"
+
+
+# Modules that are an MLP and no more, in whatever layer: gate, up, activation, down, dropout. What
+# norm they read is not known.
+_MLP_MODULES: tuple[tuple[str | None, str, str, str, str | None], ...] = (
+    ("gate_proj", "up_proj", "act_fn", "down_proj", None),
+    ("gate_proj", "up_proj", "activation_fn", "down_proj", None),
+    ("gate_proj", "up_proj", "act", "down_proj", None),
+    ("gate_proj.linear", "up_proj.linear", "act_fn", "down_proj.linear", None),
+    ("wi_0", "wi_1", "act", "wo", "dropout"),
+    ("w_in.w_0", "w_in.w_1", "w_in.act", "w_out", None),
+    (None, "up_proj", "act_fn", "down_proj", None),
+    (None, "up_proj", "silu", "down_proj", None),
+    (None, "fc1", "activation_fn", "fc2", None),
+    (None, "fc1", "act_fn", "fc2", None),
+    (None, "fc1", "activation", "fc2", None),
+    (None, "fc1", "act", "fc2", None),
+    (None, "linear1", "activation", "linear2", None),
+    (None, "linear_fc1", "act_fn", "linear_fc2", None),
+    (None, "lin1", "act", "lin2", None),
+    (None, "in_proj", "gelu", "out_proj", None),
+    (None, "proj_in", "activation", "proj_out", None),
+    (None, "ffw_layer_1.linear", "act_fn", "ffw_layer_2.linear", None),
+)
+
+
+def _is_no_more_than(*paths: str) -> Callable[[Any], bool]:
+    """Whether all parameters of a module are in its parts: nothing can stand between them."""
+    parts = {path.partition(".")[0] for path in paths}
+
+    def when(module: Any) -> bool:
+        names = (name.partition(".")[0] for name, _ in module.named_parameters())
+        return getattr(module, "activation_sparsity", 0.0) == 0.0 and parts.issuperset(names)
+
+    return when
+
+
+def _of_modules() -> Iterator[BlockPattern]:
+    """A row for each of `_MLP_MODULES`."""
+    for gate, up, act, down, dropout in _MLP_MODULES:
+        paths = [path for path in (gate, up, act, down) if path is not None]
+        yield BlockPattern(
+            family=f"an MLP of {', '.join(paths)}",
+            gate=gate,
+            up=up,
+            act=act,
+            down=down,
+            dropout=dropout,
+            when=_is_no_more_than(*paths),
+        )
 
 
 PATTERNS: tuple[BlockPattern, ...] = (
@@ -248,6 +316,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="CLIP, SigLIP, Idefics 3",
@@ -255,6 +324,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="DINOv2",
@@ -262,6 +332,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="SigLIP (pooling head)",
@@ -269,6 +340,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="Phi",
@@ -286,6 +358,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="DETR (encoder)",
@@ -311,6 +384,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="intermediate.dense",
         act="intermediate.intermediate_act_fn",
         down="output.dense",
+        when=_reads_a_norm,
     ),
     BlockPattern(
         family="BERT (post-norm)",
@@ -320,6 +394,21 @@ PATTERNS: tuple[BlockPattern, ...] = (
         act="intermediate.intermediate_act_fn",
         down="output.dense",
         when=_bert_alone,
+    ),
+    BlockPattern(
+        family="FNet",
+        norm="fourier.output.LayerNorm",
+        norm_is_shared=True,
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="Megatron-BERT",
+        norm="ln",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
     ),
     BlockPattern(
         family="Swin v2, MobileBERT",
@@ -629,4 +718,48 @@ PATTERNS: tuple[BlockPattern, ...] = (
         dropout="ff.1",
         when=_x_transformers,
     ),
+    BlockPattern(
+        family="CTRL",
+        norm="layernorm2",
+        up="ffn.0",
+        act="ffn.1",
+        down="ffn.2",
+    ),
+    BlockPattern(
+        family="ConvNeXT",
+        norm="layernorm",
+        up="pwconv1",
+        act="act",
+        down="pwconv2",
+        when=_has_no_response_norm,
+    ),
+    BlockPattern(
+        family="DINOv3 (ConvNeXT)",
+        norm="layer_norm",
+        up="pointwise_conv1",
+        act="activation_fn",
+        down="pointwise_conv2",
+    ),
+    BlockPattern(
+        family="GLM-4V (merger)",
+        gate="gate_proj",
+        up="up_proj",
+        act="act_fn",
+        down="down_proj",
+        when=_is_merger,
+    ),
+    BlockPattern(
+        family="FSMT, Deformable DETR",
+        up="fc1",
+        act="activation_fn",
+        down="fc2",
+        when=_has_attention,
+    ),
+    BlockPattern(
+        family="BLIP-2 (Q-Former)",
+        up="intermediate_query.dense",
+        act="intermediate_query.intermediate_act_fn",
+        down="output_query.dense",
+    ),
+    *_of_modules(),
 )
