@@ -26,12 +26,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import re
 import resource
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -197,8 +197,9 @@ def mismatch(root: nn.Module, block: MLPBlock) -> str | None:
     act = block.act if isinstance(block.act, nn.Module) else None
     parts = {id(part) for part in (*block.layers, act) if part is not None}
     names = [name for name, module in root.named_modules() if id(module) in parts]
-    common = os.path.commonprefix([name.split(".") for name in names])
-    owner = root.get_submodule(".".join(common))
+    levels = zip(*(name.split(".") for name in names), strict=False)
+    common = takewhile(lambda level: len(set(level)) == 1, levels)
+    owner = root.get_submodule(".".join(level[0] for level in common))
     seen: dict[str, Tensor] = {}
 
     def see(name: str) -> Callable[..., None]:

@@ -214,6 +214,8 @@ def _all_blocks(root: nn.Module, patterns: Sequence[BlockPattern]) -> list[MLPBl
         if _wrapped(owner) is not None:
             continue
         for pattern in patterns:
+            if pattern.down.partition(".")[0] not in owner._modules:
+                continue  # as nearly all: of a large model this is what takes the time
             block = _match(root, name, owner, pattern)
             if block is not None and id(block.up) not in seen:
                 seen.add(id(block.up))

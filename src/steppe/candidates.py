@@ -12,7 +12,6 @@ from torch import nn
 from steppe.linear import linear_shape, linear_weight
 
 _ATTENTION = ("attn", "attention", "lora_", "base_layer")  # in a dotted name
-_CONVOLUTIONS = ("conv1d", "depthwise_conv")
 _MLP = ("mlp", "feedforward", "ffn")  # in the name of a class
 _LEVELS = 2  # modules above the last layer that are looked at for the first one
 _SHOWN = 6  # of many, in a message
@@ -157,12 +156,12 @@ def _is_named_mlp(owner: nn.Module) -> bool:
 
 
 def _without_attention(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules outside of attention and of state space models, which have a convolution in time."""
+    """Modules outside of attention and of state space models, which have a ``conv1d``."""
     beside = ""
     for name, module in root.named_modules():
         if beside and name.startswith(beside):
             continue
-        if any(hasattr(module, one) for one in _CONVOLUTIONS):
+        if hasattr(module, "conv1d") or type(module).__name__.endswith("Attention"):
             beside = f"{name}."
         elif not any(part in name.lower() for part in _ATTENTION):
             yield name, module
@@ -239,6 +238,9 @@ def _experts(root: nn.Module) -> Iterator[Candidate]:
             sides = sorted(side for shape in tensors.values() for side in shape[1:])
             width = max(set(sides), key=sides.count)
             hidden = next((side for side in sides if side != width), width)
+            is_pair = set(sides) <= {width, hidden, 2 * hidden} and max(sides) > 1
+            if not is_pair or (hidden == width and "expert" not in type(module).__name__.lower()):
+                continue
             yield Candidate(
                 owner=owner,
                 up=", ".join(tensors),

@@ -168,7 +168,7 @@ def _is_parallel(layer: Any) -> bool:
 def _has_nothing_between(layer: Any) -> bool:
     """Whether nothing stands between the activation and the last layer.
 
-    No norm (BitNet, timm), no top-k (Gemma 3n), no convolution (SegFormer).
+    No norm (BitNet, timm), no top-k (Gemma 3n), no convolution (SegFormer), no clamp (DeepSeek V4).
     """
     mlp = layer.mlp
     norm = getattr(mlp, "norm", None)
@@ -177,6 +177,7 @@ def _has_nothing_between(layer: Any) -> bool:
         or any("conv" in name for name, _ in mlp.named_children())
         or (norm is not None and type(norm).__name__ != "Identity")
         or getattr(mlp, "activation_sparsity", 0.0) > 0.0
+        or any(_has(mlp, name) for name in _CLAMPS)
     )
 
 
@@ -222,8 +223,13 @@ def _has_no_response_norm(layer: Any) -> bool:
     return not _has(layer, "grn")
 
 
+def _has_no_multiplier(layer: Any) -> bool:
+    """Falcon H1 scales what its activation gets."""
+    return not _has(layer.feed_forward, "gate_multiplier")
+
+
 def _is_merger(module: Any) -> bool:
-    return _has(module, "post_projection_norm")
+    return _has(module, "post_projection_norm") and not any(_has(module, name) for name in _CLAMPS)
 
 
 def _has_attention(layer: Any) -> bool:
@@ -255,7 +261,16 @@ _MLP_MODULES: tuple[tuple[str | None, str, str, str, str | None], ...] = (
     (None, "in_proj", "gelu", "out_proj", None),
     (None, "proj_in", "activation", "proj_out", None),
     (None, "ffw_layer_1.linear", "act_fn", "ffw_layer_2.linear", None),
+    (None, "intermediate_dense", "intermediate_act_fn", "output_dense", "intermediate_dropout"),
+    (None, "dense1", "intermediate_act_fn", "dense2", None),
+    (None, "intermediate", "activation_fn", "output", None),
+    ("proj_up_gate", "proj_up", "act_fn", "proj_down", None),
 )
+
+
+# Numbers by which a module bends what flows between its layers: DeepSeek V4, Falcon H1, Gemma 3n.
+_CLAMPS = ("limit", "swiglu_limit")
+_BENT = (*_CLAMPS, "gate_multiplier", "activation_sparsity")
 
 
 def _is_no_more_than(*paths: str) -> Callable[[Any], bool]:
@@ -264,7 +279,7 @@ def _is_no_more_than(*paths: str) -> Callable[[Any], bool]:
 
     def when(module: Any) -> bool:
         names = (name.partition(".")[0] for name, _ in module.named_parameters())
-        return getattr(module, "activation_sparsity", 0.0) == 0.0 and parts.issuperset(names)
+        return not any(_has(module, name) for name in _BENT) and parts.issuperset(names)
 
     return when
 
@@ -409,6 +424,45 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="intermediate.dense",
         act="intermediate.intermediate_act_fn",
         down="output.dense",
+    ),
+    BlockPattern(
+        family="MPNet",
+        norm="attention.LayerNorm",
+        norm_is_shared=True,
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="RoBERTa-PreLayerNorm",
+        norm="intermediate.LayerNorm",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="LiLT (layout)",
+        norm="attention.layout_output.LayerNorm",
+        norm_is_shared=True,
+        up="layout_intermediate.dense",
+        act="layout_intermediate.intermediate_act_fn",
+        down="layout_output.dense",
+    ),
+    BlockPattern(
+        family="LXMERT (language)",
+        norm="lang_self_att.output.LayerNorm",
+        norm_is_shared=True,
+        up="lang_inter.dense",
+        act="lang_inter.intermediate_act_fn",
+        down="lang_output.dense",
+    ),
+    BlockPattern(
+        family="LXMERT (vision)",
+        norm="visn_self_att.output.LayerNorm",
+        norm_is_shared=True,
+        up="visn_inter.dense",
+        act="visn_inter.intermediate_act_fn",
+        down="visn_output.dense",
     ),
     BlockPattern(
         family="Swin v2, MobileBERT",
@@ -624,6 +678,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.up_proj",
         act="mlp.act_fn",
         down="mlp.down_proj",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="DINOv3",
@@ -719,15 +774,87 @@ PATTERNS: tuple[BlockPattern, ...] = (
         when=_x_transformers,
     ),
     BlockPattern(
+        family="Bamba, Jamba (gated)",
+        norm="pre_ff_layernorm",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        act="feed_forward.act_fn",
+        down="feed_forward.down_proj",
+        when=_has_no_multiplier,
+    ),
+    BlockPattern(
+        family="Llama 4 (gated)",
+        norm="post_attention_layernorm",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        act="feed_forward.activation_fn",
+        down="feed_forward.down_proj",
+    ),
+    BlockPattern(
+        family="AIMv2 (gated)",
+        norm="rms_norm2",
+        gate="ffn.gate_proj",
+        up="ffn.up_proj",
+        act="ffn.act_fn",
+        down="ffn.down_proj",
+    ),
+    BlockPattern(
+        family="Pixtral (gated)",
+        norm="ffn_norm",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        act="feed_forward.act_fn",
+        down="feed_forward.down_proj",
+    ),
+    BlockPattern(
+        family="AFMoE (gated)",
+        norm="pre_mlp_layernorm",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        act="mlp.act_fn",
+        down="mlp.down_proj",
+        when=_has_nothing_between,
+    ),
+    BlockPattern(
+        family="Moonshine, Canary (decoder)",
+        norm="final_layernorm",
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+        when=_has_nothing_between,
+    ),
+    BlockPattern(
+        family="Mimi, Moonshine, Llama 4 (vision)",
+        norm="post_attention_layernorm",
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+        when=_reads_post_attention_norm,
+    ),
+    BlockPattern(
+        family="Qwen 3 VL (vision)",
+        norm="norm2",
+        up="mlp.linear_fc1",
+        act="mlp.act_fn",
+        down="mlp.linear_fc2",
+    ),
+    BlockPattern(
+        family="CvT",
+        norm="layernorm_after",
+        up="intermediate.dense",
+        act="intermediate.activation",
+        down="output.dense",
+    ),
+    BlockPattern(
         family="CTRL",
         norm="layernorm2",
         up="ffn.0",
         act="ffn.1",
         down="ffn.2",
     ),
+    # Without the norm that they read: their tokens are a grid, which the plug-in has no positions of.
     BlockPattern(
         family="ConvNeXT",
-        norm="layernorm",
         up="pwconv1",
         act="act",
         down="pwconv2",
@@ -735,10 +862,34 @@ PATTERNS: tuple[BlockPattern, ...] = (
     ),
     BlockPattern(
         family="DINOv3 (ConvNeXT)",
-        norm="layer_norm",
         up="pointwise_conv1",
         act="activation_fn",
         down="pointwise_conv2",
+    ),
+    BlockPattern(
+        family="SAM 2, EdgeTAM (memory fuser)",
+        up="pointwise_conv1",
+        act="activation",
+        down="pointwise_conv2",
+    ),
+    BlockPattern(
+        family="XLNet",
+        up="layer_1",
+        act="activation_function",
+        down="layer_2",
+    ),
+    BlockPattern(
+        family="PatchTST",
+        up="ff.0",
+        act="ff.1",
+        down="ff.3",
+        dropout="ff.2",
+    ),
+    BlockPattern(
+        family="BERT's like",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
     ),
     BlockPattern(
         family="GLM-4V (merger)",
