@@ -26,15 +26,9 @@ PAGE = ROOT / "docs" / "models.md"
 RESULT = ROOT / "docs" / "results" / "models.json"
 TYPES = ROOT / "benchmarks" / "results" / "model_types.json"
 WRONG = "no: "  # how what is said of a check that failed begins
-_COLUMNS = {
-    "wired": "wired",
-    "norm": "norm",
-    "plug-ins": "plug-ins",
-    "density": "density",
-    "gradients": "gradients",
-    "accelerated": "accelerated",
-    "trained, saved": "trained, saved",
-}
+_COLUMNS = (
+    *("wired", "norm", "plug-ins", "density", "gradients", "accelerated", "trained, saved"),
+)
 
 
 def result() -> dict[str, Any]:
@@ -44,7 +38,7 @@ def result() -> dict[str, Any]:
 
 def check(only: str) -> dict[str, Any]:
     """What the checks say of the architectures of this name, or of all; the others as they were."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests"))  # whose tests import this file
     from architectures import ARCHITECTURES
     from checks import CHECKS, checks_of
 
@@ -85,7 +79,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         told = "**no**" if said.startswith(WRONG) else "yes"
         return f"{told} ({', '.join(numbers)})" if numbers else told
 
-    lines = ["| | MLPs found | " + " | ".join(_COLUMNS.values()) + " |"]
+    lines = ["| | MLPs found | " + " | ".join(_COLUMNS) + " |"]
     lines.append("|---" * (len(_COLUMNS) + 2) + "|")
     for row in rows:
         found = f"{row['covered']} of {row['mlps']}"
@@ -122,10 +116,11 @@ def types(measured: dict[str, Any]) -> str:
     table = "| model types with MLPs | number | share |\n|---|---|---|\n"
     for line, key in lines:
         table += f"| {line} | {measured[key]} | {measured[key] / total:.0%} |\n"
+    release = measured["versions"]["transformers"]
     return (
-        f"{table}\nOf {measured['types']} types of Transformers {measured['versions']['transformers']},"
-        f" {total} have MLPs, {measured['none']} have none, and {measured['unbuilt']} cannot be built"
-        " from their default configs alone.\n"
+        f"{table}\nOf {measured['types']} types of Transformers {release}, {total} have MLPs,"
+        f" {measured['none']} have none, and {measured['unbuilt']} cannot be built from their"
+        " default configs alone.\n"
     )
 
 

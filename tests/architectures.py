@@ -604,7 +604,7 @@ add(
     "Qwen2MoeConfig",
     text,
     6,
-    covered=1,
+    covered=2,
     num_experts=4,
     shared_expert_intermediate_size=HIDDEN,
     mlp_only_layers=[0],

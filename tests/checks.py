@@ -273,7 +273,8 @@ def accelerated_is_the_same(one: Architecture) -> str:
     try:
         steppe.accelerate_(model, max_density=1.0)
     except AccelerationError as error:
-        assert "needs an activation" in str(error)
+        if "needs an activation" not in str(error):
+            raise
         return str(error).partition(": ")[2].partition(". ")[0]
     run()  # of some blocks the first call is looked at, by their own modules
     got, grads = run()

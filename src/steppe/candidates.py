@@ -152,7 +152,10 @@ def _may_be_mlp(owner: nn.Module, widens: bool) -> bool:
 
 
 def _is_named_mlp(owner: nn.Module) -> bool:
-    return any(name in type(owner).__name__.lower().replace("_", "") for name in _MLP)
+    """Whether a module of two linear layers is an MLP by its class; heads have more of them."""
+    name = type(owner).__name__.lower().replace("_", "")
+    layers = [module for module in owner.modules() if linear_shape(module) is not None]
+    return len(layers) == 2 and any(part in name for part in _MLP)
 
 
 def _without_attention(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

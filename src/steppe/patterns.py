@@ -852,7 +852,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         act="ffn.1",
         down="ffn.2",
     ),
-    # Without the norm that they read: their tokens are a grid, which the plug-in has no positions of.
+    # Without the norm that they read: their tokens are a grid, and ZerothBias is for sequences.
     BlockPattern(
         family="ConvNeXT",
         up="pwconv1",
