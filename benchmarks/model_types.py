@@ -106,7 +106,9 @@ def looks_like_mlps(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]
         inside = [f"{name}.{child}" for child, layer in module.named_modules() if shape_of(layer)]
         inside = [child for child in inside if child in linears]
         ends = [shapes[child] for child in inside]
-        if len(set(ends[:-1])) == 1 and ends[0] == ends[-1][::-1] and not used.intersection(inside):
+        is_head = len(ends) > 2 and ends[0][0] == ends[0][1]  # three square layers have no gate
+        is_alike = len(set(ends[:-1])) == 1 and ends[0] == ends[-1][::-1]
+        if is_alike and not is_head and not used.intersection(inside):
             used.update(inside)
             yield inside[-1], [linears[child].weight for child in inside]
         stacked = [
@@ -290,7 +292,6 @@ def summary(types: dict[str, Any]) -> dict[str, Any]:
     number = Counter(one["status"] for one in types.values())
     with_mlps = sum(number[one] for one in FOUND)
     return {
-        "types": len(types),
         **{one: number[one] for one in (*FOUND, "none", "unbuilt")},
         "with_mlps": with_mlps,
         "share_in_full": round(number["full"] / max(with_mlps, 1), 4),

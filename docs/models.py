@@ -118,7 +118,7 @@ def types(measured: dict[str, Any]) -> str:
         table += f"| {line} | {measured[key]} | {measured[key] / total:.0%} |\n"
     release = measured["versions"]["transformers"]
     return (
-        f"{table}\nOf {measured['types']} types of Transformers {release}, {total} have MLPs,"
+        f"{table}\nOf {len(measured['types'])} types of Transformers {release}, {total} have MLPs,"
         f" {measured['none']} have none, and {measured['unbuilt']} cannot be built from their"
         " default configs alone.\n"
     )
