@@ -320,6 +320,26 @@ for name, model, act, settings in (
     ("XGLM", "XGLM", FUNCTION, {}),
 ):
     add(name, f"{model}ForCausalLM", f"{model}Config", text, 2, act, **settings)
+add("CTRL", "CTRLLMHeadModel", "CTRLConfig", text, 2, None, dff=HIDDEN)
+add(
+    "Jamba",
+    "JambaForCausalLM",
+    "JambaConfig",
+    text,
+    num_experts=1,
+    use_mamba_kernels=False,
+    attn_layer_offset=0,
+    attn_layer_period=1,
+)
+add(
+    "Bamba",
+    "BambaForCausalLM",
+    "BambaConfig",
+    text,
+    attn_layer_indices=[0, 1],
+    mamba_n_heads=4,
+    mamba_d_head=8,
+)
 add("GPT-2", "GPT2LMHeadModel", "GPT2Config", text, 2, FUNCTION)
 add("OpenAI GPT", "OpenAIGPTLMHeadModel", "OpenAIGPTConfig", text, 2, "afn")
 add(
@@ -339,6 +359,7 @@ for name, model in (
     ("DeBERTa v2", "DebertaV2"),
     ("ELECTRA", "Electra"),
     ("XLM-R", "XLMRoberta"),
+    ("Megatron-BERT", "MegatronBert"),
 ):
     add(name, f"{model}ForMaskedLM", f"{model}Config", text)
 add(
@@ -351,6 +372,23 @@ add(
     hidden_dim=HIDDEN,
 )
 add("ALBERT", "AlbertForMaskedLM", "AlbertConfig", text, 1)
+add(
+    "FNet",
+    "FNetForMaskedLM",
+    "FNetConfig",
+    lambda seed: {"input_ids": ids(seed), "labels": ids(seed)},
+)
+add(
+    "FlauBERT",
+    "FlaubertWithLMHeadModel",
+    "FlaubertConfig",
+    text,
+    2,
+    None,
+    emb_dim=WIDTH,
+    n_words=VOCABULARY,
+    gelu_activation=False,
+)
 
 for name, model in (
     ("ViT", "ViTForImageClassification"),
@@ -372,6 +410,16 @@ add(
     mask_ratio=0.5,
 )
 add("DINOv2", "Dinov2ForImageClassification", "Dinov2Config", images, mlp_ratio=3)
+add(
+    "DINOv2 (giant, SwiGLU)",
+    "Dinov2ForImageClassification",
+    "Dinov2Config",
+    images,
+    act=None,
+    change=rectify("act_fn"),
+    mlp_ratio=3,
+    use_swiglu_ffn=True,
+)
 add("DINOv3", "DINOv3ViTModel", "DINOv3ViTConfig", pixels)
 add("DINOv3 (gated)", "DINOv3ViTModel", "DINOv3ViTConfig", pixels, use_gated_mlp=True)
 WINDOWS: dict[str, Any] = {
@@ -410,6 +458,20 @@ add(
     embed_dim_multiplier=2.0,
     mlp_ratio=2.0,
 )
+for name, model, config in (
+    ("ConvNeXT", "ConvNextForImageClassification", "ConvNextConfig"),
+    ("DINOv3 ConvNeXT", "DINOv3ConvNextModel", "DINOv3ConvNextConfig"),
+):
+    add(
+        name,
+        model,
+        config,
+        lambda seed: pixels(seed, 32),
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[8, 8, 8, 8],
+        mlps=4,
+    )
+add("AIMv2", "Aimv2VisionModel", "Aimv2VisionConfig", pixels)
 TOWER: dict[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": HIDDEN,
@@ -529,6 +591,17 @@ add(
     num_experts=4,
     shared_expert_intermediate_size=HIDDEN,
     mlp_only_layers=[0],
+    **EXPERTS,
+)
+add(
+    "Qwen 2 MoE (experts everywhere)",
+    "Qwen2MoeForCausalLM",
+    "Qwen2MoeConfig",
+    text,
+    10,
+    covered=2,
+    num_experts=4,
+    shared_expert_intermediate_size=HIDDEN,
     **EXPERTS,
 )
 add(

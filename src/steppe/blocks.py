@@ -307,6 +307,8 @@ def matches(
             seen.add(id(expert.up))
             yield name, owner, None, expert
         for pattern in (*patterns, *pattern_noted_on(owner), *PATTERNS):
+            if pattern.down.partition(".")[0] not in owner._modules:
+                continue  # as nearly all: of a large model this is what takes the time
             block = _match(root, name, owner, pattern)
             if block is not None and id(block.up) not in seen:
                 seen.add(id(block.up))

@@ -7,7 +7,7 @@ module that owns them. A new architecture is a new row; a user's own row goes in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,9 @@ def _is(*prefixes: str) -> Callable[[Any], bool]:
     return lambda layer: any(kind.__name__.startswith(prefixes) for kind in type(layer).__mro__)
 
 
-_has_no_norm = _is(*_NO_NORM)
+def _has_no_norm(layer: Any) -> bool:
+    # A Q-Former's two MLPs read a part each of what its norm gives.
+    return _is(*_NO_NORM)(layer) or _has(layer, "intermediate_query")
 
 
 def _has(layer: Any, name: str) -> bool:
@@ -188,13 +190,18 @@ def _is_parallel(layer: Any) -> bool:
 
 
 def _has_nothing_between(layer: Any) -> bool:
-    """Between the activation and the last layer: no norm (BitNet, timm), no top-k (Gemma 3n)."""
+    """Whether nothing stands between the activation and the last layer.
+
+    No norm (BitNet, timm), no top-k (Gemma 3n), no convolution (SegFormer), no clamp (DeepSeek V4).
+    """
     mlp = layer.mlp
     norm = getattr(mlp, "norm", None)
     return not (
         _has(mlp, "ffn_sub_norm")
+        or any("conv" in name for name, _ in mlp.named_children())
         or (norm is not None and type(norm).__name__ != "Identity")
         or getattr(mlp, "activation_sparsity", 0.0) > 0.0
+        or any(_has(mlp, name) for name in _CLAMPS)
     )
 
 
@@ -248,8 +255,84 @@ def _is_not_stable(layer: Any) -> bool:
     return not _is_stable(layer)
 
 
+def _has_no_response_norm(layer: Any) -> bool:
+    return not _has(layer, "grn")
+
+
+def _has_no_multiplier(layer: Any) -> bool:
+    """Falcon H1 scales what its activation gets."""
+    return not _has(layer.feed_forward, "gate_multiplier")
+
+
+def _is_merger(module: Any) -> bool:
+    return _has(module, "post_projection_norm") and not any(_has(module, name) for name in _CLAMPS)
+
+
+def _has_attention(layer: Any) -> bool:
+    return _has(layer, "self_attn") and not _has(layer, "ffn_layernorm")
+
+
 def _x_transformers(layer: Any) -> bool:
     return type(layer.ff[1]).__name__ == "Dropout"
+
+
+# Modules that are an MLP and no more, in whatever layer: gate, up, activation, down, dropout. What
+# norm they read is not known.
+_MLP_MODULES: tuple[tuple[str | None, str, str, str, str | None], ...] = (
+    ("gate_proj", "up_proj", "act_fn", "down_proj", None),
+    ("gate_proj", "up_proj", "activation_fn", "down_proj", None),
+    ("gate_proj", "up_proj", "act", "down_proj", None),
+    ("gate_proj.linear", "up_proj.linear", "act_fn", "down_proj.linear", None),
+    ("wi_0", "wi_1", "act", "wo", "dropout"),
+    ("w_in.w_0", "w_in.w_1", "w_in.act", "w_out", None),
+    (None, "up_proj", "act_fn", "down_proj", None),
+    (None, "up_proj", "silu", "down_proj", None),
+    (None, "fc1", "activation_fn", "fc2", None),
+    (None, "fc1", "act_fn", "fc2", None),
+    (None, "fc1", "activation", "fc2", None),
+    (None, "fc1", "act", "fc2", None),
+    (None, "linear1", "activation", "linear2", None),
+    (None, "linear_fc1", "act_fn", "linear_fc2", None),
+    (None, "lin1", "act", "lin2", None),
+    (None, "in_proj", "gelu", "out_proj", None),
+    (None, "proj_in", "activation", "proj_out", None),
+    (None, "ffw_layer_1.linear", "act_fn", "ffw_layer_2.linear", None),
+    (None, "intermediate_dense", "intermediate_act_fn", "output_dense", "intermediate_dropout"),
+    (None, "dense1", "intermediate_act_fn", "dense2", None),
+    (None, "intermediate", "activation_fn", "output", None),
+    ("proj_up_gate", "proj_up", "act_fn", "proj_down", None),
+)
+
+
+# Numbers by which a module bends what flows between its layers: DeepSeek V4, Falcon H1, Gemma 3n.
+_CLAMPS = ("limit", "swiglu_limit")
+_BENT = (*_CLAMPS, "gate_multiplier", "activation_sparsity")
+
+
+def _is_no_more_than(*paths: str) -> Callable[[Any], bool]:
+    """Whether all parameters of a module are in its parts: nothing can stand between them."""
+    parts = {path.partition(".")[0] for path in paths}
+
+    def when(module: Any) -> bool:
+        names = (name.partition(".")[0] for name, _ in module.named_parameters())
+        return not any(_has(module, name) for name in _BENT) and parts.issuperset(names)
+
+    return when
+
+
+def _of_modules() -> Iterator[BlockPattern]:
+    """A row for each of `_MLP_MODULES`."""
+    for gate, up, act, down, dropout in _MLP_MODULES:
+        paths = [path for path in (gate, up, act, down) if path is not None]
+        yield BlockPattern(
+            family=f"an MLP of {', '.join(paths)}",
+            gate=gate,
+            up=up,
+            act=act,
+            down=down,
+            dropout=dropout,
+            when=_is_no_more_than(*paths),
+        )
 
 
 PATTERNS: tuple[BlockPattern, ...] = (
@@ -284,6 +367,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="CLIP, SigLIP, Idefics 3",
@@ -291,6 +375,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="DINOv2",
@@ -298,6 +383,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="SigLIP (pooling head)",
@@ -305,6 +391,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="Phi",
@@ -322,6 +409,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="DETR (encoder)",
@@ -347,6 +435,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="intermediate.dense",
         act="intermediate.intermediate_act_fn",
         down="output.dense",
+        when=_reads_a_norm,
     ),
     BlockPattern(
         family="BERT (post-norm)",
@@ -356,6 +445,60 @@ PATTERNS: tuple[BlockPattern, ...] = (
         act="intermediate.intermediate_act_fn",
         down="output.dense",
         when=_bert_alone,
+    ),
+    BlockPattern(
+        family="FNet",
+        norm="fourier.output.LayerNorm",
+        norm_is_shared=True,
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="Megatron-BERT",
+        norm="ln",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="MPNet",
+        norm="attention.LayerNorm",
+        norm_is_shared=True,
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="RoBERTa-PreLayerNorm",
+        norm="intermediate.LayerNorm",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="LiLT (layout)",
+        norm="attention.layout_output.LayerNorm",
+        norm_is_shared=True,
+        up="layout_intermediate.dense",
+        act="layout_intermediate.intermediate_act_fn",
+        down="layout_output.dense",
+    ),
+    BlockPattern(
+        family="LXMERT (language)",
+        norm="lang_self_att.output.LayerNorm",
+        norm_is_shared=True,
+        up="lang_inter.dense",
+        act="lang_inter.intermediate_act_fn",
+        down="lang_output.dense",
+    ),
+    BlockPattern(
+        family="LXMERT (vision)",
+        norm="visn_self_att.output.LayerNorm",
+        norm_is_shared=True,
+        up="visn_inter.dense",
+        act="visn_inter.intermediate_act_fn",
+        down="visn_output.dense",
     ),
     BlockPattern(
         family="Swin v2, MobileBERT",
@@ -639,6 +782,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.up_proj",
         act="mlp.act_fn",
         down="mlp.down_proj",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="DINOv3",
@@ -785,4 +929,144 @@ PATTERNS: tuple[BlockPattern, ...] = (
         down="down_proj",
         is_expert=True,
     ),
+    BlockPattern(
+        family="Bamba, Jamba (gated)",
+        norm="pre_ff_layernorm",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        act="feed_forward.act_fn",
+        down="feed_forward.down_proj",
+        when=_has_no_multiplier,
+    ),
+    BlockPattern(
+        family="Llama 4 (gated)",
+        norm="post_attention_layernorm",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        act="feed_forward.activation_fn",
+        down="feed_forward.down_proj",
+    ),
+    BlockPattern(
+        family="AIMv2 (gated)",
+        norm="rms_norm2",
+        gate="ffn.gate_proj",
+        up="ffn.up_proj",
+        act="ffn.act_fn",
+        down="ffn.down_proj",
+    ),
+    BlockPattern(
+        family="Pixtral (gated)",
+        norm="ffn_norm",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        act="feed_forward.act_fn",
+        down="feed_forward.down_proj",
+    ),
+    BlockPattern(
+        family="AFMoE (gated)",
+        norm="pre_mlp_layernorm",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        act="mlp.act_fn",
+        down="mlp.down_proj",
+        when=_has_nothing_between,
+    ),
+    BlockPattern(
+        family="Moonshine, Canary (decoder)",
+        norm="final_layernorm",
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+        when=_has_nothing_between,
+    ),
+    BlockPattern(
+        family="Mimi, Moonshine, Llama 4 (vision)",
+        norm="post_attention_layernorm",
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+        when=_reads_post_attention_norm,
+    ),
+    BlockPattern(
+        family="Qwen 3 VL (vision)",
+        norm="norm2",
+        up="mlp.linear_fc1",
+        act="mlp.act_fn",
+        down="mlp.linear_fc2",
+    ),
+    BlockPattern(
+        family="CvT",
+        norm="layernorm_after",
+        up="intermediate.dense",
+        act="intermediate.activation",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="CTRL",
+        norm="layernorm2",
+        up="ffn.0",
+        act="ffn.1",
+        down="ffn.2",
+    ),
+    # Without the norm that they read: their tokens are a grid, and ZerothBias is for sequences.
+    BlockPattern(
+        family="ConvNeXT",
+        up="pwconv1",
+        act="act",
+        down="pwconv2",
+        when=_has_no_response_norm,
+    ),
+    BlockPattern(
+        family="DINOv3 (ConvNeXT)",
+        up="pointwise_conv1",
+        act="activation_fn",
+        down="pointwise_conv2",
+    ),
+    BlockPattern(
+        family="SAM 2, EdgeTAM (memory fuser)",
+        up="pointwise_conv1",
+        act="activation",
+        down="pointwise_conv2",
+    ),
+    BlockPattern(
+        family="XLNet",
+        up="layer_1",
+        act="activation_function",
+        down="layer_2",
+    ),
+    BlockPattern(
+        family="PatchTST",
+        up="ff.0",
+        act="ff.1",
+        down="ff.3",
+        dropout="ff.2",
+    ),
+    BlockPattern(
+        family="BERT's like",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="GLM-4V (merger)",
+        gate="gate_proj",
+        up="up_proj",
+        act="act_fn",
+        down="down_proj",
+        when=_is_merger,
+    ),
+    BlockPattern(
+        family="FSMT, Deformable DETR",
+        up="fc1",
+        act="activation_fn",
+        down="fc2",
+        when=_has_attention,
+    ),
+    BlockPattern(
+        family="BLIP-2 (Q-Former)",
+        up="intermediate_query.dense",
+        act="intermediate_query.intermediate_act_fn",
+        down="output_query.dense",
+    ),
+    *_of_modules(),
 )

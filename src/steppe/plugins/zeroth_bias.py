@@ -130,6 +130,12 @@ class _AddZerothBias:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Add to x the bias at each position; x is [B, T, D], [T, B, D] or [B·T, D]."""
         x, *rest = args
+        if x.dim() > 3:
+            raise UnfitBlockError(
+                f"{self._block.name}: ZerothBias is for the positions of a sequence, and the block"
+                f" gets {list(x.shape)}. Take it off with restore_, and leave the block out:"
+                " sparsify_(..., where=...)"
+            )
         bias: Tensor = getattr(self._block.up, PARAMETER_NAME)
         tokens = self._context.tokens_per_sequence(x, self._block)
         by_token = self._at_positions(bias.to(x.dtype), tokens)  # [T, D] or [B, T, D]
