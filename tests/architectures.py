@@ -599,7 +599,6 @@ add(
     "Qwen2MoeConfig",
     text,
     10,
-    covered=2,
     num_experts=4,
     shared_expert_intermediate_size=HIDDEN,
     **EXPERTS,

@@ -304,6 +304,14 @@ _MLP_MODULES: tuple[tuple[str | None, str, str, str, str | None], ...] = (
 )
 
 
+# Likewise with gate and up in one, the gate first: that, activation, down, dropout.
+_FUSED_MODULES: tuple[tuple[str, str, str, str | None], ...] = (
+    ("gate_up_proj", "activation_fn", "down_proj", None),
+    ("gate_up_proj", "act_fn", "down_proj", None),
+    ("Wi", "act", "Wo", "drop"),
+    ("input_linear", "activation", "output_linear", None),
+)
+
 # Numbers by which a module bends what flows between its layers: DeepSeek V4, Falcon H1, Gemma 3n.
 _CLAMPS = ("limit", "swiglu_limit")
 _BENT = (*_CLAMPS, "gate_multiplier", "activation_sparsity")
@@ -321,7 +329,7 @@ def _is_no_more_than(*paths: str) -> Callable[[Any], bool]:
 
 
 def _of_modules() -> Iterator[BlockPattern]:
-    """A row for each of `_MLP_MODULES`."""
+    """A row for each of `_MLP_MODULES` and `_FUSED_MODULES`."""
     for gate, up, act, down, dropout in _MLP_MODULES:
         paths = [path for path in (gate, up, act, down) if path is not None]
         yield BlockPattern(
@@ -332,6 +340,15 @@ def _of_modules() -> Iterator[BlockPattern]:
             down=down,
             dropout=dropout,
             when=_is_no_more_than(*paths),
+        )
+    for gate_up, act, down, dropout in _FUSED_MODULES:
+        yield BlockPattern(
+            family=f"an MLP of {gate_up}, {act}, {down}",
+            gate_up=gate_up,
+            act=act,
+            down=down,
+            dropout=dropout,
+            when=_is_no_more_than(gate_up, act, down),
         )
 
 
