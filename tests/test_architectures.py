@@ -34,7 +34,7 @@ def cases() -> Iterator[object]:
             yield pytest.param(one, check, id=f"{one.name}-{check}", marks=marks)
 
 
-@pytest.mark.parametrize(("one", "check"), cases())
+@pytest.mark.parametrize(("one", "check"), list(cases()))
 @pytest.mark.filterwarnings("ignore::steppe.IncompleteCoverageWarning")
 def test_what_is_said_is_in_the_table(one: Architecture, check: str) -> None:
     table = {row["name"]: row["checks"] for row in models.result()["rows"]}
