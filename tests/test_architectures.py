@@ -22,6 +22,8 @@ SLOW = {
     *("Mistral", "Qwen 2", "Qwen 3", "OLMo", "Gemma", "Gemma 3 (text)", "StableLM", "Cohere"),
     *("CodeGen", "BioGPT", "XGLM", "Arcee", "Falcon (sequential)", "Falcon (two norms)"),
     *("Persimmon", "SmolVLM", "SigLIP", "DINOv3", "DINOv3 ConvNeXT", "Megatron-BERT"),
+    *("LLaVA", "DeBERTa v2", "ConvNeXT", "FNet", "Bamba", "CTRL", "StableLM 2 (parallel)"),
+    *("DistilBERT", "DINOv3 (gated)"),
 }
 # A block that is called several times in a pass.
 KNOWN = {("ALBERT", "gradients")}
