@@ -248,12 +248,14 @@ def _experts(root: nn.Module, known: Collection[int]) -> Iterator[Candidate]:
             if parameter.ndim == 3
         }
         counts = {shape[0] for shape in tensors.values()}
-        if len(tensors) >= 2 and len(counts) == 1 and counts != {1}:
+        is_named = "expert" in type(module).__name__.lower()
+        # LongCat's experts without weights are counted in one of the tensors only.
+        if len(tensors) >= 2 and (len(counts) == 1 or is_named) and counts != {1}:
             sides = sorted(side for shape in tensors.values() for side in shape[1:])
             width = max(set(sides), key=sides.count)
             hidden = next((side for side in sides if side != width), width)
             is_pair = set(sides) <= {width, hidden, 2 * hidden} and max(sides) > 1
-            if not is_pair or (hidden == width and "expert" not in type(module).__name__.lower()):
+            if not is_pair or (hidden == width and not is_named):
                 continue
             yield Candidate(
                 owner=owner,

@@ -89,7 +89,9 @@ def empty_model(checkpoint: str | Path) -> PreTrainedModel:
     """
     path = Path(checkpoint)
     config = load_config(str(path.parent if path.name == "config.json" else checkpoint))
-    kind = _class_of(config)
+    # A class with a head may have a part of the model only, as CLIP's for images.
+    whole: Any = AutoModel if type(config) in AutoModel._model_mapping else _class_of(config)
+    kind = _named_class(config) or whole
     make = getattr(kind, "from_config", None) or kind
     try:
         with torch.device("meta"):
@@ -143,15 +145,23 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
 
 def _class_of(config: PreTrainedConfig) -> Any:
     """The class that the config names, else the one that usually has its weights and a loss."""
+    named = _named_class(config)
+    if named is not None:
+        return named
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
+    known = (kind for kind in _AUTO_CLASSES if type(config) in kind._model_mapping)
+    return next(known, AutoModel)
+
+
+def _named_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that the config names, if Transformers has it."""
     named = getattr(config, "architectures", None)
     for name in named if isinstance(named, list) else []:
         kind = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
             return kind
-    if getattr(config, "is_encoder_decoder", False):
-        return AutoModelForSeq2SeqLM
-    known = (kind for kind in _AUTO_CLASSES if type(config) in kind._model_mapping)
-    return next(known, AutoModel)
+    return None
 
 
 def _load_whole(kind: Any, checkpoint: str) -> PreTrainedModel:
