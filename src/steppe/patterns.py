@@ -328,6 +328,13 @@ def _is_no_more_than(*paths: str) -> Callable[[Any], bool]:
     return when
 
 
+def _has_shared_expert(layer: Any) -> bool:
+    """Whether the expert of all tokens reads the norm of the others, with nothing between."""
+    mlp = layer.mlp
+    expert = getattr(mlp, "shared_expert", None) or getattr(mlp, "shared_experts", None)
+    return _reads_post_attention_norm(layer) and not any(_has(expert, name) for name in _BENT)
+
+
 def _of_modules() -> Iterator[BlockPattern]:
     """A row for each of `_MLP_MODULES` and `_FUSED_MODULES`."""
     for gate, up, act, down, dropout in _MLP_MODULES:
@@ -902,7 +909,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.shared_expert.up_proj",
         act="mlp.shared_expert.act_fn",
         down="mlp.shared_expert.down_proj",
-        when=_reads_post_attention_norm,
+        when=_has_shared_expert,
     ),
     BlockPattern(
         family="DeepSeek, GLM-MoE (shared expert)",
@@ -912,7 +919,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.shared_experts.up_proj",
         act="mlp.shared_experts.act_fn",
         down="mlp.shared_experts.down_proj",
-        when=_reads_post_attention_norm,
+        when=_has_shared_expert,
     ),
     BlockPattern(
         family="Switch Transformers (experts)",
