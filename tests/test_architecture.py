@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "steppe.experts",
         "steppe.first_pass",
         "steppe.fused",
+        "steppe.inline",
         "steppe.linear",
         "steppe.norms",
         "steppe.pattern_notes",

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from steppe.candidates import Candidate, candidates, listed, share_of
 from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning, SparsificationError
 from steppe.experts import Expert, experts_of
 from steppe.fused import halves_of
+from steppe.inline import Inline, inline_of
 from steppe.linear import PartOfLinear, linear_shape
 from steppe.pattern_values import pattern_noted_on
 from steppe.patterns import OTHER_MLP_NORMS, PATTERNS, BlockPattern
@@ -301,7 +302,7 @@ def matches(
     """
     seen: set[int] = set()
     for name, owner in root.named_modules():
-        if _wrapped(owner) is not None or isinstance(owner, Expert | PartOfLinear):
+        if _wrapped(owner) is not None or isinstance(owner, Expert | PartOfLinear | Inline):
             continue
         for expert in _expert_blocks(root, name, owner):
             seen.add(id(expert.up))
@@ -474,7 +475,7 @@ def forward_parameters(module: nn.Module) -> list[str]:
 
 def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) -> MLPBlock | None:
     """The block that hangs below `owner` by `pattern`, or None."""
-    act_slot = _slot(owner, pattern.act)
+    act_slot = _slot(owner, pattern.act) if pattern.act else None
     down = _part(owner, pattern.down)
     norm = None if pattern.norm is None else _part(owner, pattern.norm)
     if pattern.gate_up is None:
@@ -486,7 +487,9 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         if halves is None:
             return None
         gate, up = halves.both if pattern.gate_first else halves.both[::-1]
-    if act_slot is None or not isinstance(up, nn.Module) or not isinstance(down, nn.Module):
+    if not isinstance(up, nn.Module) or not isinstance(down, nn.Module):
+        return None
+    if pattern.act and act_slot is None:
         return None
     if pattern.norm is not None and not isinstance(norm, nn.Module):
         return None
@@ -498,6 +501,12 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         return None
     if pattern.when is not None and not pattern.when(owner):
         return None
+    if act_slot is None:
+        mlp = _part(owner, _shared_path(pattern))
+        inline = inline_of(mlp, gate, up, down)
+        if inline is None:
+            return None
+        act_slot = Slot(inline, "act")
     router = _router_of(root, name) if pattern.is_expert else None
     if pattern.is_expert and router is None:
         return None
@@ -574,6 +583,13 @@ def _router_of(root: nn.Module, name: str) -> nn.Module | None:
     if type(listed).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward):
         return listed
     return root.get_submodule(parent.rpartition(".")[0])
+
+
+def _shared_path(pattern: BlockPattern) -> str:
+    """Path of the innermost module that has the layers of a pattern."""
+    paths = [path.split(".") for path in (pattern.gate_up or pattern.up, pattern.down)]
+    shared = takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return ".".join(level[0] for level in shared)
 
 
 def _stack_of(root: nn.Module, name: str) -> nn.Module | None:

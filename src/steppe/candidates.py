@@ -58,15 +58,14 @@ class Candidate:
         """A `BlockPattern` to paste, if a pattern can name it; else why not."""
         if not self.down:
             return "# experts in one tensor, with a layout or a gate that steppe does not know"
-        if self.is_fused:
-            return f"# {self.up} is gate and up in one: no pattern names its halves"
         if not self.act:
-            return "# the activation is called as a function: make it a module of the owner first"
+            return (
+                f"# {self.owner or 'the model'}: its forward calls more than a function between"
+                " its layers, or takes more than x"
+            )
+        first = f"gate_up={self.up!r}" if self.is_fused else f"up={self.up!r}"
         gate = f" gate={self.gate!r}," if self.gate else ""
-        return (
-            f"BlockPattern(family='mine',{gate} up={self.up!r}, act={self.act!r},"
-            f" down={self.down!r})"
-        )
+        return f"BlockPattern(family='mine',{gate} {first}, act={self.act!r}, down={self.down!r})"
 
 
 def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Candidate]:

@@ -359,6 +359,54 @@ def _of_modules() -> Iterator[BlockPattern]:
         )
 
 
+# Layers of modules that are an MLP and call their activation as a function: gate, up, down.
+_INLINE_MODULES: tuple[tuple[str | None, str, str], ...] = (
+    (None, "c_fc", "c_proj"),
+    (None, "fc1", "fc2"),
+    (None, "fc_in", "fc_out"),
+    (None, "lin1", "lin2"),
+    (None, "linear1", "linear2"),
+    (None, "up_proj", "down_proj"),
+    (None, "wi", "wo"),
+    ("w1", "w3", "w2"),
+    ("gate_proj", "up_proj", "down_proj"),
+    ("c_gate", "c_fc", "c_proj"),
+)
+_INLINE_FUSED_MODULES = (
+    ("weights_in", "weights_out"),
+    ("w12", "w3"),
+    ("gate_up_proj", "down_proj"),
+    ("Wi", "Wo"),
+)
+# Where the norm that such a module reads hangs beside it.
+_INLINE_WITH_NORM = (
+    ("modded nanoGPT, nanochat", "mlp", "ln_2"),
+    ("Meta Llama", "feed_forward", "ffn_norm"),
+)
+
+
+def _of_inline_modules() -> Iterator[BlockPattern]:
+    """Rows for MLPs without an activation module, of a layer with a known norm or of any other."""
+    for gate, up, down in _INLINE_MODULES:
+        for family, mlp, norm in _INLINE_WITH_NORM:
+            yield BlockPattern(
+                family=f"{family} ({up}, {down}; inline)",
+                norm=norm,
+                gate=None if gate is None else f"{mlp}.{gate}",
+                up=f"{mlp}.{up}",
+                down=f"{mlp}.{down}",
+            )
+        yield BlockPattern(family=f"an MLP of {up}, {down} (inline)", gate=gate, up=up, down=down)
+    for gate_up, down in _INLINE_FUSED_MODULES:
+        for gate_first in (True, False):
+            yield BlockPattern(
+                family=f"an MLP of {gate_up}, {down} (inline)",
+                gate_up=gate_up,
+                gate_first=gate_first,
+                down=down,
+            )
+
+
 PATTERNS: tuple[BlockPattern, ...] = (
     BlockPattern(
         family="T5",
@@ -1093,4 +1141,5 @@ PATTERNS: tuple[BlockPattern, ...] = (
         down="output_query.dense",
     ),
     *_of_modules(),
+    *_of_inline_modules(),
 )

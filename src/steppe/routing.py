@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,6 +32,7 @@ from steppe.blocks import MLPBlock, Slot
 from steppe.errors import AccelerationError
 from steppe.experts import Expert, SharedActivation
 from steppe.fused import Half, HalvesForward
+from steppe.inline import AROUND, WrittenOut
 from steppe.ops.outcome import OWN_MODULES, Outcome
 from steppe.ops.plan import Plan
 from steppe.surgery import Journal
@@ -395,6 +397,9 @@ class Route:
             place = places.get(id(module), (slot.module, slot.name))
             self._parts.append(_part(module, place, plain_class(type(module))))
         self._join(self.owner, Owning, journal)
+        written = self.owner.__dict__.get("forward")
+        if isinstance(written, WrittenOut) and AROUND not in written.inline.__dict__:
+            journal.add_attribute(Slot(written.inline, AROUND), partial(run_owner, self.owner))
 
     def _join(self, module: nn.Module, behaviour: type[nn.Module], journal: Journal) -> None:
         """Give a module the behaviour of a part of this route; it may be part of others."""
@@ -479,21 +484,26 @@ class Owning(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As before."""
-        routes = self.__dict__.get(_ROUTES)
-        if not routes or torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        stack = _calls.stack
-        depth = len(stack)
-        for route in routes:
-            stack.append(_Call(route))
-        try:
-            output = super().forward(*args, **kwargs)
-            for call in stack[depth:]:
-                if call.is_routed:
-                    raise call.route.is_lost("its last layer is not called")
-            return output
-        finally:
-            del stack[depth:]
+        return run_owner(self, super().forward, *args, **kwargs)
+
+
+def run_owner(owner: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that holds a block's parts, as a call of the block."""
+    routes = owner.__dict__.get(_ROUTES)
+    if not routes or torch.compiler.is_compiling():
+        return forward(*args, **kwargs)
+    stack = _calls.stack
+    depth = len(stack)
+    for route in routes:
+        stack.append(_Call(route))
+    try:
+        output = forward(*args, **kwargs)
+        for call in stack[depth:]:
+            if call.is_routed:
+                raise call.route.is_lost("its last layer is not called")
+        return output
+    finally:
+        del stack[depth:]
 
 
 class Entering(nn.Module):

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from steppe.blocks import MLPBlock, Slot, find_nested_tensor_encoders
 from steppe.experts import ExpertLayer, ListedTokens
 from steppe.fused import Half
+from steppe.inline import INLINE, Inline
 from steppe.swapping import (
     OwnHook,
     Reviver,
@@ -207,6 +208,11 @@ class Journal:
         """
         self._hold_experts(blocks)
         for block in blocks:
+            inline = block.act_slot.module
+            if isinstance(inline, Inline):
+                inline.train(inline.mlp.training)
+                self.hold_attribute(Slot(inline.mlp, INLINE), inline)
+                self.hold_attribute(Slot(inline.mlp, "forward"), inline.written_out)
             gate, up = block.gate, block.up
             if not isinstance(gate, Half) or not isinstance(up, Half):
                 continue
