@@ -360,6 +360,8 @@ for name, model in (
     ("ELECTRA", "Electra"),
     ("XLM-R", "XLMRoberta"),
     ("Megatron-BERT", "MegatronBert"),
+    ("MPNet", "MPNet"),
+    ("RoBERTa-PreLayerNorm", "RobertaPreLayerNorm"),
 ):
     add(name, f"{model}ForMaskedLM", f"{model}Config", text)
 add(

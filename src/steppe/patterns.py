@@ -533,17 +533,18 @@ PATTERNS: tuple[BlockPattern, ...] = (
         act="intermediate.intermediate_act_fn",
         down="output.dense",
     ),
+    # Before MPNet, whose norm it has too: there it is the attention that reads it.
     BlockPattern(
-        family="MPNet",
-        norm="attention.LayerNorm",
-        norm_is_shared=True,
+        family="RoBERTa-PreLayerNorm",
+        norm="intermediate.LayerNorm",
         up="intermediate.dense",
         act="intermediate.intermediate_act_fn",
         down="output.dense",
     ),
     BlockPattern(
-        family="RoBERTa-PreLayerNorm",
-        norm="intermediate.LayerNorm",
+        family="MPNet",
+        norm="attention.LayerNorm",
+        norm_is_shared=True,
         up="intermediate.dense",
         act="intermediate.intermediate_act_fn",
         down="output.dense",
