@@ -61,6 +61,7 @@ class MLPBlock:
         act: the activation, a module or a plain function.
         down: second linear layer ``[d_hidden → d_model]``.
         dropout: the dropout between activation and `down`, or None.
+        dropout_slot: the attribute with its probability, where a function drops; or None.
         d_model: width of the input.
         d_hidden: width of the hidden layer.
         family: name of the pattern that matched.
@@ -90,6 +91,7 @@ class MLPBlock:
     act_flags: tuple[tuple[Slot, object], ...] = field(repr=False)
     stack: nn.Module | None = field(repr=False)
     routed_in: nn.Module | None = field(repr=False, default=None)
+    dropout_slot: Slot | None = field(repr=False, default=None)
 
     @property
     def is_routed(self) -> bool:
@@ -530,6 +532,7 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         act_flags=tuple((Slot(owner, flag), value) for flag, value in pattern.act_flags),
         stack=_stack_of(root, name),
         routed_in=router,
+        dropout_slot=_number_slot(owner, pattern.dropout) if isinstance(dropout, float) else None,
     )
 
 
@@ -583,6 +586,13 @@ def _router_of(root: nn.Module, name: str) -> nn.Module | None:
     if type(listed).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward):
         return listed
     return root.get_submodule(parent.rpartition(".")[0])
+
+
+def _number_slot(owner: nn.Module, path: str | None) -> Slot:
+    """The attribute at the end of a dotted path."""
+    assert path is not None
+    parent, _, name = path.rpartition(".")
+    return Slot(_part(owner, parent), name)
 
 
 def _shared_path(pattern: BlockPattern) -> str:

@@ -183,7 +183,8 @@ class Computation:
         if plan is not None and self._decodes(route, x):
             assert self._kernels is not None
             may_repeat = (
-                not (self.block.dropout or threshold_of(self.block)) and self._sigma.is_fixed
+                not (self.block.dropout or route.dropout or threshold_of(self.block))
+                and self._sigma.is_fixed
             )
             coefficients = self._sigma.coefficients()
             z = self._kernels.decode(x, self, coefficients, plan, may_repeat)
@@ -205,7 +206,7 @@ class Computation:
             and type(x) is Tensor
             and x.is_contiguous()
             and not torch.is_autocast_enabled(x.device.type)
-            and not _dropout(block)
+            and not route.drops()
             and (not block.activated.training or threshold_of(block) is None)
         )
 
@@ -224,7 +225,7 @@ class Computation:
         # A trial runs without hooks, by which the block's own modules have the threshold.
         weights = self._weights(with_threshold=not route.trial)
         alpha, beta, mix = self._sigma.coefficients()
-        dropout = _dropout(block)
+        dropout = route.drops()
         flat = x.reshape(-1, block.d_model)
         tensors: list[Any] = [flat, *weights]
         if torch.is_autocast_enabled(x.device.type):
@@ -305,9 +306,3 @@ def _is_plain(x: Tensor) -> bool:
 def _bias(layer: Any) -> Tensor | None:
     bias: Tensor | None = layer.bias
     return bias
-
-
-def _dropout(block: MLPBlock) -> float:
-    """The probability that a hidden entry is dropped now."""
-    layer: Any = block.dropout
-    return float(layer.p) if isinstance(layer, nn.Dropout) and layer.training else 0.0

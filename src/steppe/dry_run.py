@@ -72,7 +72,7 @@ def _check(route: Route, training: bool, with_gradients: bool) -> None:
         return
     if route.foreign() or route.computation.unfit():
         return
-    with _alone(route.owner, training):
+    with _alone(route.owner, training), _undropped(route):
         x = 2.0 * torch.randn(1, _TOKENS, route.block.d_model)
         x = x.to(weight)
         with_gradients = with_gradients and not weight.is_inference()
@@ -155,6 +155,16 @@ def _difference(own: _Results, routed: _Results, tolerance: float) -> str:
         if not error <= tolerance * max(sizes[name], floor):  # NaN too
             return f"{name} differs by {error / max(sizes[name], error * 1e-9):.1%}"
     return ""
+
+
+@contextmanager
+def _undropped(route: Route) -> Iterator[None]:
+    """A route without the dropout that it does for its owner."""
+    dropout, route.dropout = route.dropout, 0.0
+    try:
+        yield
+    finally:
+        route.dropout = dropout
 
 
 @contextmanager

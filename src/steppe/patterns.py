@@ -26,7 +26,8 @@ class BlockPattern:
         gate: path of the activated linear layer of a gated block, or None.
         gate_up: path of a linear layer that is gate and up in one, in place of both; or None.
         gate_first: whether the gate is its first half.
-        dropout: path of the dropout between activation and second layer, or None.
+        dropout: path of the dropout between activation and second layer, a module or the number
+            that is handed to a function, or None.
         norm_is_shared: others (the residual stream, attention) read the norm's output too.
         when: further condition on the owner, for families that differ by a flag only.
         sequence_first: says of the owner that tokens are dimension 0 of its input, not 1.
@@ -620,6 +621,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="fc1",
         act="activation_fn",
         down="fc2",
+        dropout="activation_dropout",
         when=_bart_encoder_norm_last,
     ),
     BlockPattern(
@@ -629,6 +631,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="fc1",
         act="activation_fn",
         down="fc2",
+        dropout="activation_dropout",
         when=_bart_decoder_norm_last,
     ),
     BlockPattern(
@@ -637,6 +640,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="fc1",
         act="activation_fn",
         down="fc2",
+        dropout="activation_dropout",
         when=_bart_norm_first,
     ),
     BlockPattern(

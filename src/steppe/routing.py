@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as global_hooks
 
 from steppe.activations import Activation, is_relu
@@ -215,6 +216,7 @@ class Route:
         unfit: by mode (training or not), why the block's wiring is not that of its pattern; empty
             if it is; no entry while nobody has looked.
         trial: how the next calls are to run, whatever it costs; for `steppe.dry_run` alone.
+        dropout: the probability that the owner would hand to a function, which drops nothing now.
     """
 
     def __init__(
@@ -231,6 +233,7 @@ class Route:
         self._last: Outcome | None = None
         self._calls: Counter[str] = Counter()
         self.trial: Trial | None = None
+        self.dropout = 0.0
         self.computation = computation
         self._parts: list[_Part] = []
         self._modes = block.down.__dict__  # has the mode without a look-up by nn.Module
@@ -316,6 +319,9 @@ class Route:
 
     def foreign(self) -> str:
         """Why the block's own modules must run: what others have done to it; empty for nothing."""
+        slot = self.block.dropout_slot
+        if slot is not None and getattr(slot.module, slot.name):
+            return f"{slot.name} was set anew"
         for hooks in _GLOBAL_HOOKS:
             if hooks and not all(map(is_own_hook, hooks.values())):
                 return "a hook for all modules is not steppe's"
@@ -380,6 +386,11 @@ class Route:
         if block.dropout is not None:
             parts.append((block.dropout, Passing))
         parts.append((block.down, Arriving))
+        if block.dropout_slot is not None:
+            slot = block.dropout_slot
+            self.dropout = float(getattr(slot.module, slot.name))
+            journal.hold_attribute(slot, 0.0)
+            journal.add_forward_pre_hook(block.down, self._drop, first=True)
         for slot, value in block.act_flags:
             journal.set_attribute(slot, value)
         slot = block.act_slot
@@ -400,6 +411,29 @@ class Route:
         written = self.owner.__dict__.get("forward")
         if isinstance(written, WrittenOut) and AROUND not in written.inline.__dict__:
             journal.add_attribute(Slot(written.inline, AROUND), partial(run_owner, self.owner))
+
+    def drops(self) -> float:
+        """The probability that a hidden entry is dropped now."""
+        layer: Any = self.block.dropout
+        if isinstance(layer, nn.Dropout) and layer.training:
+            return float(layer.p)
+        return self.dropout if self.owner.training else 0.0
+
+    def _drop(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook on `down`: what the owner's function would do to the hidden tensor."""
+        slot = self.block.dropout_slot
+        assert slot is not None
+        if not (self.dropout and self.owner.training and args) or getattr(slot.module, slot.name):
+            return None  # the last: somebody has set the probability anew, and the owner drops
+        call = _call_with(module)
+        a = args[0]
+        if call.is_routed if call is not None else self.is_routed(a):
+            return None
+        hidden = F.dropout(a, self.dropout, training=True)
+        if call is not None and call.witness is not None:
+            call.witness.see_dropout_input(a)
+            call.witness.see_dropout(hidden)
+        return (hidden, *args[1:])
 
     def _join(self, module: nn.Module, behaviour: type[nn.Module], journal: Journal) -> None:
         """Give a module the behaviour of a part of this route; it may be part of others."""
