@@ -23,7 +23,6 @@ import steppe
 from steppe.errors import MissingExtraError, OutputError, SteppeError
 from steppe.files import expanded, prepare_file, write_json
 from steppe.flags import in_flags
-from steppe.pattern_values import pattern_from_text
 from steppe.printable import printable
 from steppe.terminal import (
     complain,
@@ -309,6 +308,8 @@ def measure(
         from steppe.training.sources import Source
     if json_file is not None:
         json_file = prepare_file(expanded(json_file), "json_file")
+    from steppe.pattern_values import pattern_from_text  # loads torch
+
     patterns = [pattern_from_text(text) for text in pattern or ()]
     source = Source(
         data=_at_home(data),
@@ -447,6 +448,7 @@ def blocks(
         from steppe.training.loading import empty_model
     from steppe.blocks import coverage
     from steppe.candidates import Candidate, listed
+    from steppe.pattern_values import pattern_from_text  # loads torch
 
     patterns = [pattern_from_text(text) for text in pattern or ()]
     with _interruptible("nothing was written"):

@@ -379,6 +379,7 @@ _INLINE_FUSED_MODULES = (
     ("gate_up_proj", "down_proj"),
     ("Wi", "Wo"),
 )
+_PLACES = {True: "first", False: "last"}
 # Where the norm that such a module reads hangs beside it.
 _INLINE_WITH_NORM = (
     ("modded nanoGPT, nanochat", "mlp", "ln_2"),
@@ -391,17 +392,18 @@ def _of_inline_modules() -> Iterator[BlockPattern]:
     for gate, up, down in _INLINE_MODULES:
         for family, mlp, norm in _INLINE_WITH_NORM:
             yield BlockPattern(
-                family=f"{family} ({up}, {down}; inline)",
+                family=f"{family} ({', '.join(filter(None, (gate, up, down)))}; inline)",
                 norm=norm,
                 gate=None if gate is None else f"{mlp}.{gate}",
                 up=f"{mlp}.{up}",
                 down=f"{mlp}.{down}",
             )
-        yield BlockPattern(family=f"an MLP of {up}, {down} (inline)", gate=gate, up=up, down=down)
+        names = ", ".join(filter(None, (gate, up, down)))
+        yield BlockPattern(family=f"an MLP of {names} (inline)", gate=gate, up=up, down=down)
     for gate_up, down in _INLINE_FUSED_MODULES:
         for gate_first in (True, False):
             yield BlockPattern(
-                family=f"an MLP of {gate_up}, {down} (inline)",
+                family=f"an MLP of {gate_up}, {down} (gate {_PLACES[gate_first]}, inline)",
                 gate_up=gate_up,
                 gate_first=gate_first,
                 down=down,

@@ -28,6 +28,7 @@ from steppe.measures.losses import (
 )
 from steppe.measures.report import Report
 from steppe.measures.watch import Monitor
+from steppe.pattern_notes import note_patterns_
 from steppe.patterns import BlockPattern
 from steppe.routing import run_dense
 
@@ -138,6 +139,7 @@ def measure(
     require_reduction("measure", reduction)
     _require_one_device(model, gradients=labels is not None)
     blocks = blocks_for("measure", model, where, patterns, strict)
+    note_patterns_(model, patterns)
     seen = 0
     kept: list[Any] = []
     with (
