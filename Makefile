@@ -48,8 +48,9 @@ cost: $(STAMP) ## measure anew what measuring costs (ten minutes, nothing else r
 	$(BIN)/python benchmarks/monitor_cost.py --json benchmarks/results/monitor_cost.json
 	$(BIN)/python docs/render.py
 
-bench: $(STAMP) ## measure anew what the kernels gain (ten minutes, nothing else running)
+bench: $(STAMP) ## measure anew what the kernels gain (twenty minutes, nothing else running)
 	$(BIN)/python benchmarks/mlp_cpu.py --json benchmarks/results/mlp_cpu.json
+	$(BIN)/python benchmarks/models_cpu.py --json benchmarks/results/models_cpu.json
 	$(BIN)/python docs/render.py
 
 losses: $(STAMP) ## train the same model dense, sparse and in float64 anew, and compare (two minutes)

@@ -153,7 +153,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Batch, Batch]]] = {
 def set_density_(model: nn.Module, batch: Batch, density: float) -> None:
     """Set the MLP blocks, first to last, to a density on a batch, in one forward pass."""
     handles = [
-        block.up.register_forward_pre_hook(
+        block.activated.register_forward_pre_hook(
             lambda module, arguments, density=density: _shift_(module, arguments[0], density)
         )
         for block in find_blocks(model)
@@ -166,19 +166,22 @@ def set_density_(model: nn.Module, batch: Batch, density: float) -> None:
             handle.remove()
 
 
-def _shift_(up: nn.Linear, x: Tensor, density: float) -> None:
+def _shift_(layer: nn.Linear, x: Tensor, density: float) -> None:
     """Shift the pre-activations, by the bias or along the mean of the inputs."""
-    x = x.flatten(0, -2)
-    p = nn.functional.linear(x, up.weight, up.bias)  # calling `up` would come here again
+    x = x.flatten(0, -2).float()
+    bias = None if layer.bias is None else layer.bias.float()
+    p = nn.functional.linear(x, layer.weight.float(), bias)  # calling it would come here again
     mean = x.mean(0)
     # How much of the mean a token has: what a rank-one change of the weight multiplies.
-    along = torch.ones(len(x)) if up.bias is not None else x @ mean / mean.square().sum()
+    along = torch.ones(len(x)) if bias is not None else x @ mean / mean.square().sum()
     scaled = (p / along[:, None]).flatten()
-    shift = scaled.kthvalue(max(round((1.0 - density) * scaled.numel()), 1)).values
-    if up.bias is not None:
-        up.bias -= shift
+    last = min(max(round((1.0 - density) * scaled.numel()), 1), scaled.numel() - 1)
+    # Between two entries: on one, rounding would say whether it is active.
+    shift = (scaled.kthvalue(last).values + scaled.kthvalue(last + 1).values) / 2.0
+    if bias is not None:
+        layer.bias -= shift
     else:
-        up.weight -= shift * mean / mean.square().sum()
+        layer.weight -= shift * mean / mean.square().sum()
 
 
 def trained_model(steps: int) -> tuple[nn.Module, Batch]:

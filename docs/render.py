@@ -17,6 +17,7 @@ DEMO = "docs/results/demo.json"
 SPEED = "benchmarks/results/mlp_cpu.json"
 MONITOR_COST = "benchmarks/results/monitor_cost.json"
 TWINS = "docs/results/twins.json"
+MODELS = "benchmarks/results/models_cpu.json"
 LOSSES = "benchmarks/results/same_losses.json"
 VERSIONS = "docs/results/versions.json"
 PAGES = ("README.md", "docs/kernels.md", "docs/recipes.md", "docs/screening.md")
@@ -32,6 +33,11 @@ def render(page: str) -> str:
         f"table: {DEMO}": lambda: "\n" + demo_markdown(_read(DEMO)),
         f"speed: {SPEED}": lambda: "\n" + speed_markdown(_read(SPEED)),
         f"screening: {SPEED}": lambda: "\n" + screening_markdown(_read(SPEED)),
+        f"models: {MODELS}": lambda: (
+            "\n" + models_markdown(_read(MODELS))
+            if (ROOT / MODELS).is_file()
+            else "\nNot measured yet.\n"
+        ),
         f"sampled step: {MONITOR_COST}": lambda: f"{_cost('sampled step'):.2f}×",
         f"run: {MONITOR_COST}": lambda: (
             f"{100 * _cost('run measured every 50 steps') - 100:+.1f} %"
@@ -82,6 +88,32 @@ def speed_markdown(result: dict[str, Any]) -> str:
             cells.append(", ".join(found))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n" + _trained_speed(result["rows"]) + "\n"
+
+
+def models_markdown(result: dict[str, Any]) -> str:
+    """How much faster whole models are, by case and density, for one thread and for two."""
+    rows = result["models"]
+    densities = list(dict.fromkeys(row["wanted_density"] for row in rows))
+    lines = [
+        "| dense time / time, 1 and 2 threads | dtype | "
+        + " | ".join(f"ρ = {density}" for density in densities)
+        + " |",
+        "|---|---|" + "---|" * len(densities),
+    ]
+    for model, case in dict.fromkeys((row["model"], row["case"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["case"]) == (model, case)]
+        cells = (
+            ", ".join(f"{row['ratio']:.2f}×" for row in own if row["wanted_density"] == density)
+            for density in densities
+        )
+        lines.append(f"| {model}: {case} | {own[0]['dtype']} | {' | '.join(cells)} |")
+    furthest = max(row["difference"] for row in rows)
+    return (
+        "\n".join(lines)
+        + "\n\nTrue shapes, random weights, the whole model with attention, embeddings and head;"
+        f" `make bench`, {result['cpu']}, medians of pairs. All tokens are those of the dense"
+        f" model; logits, states and gradients differ by at most {furthest:.0e} of their norm.\n"
+    )
 
 
 def screening_markdown(result: dict[str, Any]) -> str:

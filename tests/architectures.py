@@ -212,7 +212,6 @@ add(
     pairs,
     6,
     "dense_act_fn",
-    covered=2,
     num_experts=2,
     num_sparse_encoder_layers=1,
     num_sparse_decoder_layers=1,
@@ -321,6 +320,26 @@ for name, model, act, settings in (
     ("XGLM", "XGLM", FUNCTION, {}),
 ):
     add(name, f"{model}ForCausalLM", f"{model}Config", text, 2, act, **settings)
+add("CTRL", "CTRLLMHeadModel", "CTRLConfig", text, 2, None, dff=HIDDEN)
+add(
+    "Jamba",
+    "JambaForCausalLM",
+    "JambaConfig",
+    text,
+    num_experts=1,
+    use_mamba_kernels=False,
+    attn_layer_offset=0,
+    attn_layer_period=1,
+)
+add(
+    "Bamba",
+    "BambaForCausalLM",
+    "BambaConfig",
+    text,
+    attn_layer_indices=[0, 1],
+    mamba_n_heads=4,
+    mamba_d_head=8,
+)
 add("GPT-2", "GPT2LMHeadModel", "GPT2Config", text, 2, FUNCTION)
 add("OpenAI GPT", "OpenAIGPTLMHeadModel", "OpenAIGPTConfig", text, 2, "afn")
 add(
@@ -340,6 +359,9 @@ for name, model in (
     ("DeBERTa v2", "DebertaV2"),
     ("ELECTRA", "Electra"),
     ("XLM-R", "XLMRoberta"),
+    ("Megatron-BERT", "MegatronBert"),
+    ("MPNet", "MPNet"),
+    ("RoBERTa-PreLayerNorm", "RobertaPreLayerNorm"),
 ):
     add(name, f"{model}ForMaskedLM", f"{model}Config", text)
 add(
@@ -352,6 +374,23 @@ add(
     hidden_dim=HIDDEN,
 )
 add("ALBERT", "AlbertForMaskedLM", "AlbertConfig", text, 1)
+add(
+    "FNet",
+    "FNetForMaskedLM",
+    "FNetConfig",
+    lambda seed: {"input_ids": ids(seed), "labels": ids(seed)},
+)
+add(
+    "FlauBERT",
+    "FlaubertWithLMHeadModel",
+    "FlaubertConfig",
+    text,
+    2,
+    None,
+    emb_dim=WIDTH,
+    n_words=VOCABULARY,
+    gelu_activation=False,
+)
 
 for name, model in (
     ("ViT", "ViTForImageClassification"),
@@ -373,6 +412,16 @@ add(
     mask_ratio=0.5,
 )
 add("DINOv2", "Dinov2ForImageClassification", "Dinov2Config", images, mlp_ratio=3)
+add(
+    "DINOv2 (giant, SwiGLU)",
+    "Dinov2ForImageClassification",
+    "Dinov2Config",
+    images,
+    act=None,
+    change=rectify("act_fn"),
+    mlp_ratio=3,
+    use_swiglu_ffn=True,
+)
 add("DINOv3", "DINOv3ViTModel", "DINOv3ViTConfig", pixels)
 add("DINOv3 (gated)", "DINOv3ViTModel", "DINOv3ViTConfig", pixels, use_gated_mlp=True)
 WINDOWS: dict[str, Any] = {
@@ -411,6 +460,20 @@ add(
     embed_dim_multiplier=2.0,
     mlp_ratio=2.0,
 )
+for name, model, config in (
+    ("ConvNeXT", "ConvNextForImageClassification", "ConvNextConfig"),
+    ("DINOv3 ConvNeXT", "DINOv3ConvNextModel", "DINOv3ConvNextConfig"),
+):
+    add(
+        name,
+        model,
+        config,
+        lambda seed: pixels(seed, 32),
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[8, 8, 8, 8],
+        mlps=4,
+    )
+add("AIMv2", "Aimv2VisionModel", "Aimv2VisionConfig", pixels)
 TOWER: dict[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": HIDDEN,
@@ -511,29 +574,14 @@ add(
     4,
 )
 
-# What no pattern names yet: it is said.
+# Experts, each of which is a block.
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
-add("Phi-3", "Phi3ForCausalLM", "Phi3Config", text, covered=0)
-add(
-    "ModernBERT",
-    "ModernBertForMaskedLM",
-    "ModernBertConfig",
-    text,
-    2,
-    "hidden_activation",
-    covered=0,
-    global_attn_every_n_layers=1,
-    cls_token_id=1,
-    sep_token_id=2,
-)
-add("BitNet", "BitNetForCausalLM", "BitNetConfig", text, covered=0)
 add(
     "Mixtral",
     "MixtralForCausalLM",
     "MixtralConfig",
     text,
     8,
-    covered=0,
     num_local_experts=4,
 )
 add(
@@ -542,10 +590,19 @@ add(
     "Qwen2MoeConfig",
     text,
     6,
-    covered=1,
     num_experts=4,
     shared_expert_intermediate_size=HIDDEN,
     mlp_only_layers=[0],
+    **EXPERTS,
+)
+add(
+    "Qwen 2 MoE (experts everywhere)",
+    "Qwen2MoeForCausalLM",
+    "Qwen2MoeConfig",
+    text,
+    10,
+    num_experts=4,
+    shared_expert_intermediate_size=HIDDEN,
     **EXPERTS,
 )
 add(
@@ -554,10 +611,44 @@ add(
     "Qwen3MoeConfig",
     text,
     8,
-    covered=0,
     num_experts=4,
     **EXPERTS,
 )
+add("OLMoE", "OlmoeForCausalLM", "OlmoeConfig", text, 8, num_experts=4, num_experts_per_tok=2)
+add(
+    "DeepSeek-V3",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3Config",
+    text,
+    6,
+    num_key_value_heads=4,
+    n_routed_experts=4,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=4,
+    v_head_dim=8,
+    **EXPERTS,
+)
+
+add("Phi-3", "Phi3ForCausalLM", "Phi3Config", text)
+add(
+    "ModernBERT",
+    "ModernBertForMaskedLM",
+    "ModernBertConfig",
+    text,
+    2,
+    "hidden_activation",
+    global_attn_every_n_layers=1,
+    cls_token_id=1,
+    sep_token_id=2,
+)
+
+# What no pattern names yet: it is said.
+add("BitNet", "BitNetForCausalLM", "BitNetConfig", text, covered=0)
 add(
     "GPT-OSS",
     "GptOssForCausalLM",

@@ -1,193 +1,68 @@
-"""Every architecture: all its MLPs found and wired as believed, or what is missing is said."""
+"""Every architecture: all its MLPs found and right in every check, or what is missing is said.
+
+The table of docs/models.md is of the same checks: what one has to say is compared with it.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-import torch
-from torch import Tensor, nn
 
-import steppe
-from architectures import ARCHITECTURES, Architecture, Batch
-from steppe import IncompleteCoverageWarning, MLPBlock
-from steppe.errors import BlocksNotFoundError, UnfitBlockError
+from architectures import ARCHITECTURES, Architecture
+from checks import CHECKS, checks_of
+from pages import load_page
+from test_readme import ROOT
 
-PLUGINS: dict[str, Callable[[], list[steppe.Plugin]]] = {
-    "zeroth bias": lambda: [steppe.ZerothBias(max_tokens=64)],
-    "norm": lambda: [steppe.RestrictedNorm()],
-    "activation": lambda: [steppe.JumpingSquaredReLU(ramp=0.5)],
-    "threshold": lambda: [steppe.RisingThreshold()],
+models = load_page("models")
+# Like another one that is not: the same row of the table of patterns, or the same kind of layer.
+SLOW = {
+    *("UMT5", "LongT5", "mT5", "mBART", "Pegasus", "Marian", "Speech2Text", "HuBERT", "RoBERTa"),
+    *("Wav2Vec 2.0 (pre-norm)", "XLM-R", "ELECTRA", "DeiT", "BEiT", "I-JEPA", "ViT-MAE", "Swin"),
+    *("Mistral", "Qwen 2", "Qwen 3", "OLMo", "Gemma", "Gemma 3 (text)", "StableLM", "Cohere"),
+    *("CodeGen", "BioGPT", "XGLM", "Arcee", "Falcon (sequential)", "Falcon (two norms)"),
+    *("Persimmon", "SmolVLM", "SigLIP", "DINOv3", "DINOv3 ConvNeXT", "Megatron-BERT"),
+    *("LLaVA", "DeBERTa v2", "ConvNeXT", "FNet", "Bamba", "CTRL", "StableLM 2 (parallel)"),
+    *("DistilBERT", "DINOv3 (gated)", "MPNet"),
 }
-COVERED = [one for one in ARCHITECTURES if one.covered]
+# What is wrong and known to be.
+KNOWN: set[tuple[str, str]] = set()
 
 
-def by_name(one: Architecture) -> str:
-    return one.name
+def cases() -> Iterator[object]:
+    for one in ARCHITECTURES:
+        marks = [pytest.mark.slow] if one.name in SLOW else []
+        for check in checks_of(one):
+            yield pytest.param(one, check, id=f"{one.name}-{check}", marks=marks)
 
 
-def found(model: nn.Module) -> list[MLPBlock]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", IncompleteCoverageWarning)
-        return steppe.find_blocks(model)
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The output's tensors of floats, in order."""
-    values = output.values() if hasattr(output, "values") else output
-    return [
-        value
-        for value in values
-        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
-    ]
-
-
-@contextmanager
-def seen(model: nn.Module, batch: Batch, block: MLPBlock) -> Iterator[dict[str, list[Tensor]]]:
-    """What goes through the parts of a block in one forward pass."""
-    record: defaultdict[str, list[Tensor]] = defaultdict(list)
-
-    def entering(name: str) -> Callable[..., None]:
-        return lambda module, args: record[name].append(args[0].detach().clone())
-
-    def leaving(name: str) -> Callable[..., None]:
-        return lambda module, args, output: record[name].append(output.detach().clone())
-
-    handles = [
-        block.activated.register_forward_pre_hook(entering("x")),
-        block.activated.register_forward_hook(leaving("p")),
-        block.down.register_forward_pre_hook(entering("a")),
-    ]
-    if block.norm is not None:
-        handles.append(block.norm.register_forward_hook(leaving("norm")))
-    if block.gate is not None:
-        handles.append(block.up.register_forward_hook(leaving("up")))
-    with torch.no_grad():
-        model(**batch)
-    for handle in handles:
-        handle.remove()
-    yield record
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    return one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten())
-
-
-@pytest.mark.parametrize("one", ARCHITECTURES, ids=by_name)
-def test_all_is_found_or_what_is_missing_is_said(one: Architecture) -> None:
-    model = one.build()
-    if one.covered == one.mlps:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", IncompleteCoverageWarning)
-            assert len(steppe.find_blocks(model, strict=True)) == one.mlps
-    elif one.covered:
-        with pytest.warns(IncompleteCoverageWarning, match=r"\d+% of the MLP parameters"):
-            assert len(steppe.find_blocks(model)) == one.covered
-        with pytest.raises(BlocksNotFoundError, match="Not covered"):
-            steppe.find_blocks(model, strict=True)
-    else:
-        with pytest.raises(BlocksNotFoundError, match="These look like MLPs"):
-            steppe.find_blocks(model)
-
-
-@pytest.mark.parametrize("one", COVERED, ids=by_name)
-def test_what_flows_is_what_the_pattern_says(one: Architecture) -> None:
-    model = one.build().eval()
-    for block in found(model):
-        with seen(model, one.batch(0), block) as record:
-            for x, p, a in zip(record["x"], record["p"], record["a"], strict=True):
-                expected = block.act(p)
-                if block.gate is not None:
-                    expected = expected * record["up"].pop(0)
-                assert same(expected, a)
-                if block.norm is not None:
-                    assert any(same(norm, x) for norm in record["norm"]), block.family
-            assert record["x"]
-
-
-@pytest.mark.parametrize("one", COVERED, ids=by_name)
-def test_others_read_a_norm_that_is_said_to_be_shared_and_no_other(one: Architecture) -> None:
-    model = one.build().eval()
-    for block in found(model):
-        weight = getattr(block.norm, "weight", None)
-        if weight is None:
-            continue
-        layers = [block.activated] if block.gate is None else [block.gate, block.up]
-        handles = [
-            layer.register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))
-            for layer in layers
-        ]
-        outputs = [value for value in tensors_of(model(**one.batch(0))) if value.requires_grad]
-        for handle in handles:
-            handle.remove()
-        directions = [torch.randn_like(value) for value in outputs]
-        (grad,) = torch.autograd.grad(outputs, weight, directions, allow_unused=True)
-        is_read = grad is not None and bool(grad.abs().max() > 1e-12)
-        assert is_read is block.norm_is_shared, block.name
-
-
-@pytest.mark.parametrize("one", COVERED, ids=by_name)
+@pytest.mark.parametrize(("one", "check"), list(cases()))
 @pytest.mark.filterwarnings("ignore::steppe.IncompleteCoverageWarning")
-def test_plug_ins_change_nothing_at_first_and_come_off_again(one: Architecture) -> None:
-    model = one.build().eval()
-    batch = one.batch(0)
-    with torch.no_grad():
-        before = tensors_of(model(**batch))
-        for name, plugins in PLUGINS.items():
-            try:
-                steppe.sparsify_(model, plugins())
-            except UnfitBlockError:
-                assert name in ("zeroth bias", "norm")  # there is no norm, or it has no scale
-                continue
-            during = tensors_of(model(**batch))
-            steppe.restore_(model)
-            after = tensors_of(model(**batch))
-            assert all(map(torch.equal, before, during))
-            assert all(map(torch.equal, before, after))
+def test_what_is_said_is_in_the_table(one: Architecture, check: str) -> None:
+    table = {row["name"]: row["checks"] for row in models.result()["rows"]}
+    if (one.name, check) in KNOWN:
+        with pytest.raises(AssertionError):
+            CHECKS[check](one)
+        return
+    assert CHECKS[check](one) == table[one.name][check], "make it anew: python docs/models.py"
 
 
-@pytest.mark.parametrize("one", COVERED, ids=by_name)
-@pytest.mark.filterwarnings("ignore::steppe.IncompleteCoverageWarning")
-def test_density_is_what_hooks_count(one: Architecture) -> None:
-    model = one.build().eval()
-    batch = {key: value for key, value in one.batch(0).items() if key != "attention_mask"}
-    if "labels" in batch:
-        batch["labels"] = batch["labels"].clamp(min=0)
-    counts = []
-    for block in found(model):
-        with seen(model, batch, block) as record:
-            counts.append(sum(int(a.count_nonzero()) for a in record["a"]))
-    with torch.no_grad(), steppe.watch(model) as monitor:
-        model(**batch)
-    for block, count in zip(monitor.report().blocks, counts, strict=True):
-        assert round(block.density * block.tokens * block.d_hidden) == count, block.name
+def test_the_table_has_every_architecture_and_nothing_wrong() -> None:
+    rows = models.result()["rows"]
+    names = [(row["name"], row["mlps"], row["covered"]) for row in rows]
+    assert names == [(one.name, one.mlps, one.covered) for one in ARCHITECTURES]
+    wrong = {
+        (row["name"], check)
+        for row in rows
+        for check, said in row["checks"].items()
+        if said.startswith(models.WRONG)
+    }
+    assert wrong == KNOWN
+    assert {one.name for one in ARCHITECTURES} >= SLOW
 
 
-@pytest.mark.parametrize("one", COVERED, ids=by_name)
-@pytest.mark.filterwarnings("ignore::steppe.IncompleteCoverageWarning")
-def test_accelerated_is_the_same_forward_and_backward(one: Architecture) -> None:
-    model = one.build()
-    batch = one.batch(0)
-
-    def run() -> tuple[list[Tensor], dict[str, Tensor]]:
-        model.zero_grad()
-        torch.manual_seed(0)
-        output = tensors_of(model(**batch))
-        sum(value.float().square().mean() for value in output).backward()
-        parameters = model.named_parameters()
-        grads = {name: p.grad for name, p in parameters if p.grad is not None and p.numel()}
-        return [value.detach() for value in output], grads
-
-    expected, wanted = run()
-    steppe.accelerate_(model, max_density=1.0)
-    got, grads = run()
-    for one_output, other in zip(expected, got, strict=True):
-        torch.testing.assert_close(other, one_output, rtol=1e-4, atol=1e-5)
-    largest = max(float(grad.abs().max()) for grad in wanted.values())
-    assert grads.keys() == wanted.keys()
-    for name, grad in wanted.items():
-        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
+def test_the_page_is_of_the_result() -> None:
+    page = models.PAGE.read_text(encoding="utf-8")
+    assert models.render(page) == page
+    assert models.render(page.replace("| yes |", "| gone |")) == page
+    assert (ROOT / "docs" / "models.md").samefile(models.PAGE)

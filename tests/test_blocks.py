@@ -5,6 +5,7 @@ What the table says of an architecture is compared with what hooks see when the 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import warnings
 from collections import Counter
@@ -26,6 +27,7 @@ from transformers import BartConfig, BartModel, Olmo2Config, Olmo2Model, Whisper
 from transformers.models.nomic_bert import NomicBertConfig, NomicBertModel
 
 import models
+import steppe
 from models import D_HIDDEN, D_MODEL, MAX_TOKENS, VOCABULARY
 from steppe.blocks import (
     MLPBlock,
@@ -718,6 +720,48 @@ def test_a_part_that_is_not_found_is_said_or_with_strict_refused() -> None:
         find_blocks(Partial(), strict=True)
     found = coverage(Partial(), patterns=[ODD])
     assert (len(found.blocks), found.left, found.share) == (3, [], 1.0)
+
+
+def test_what_where_leaves_out_counts_as_not_covered() -> None:
+    found = find_blocks(Partial(), where=lambda b: b.name.endswith("layers.0"), patterns=[ODD])
+    assert round(found.coverage.share, 6) == round(1 / 3, 6)
+    left = [line.split(":")[0] for line in found.coverage.not_covered()]
+    assert sorted(left) == ["known.model.decoder.layers.1", "odd"]
+    assert "33% of the MLP parameters are in 1 blocks" in str(found.coverage)
+
+
+def test_what_is_not_found_is_said_once_by_each_verb() -> None:
+    model = Partial()
+    x = {"input_ids": models.token_ids()}
+    verbs: dict[str, Callable[[], object]] = {
+        "find_blocks": lambda: find_blocks(model),
+        "watch": lambda: steppe.watch(model).__enter__(),
+        "measure": lambda: steppe.measure(
+            model, [x], labels=None, forward=lambda model, batch: model.known(**batch)
+        ),
+        "sparsify_": lambda: steppe.sparsify_(model, [steppe.JumpingSquaredReLU()]),
+        "accelerate_": lambda: steppe.accelerate_(model),
+    }
+    for verb, call in verbs.items():
+        with pytest.warns(IncompleteCoverageWarning, match=f"^{verb}: 67%"):
+            call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_blocks(model)
+        steppe.accelerate_(model)
+        report = verbs["measure"]()
+    assert isinstance(report, steppe.Report)
+    assert round(report.coverage, 6) == round(2 / 3, 6)
+    assert report.not_covered == ("odd: fc_in, sigma, fc_out (16 → 32 → 16)",)
+
+
+@pytest.mark.parametrize("verb", ["measure", "watch", "sparsify_", "accelerate_"])
+def test_strict_refuses_a_part_in_every_verb(verb: str) -> None:
+    model = Partial()
+    arguments = {"measure": ([],), "sparsify_": ([steppe.JumpingSquaredReLU()],)}.get(verb, ())
+    refused = pytest.raises(BlocksNotFoundError, match=f"^{verb}: 67%")
+    with refused, contextlib.ExitStack() as stack:
+        stack.enter_context(getattr(steppe, verb)(model, *arguments, strict=True))
 
 
 def test_a_pattern_of_the_user_finds_another_shape() -> None:

@@ -341,6 +341,7 @@ class Copies(TrainerCallback):
 
 def test_a_model_is_copied_plain_while_the_trainer_measures_it(tmp_path: Path) -> None:
     model = steppe.sparsify_(models.gpt2(), PLUGINS["all"])
+    loss_of(model, seed=0)  # its first pass
     sparsified = make_up(model)
     copies = Copies()
     items = [{"input_ids": ids, "labels": ids} for ids in models.token_ids(8, 7)]

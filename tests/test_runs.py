@@ -57,6 +57,30 @@ def test_a_report_survives_as_json(report: Report) -> None:
         assert block.standard_errors["AF_up"] == wanted.standard_errors["AF_up"]
 
 
+def test_what_was_not_covered_is_kept_and_may_be_unknown(report: Report, tmp_path: Path) -> None:
+    part = dataclasses.replace(
+        report, coverage=0.25, not_covered=("odd: fc_in, act, fc_out (4 → 8 → 4)",)
+    )
+    values = json.loads(json.dumps(part.to_dict()))
+    again = report_from_dict(values)
+    assert (again.coverage, again.not_covered) == (0.25, part.not_covered)
+    run = dataclasses.replace(run_of(report), training=[part, part], held_out=[part])
+    write_run(run, tmp_path / "steppe.json")
+    text = (tmp_path / "steppe.json").read_text()
+    assert text.count("not_covered") == 1  # not in each step
+    assert all(one.coverage == 0.25 for one in read_run(tmp_path).training)
+    old = json.loads(text)
+    del old["blocks"]["coverage"], old["blocks"]["not_covered"]
+    (tmp_path / "steppe.json").write_text(json.dumps(old))
+    first = read_run(tmp_path).held_out[0]
+    assert math.isnan(first.coverage)
+    assert first.not_covered == ()
+    old["blocks"]["not_covered"] = [3]
+    (tmp_path / "steppe.json").write_text(json.dumps(old))
+    with pytest.raises(RunError, match="not_covered"):
+        read_run(tmp_path)
+
+
 def test_a_run_is_read_as_it_was_written(report: Report, tmp_path: Path) -> None:
     run = run_of(report)
     write_run(run, tmp_path / RUN_FILE)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import fields, replace
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,23 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import steppe
+from pages import load_page
 from steppe.blocks import find_blocks
 from steppe.measures.tally import Tally
 from steppe.measures.watch import watch
-from test_readme import ROOT
 
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scale", ROOT / "docs" / "scale.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scale"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-scale = load()
+scale = load_page("scale")
 SMALL = scale.Model("small", 16, 48, 2, False, 3 * 5, 5, 2)
 
 

@@ -458,9 +458,9 @@ def test_an_evaluation_that_generates_counts_its_losses_alone(tmp_path: Any) -> 
 def test_lightning_trains_the_model_beside_its_average() -> None:
     lightning = pytest.importorskip("steppe.training.lightning")
     model = steppe.sparsify_(models.gpt2(), [steppe.ZerothBias()])
-    assert lightning._model_of(Task(model)) is model
+    assert lightning._model_of(Task(model), ()) is model
     both = nn.ModuleDict({"model": model, "ema": AveragedModel(model)})
-    assert lightning._model_of(both) is model
+    assert lightning._model_of(both, ()) is model
 
 
 # ---- what labels mean

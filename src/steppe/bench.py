@@ -290,6 +290,8 @@ def time_model(
     case: Case = TRAINING,
     seconds: float = 3.0,
     least_rounds: int = _LEAST_ROUNDS,
+    where: Callable[[MLPBlock], bool] | None = None,
+    patterns: Sequence[BlockPattern] = (),
 ) -> dict[str, Any]:
     """Time a trained model's MLP blocks on the sparse kernels against the same blocks dense.
 
@@ -302,6 +304,8 @@ def time_model(
         case: what is timed, `TRAINING` or `PREFILL`.
         seconds: how long.
         least_rounds: rounds to make also when that takes longer.
+        where: which blocks; all by default.
+        patterns: patterns of your own for `find_blocks`.
 
     Returns:
         A row as of `time_block`, times and density being means over the blocks.
@@ -311,7 +315,7 @@ def time_model(
         AccelerationError: a block does not fit `accelerate_`.
         KernelError: the native library is there and cannot be loaded.
     """
-    blocks = find_blocks(unwrap(model))
+    blocks = find_blocks(unwrap(model), where, patterns)
     return _time(*_blocks_alone(model, blocks, batch), case, seconds, least_rounds)
 
 

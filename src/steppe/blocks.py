@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from typing import Any
 
 from torch import Tensor, nn
 
 from steppe.candidates import Candidate, candidates, listed, share_of
 from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning, SparsificationError
-from steppe.linear import linear_shape
-from steppe.patterns import PATTERNS, BlockPattern
+from steppe.experts import Expert, experts_of
+from steppe.fused import halves_of
+from steppe.inline import Inline, inline_of
+from steppe.linear import PartOfLinear, linear_shape
+from steppe.pattern_values import pattern_noted_on
+from steppe.patterns import OTHER_MLP_NORMS, PATTERNS, BlockPattern
 from steppe.record import config_of, unapplied
 
 # Wrappers that hold one inner module under a name of their own, and leave its behaviour alone.
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
+# Norms whose output a layer's router and experts read, where none of the others is beside them.
+_EXPERTS_NORMS = (
+    *("post_attention_layernorm", "pre_ff_layernorm", "ffn_norm", "layer_norm", "ff_layer_norm"),
+)
+
 # Parameters of the forward of what is told about tokens, and of a tower that makes its own.
 _TOKENS = {"input_ids", "inputs_embeds", "src_key_padding_mask"}
 _OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}
+
+
+# What was said of each model: once for each function that the user calls is enough.
+_said: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ class MLPBlock:
         act: the activation, a module or a plain function.
         down: second linear layer ``[d_hidden → d_model]``.
         dropout: the dropout between activation and `down`, or None.
+        dropout_slot: the attribute with its probability, where a function drops; or None.
         d_model: width of the input.
         d_hidden: width of the hidden layer.
         family: name of the pattern that matched.
@@ -55,6 +71,8 @@ class MLPBlock:
         act_slot: the attribute that holds `act`.
         act_flags: attributes of the owner to override when `act` changes.
         stack: what tells the token positions and the padding, or None.
+        routed_in: of an expert, the module that routes its tokens to it and others; None for what
+            is no expert.
     """
 
     name: str
@@ -72,6 +90,13 @@ class MLPBlock:
     act_slot: Slot = field(repr=False)
     act_flags: tuple[tuple[Slot, object], ...] = field(repr=False)
     stack: nn.Module | None = field(repr=False)
+    routed_in: nn.Module | None = field(repr=False, default=None)
+    dropout_slot: Slot | None = field(repr=False, default=None)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the block is an expert: its tokens are those that are routed to it."""
+        return self.routed_in is not None
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -113,30 +138,62 @@ class Coverage:
     Attributes:
         blocks: the blocks, in forward order; empty if there are none.
         left: what looks like an MLP and is in no block.
-        share: of the parameters of both that are in blocks, in [0, 1].
+        share: of the parameters of all of these that are in blocks, in [0, 1].
+        excluded: blocks that `where` has left out.
     """
 
     blocks: list[MLPBlock]
     left: list[Candidate]
     share: float
+    excluded: list[MLPBlock] = field(default_factory=list)
+
+    def not_covered(self) -> tuple[str, ...]:
+        """A line for each kind of what is left, and one for each block that was left out."""
+        kinds = tuple(line.strip() for line in listed(self.left).splitlines())
+        return (*kinds, *(f"{block.name}: left out by `where`" for block in self.excluded))
+
+    def __str__(self) -> str:
+        """The share, and what is not covered."""
+        lines = "".join(f"\n  {line}" for line in self.not_covered())
+        return f"{self.share:.0%} of the MLP parameters are in {len(self.blocks)} blocks{lines}"
 
 
-def coverage(model: nn.Module, patterns: Sequence[BlockPattern] = ()) -> Coverage:
+class Blocks(list[MLPBlock]):
+    """Blocks of a model, in forward order.
+
+    Attributes:
+        coverage: what of the model they cover, and what is left.
+    """
+
+    def __init__(self, found: Coverage) -> None:
+        super().__init__(found.blocks)
+        self.coverage = found
+
+
+def coverage(
+    model: nn.Module,
+    patterns: Sequence[BlockPattern] = (),
+    where: Callable[[MLPBlock], bool] | None = None,
+) -> Coverage:
     """Which MLPs of a model are found, and which are not; also of a model on the meta device.
 
     Args:
         model: as of `find_blocks`.
-        patterns: likewise.
+        patterns: as there.
+        where: as there.
 
     Example:
         >>> coverage(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))).left[0].pattern()
         "BlockPattern(family='mine', up='0', act='1', down='2')"
     """
     root = unwrap(model)
-    blocks = _all_blocks(root, (*patterns, *PATTERNS))
-    layers = [layer for block in blocks for layer in block.layers]
-    left = candidates(root, layers)
-    return Coverage(blocks, left, share_of(layers, left))
+    found = [block for _, _, _, block in matches(root, patterns)]
+    blocks = [block for block in found if where is None or where(block)]
+    kept = {id(block) for block in blocks}
+    excluded = [block for block in found if id(block) not in kept]
+    layers, others = ([la for block in some for la in block.layers] for some in (blocks, excluded))
+    left = candidates(root, [*layers, *others])
+    return Coverage(blocks, left, share_of(layers, left, others), excluded)
 
 
 def find_blocks(
@@ -144,21 +201,23 @@ def find_blocks(
     where: Callable[[MLPBlock], bool] | None = None,
     patterns: Sequence[BlockPattern] = (),
     strict: bool = False,
-) -> list[MLPBlock]:
+) -> Blocks:
     """Every MLP block of a model, in forward order.
 
     Sees through ``torch.compile``, DDP, PEFT and checkpoint wrappers. Names are those of the
-    unwrapped model. Warns of what looks like an MLP and is not among them.
+    unwrapped model. Warns, once a model, of what looks like an MLP and is not among them; what
+    `where` leaves out it was told to, ``print(find_blocks(model, where=...).coverage)`` shows it.
 
     Args:
         model: T5, ViT, I-JEPA, OPT, GPT-2, BERT, GPT-NeoX, Llama/Qwen, ``nn.TransformerEncoder``,
             timm's or torchvision's ViT, or anything of the same shape.
         where: keeps the blocks for which it is true; all by default.
-        patterns: patterns of your own, tried before the built-in ones.
+        patterns: patterns of your own, tried first; then those that `sparsify_`, `accelerate_`,
+            `watch` or `measure` was given for this model, then the built-in ones.
         strict: refuse a model of which a part is not found, instead of warning.
 
     Returns:
-        The blocks. Never empty.
+        The blocks, a list that says in its ``coverage`` what is left. Never empty.
 
     Raises:
         BlocksNotFoundError: no module matches any pattern, or `where` refused all that do, or with
@@ -170,28 +229,52 @@ def find_blocks(
         >>> [(b.d_model, b.d_hidden) for b in find_blocks(layer)]
         [(8, 32)]
     """
+    return blocks_for("find_blocks", model, where, patterns, strict)
+
+
+def blocks_for(
+    verb: str,
+    model: nn.Module,
+    where: Callable[[MLPBlock], bool] | None = None,
+    patterns: Sequence[BlockPattern] = (),
+    strict: bool = False,
+) -> Blocks:
+    """`find_blocks` for a function that the user has called, which warns in its own name.
+
+    Args:
+        verb: the function.
+        model: as of `find_blocks`, as all that follows.
+        where: which blocks.
+        patterns: of the user's own.
+        strict: refuse instead of warning.
+    """
     root = unwrap(model)
     _refuse_record(root)
-    found = coverage(root, patterns)
-    blocks, left = found.blocks, found.left
-    if not blocks:
-        raise BlocksNotFoundError(_nothing_found(root, patterns, left))
-    if left:
+    found = coverage(root, patterns, where)
+    if not found.blocks and not found.excluded:
+        raise BlocksNotFoundError(_nothing_found(root, patterns, found.left))
+    if not found.blocks:
+        names = ", ".join(block.name for block in found.excluded)
+        raise BlocksNotFoundError(
+            f"`where` refused all {len(found.excluded)} MLP blocks of {type(root).__name__}:"
+            f" {names}"
+        )
+    if found.left:
+        number = len(found.blocks) + len(found.excluded)
+        covered = [la for block in (*found.blocks, *found.excluded) for la in block.layers]
         partly = (
-            f"find_blocks: {found.share:.0%} of the MLP parameters of {type(root).__name__} are in"
-            f" the {len(blocks)} blocks that were found. Not covered:\n{listed(left)}\n"
-            f"To cover what a pattern can name:\n{listed(left, Candidate.pattern)}"
+            f"{verb}: {share_of(covered, found.left):.0%} of the MLP parameters of"
+            f" {type(root).__name__} are in the {number} blocks that were found. Not"
+            f" covered:\n{listed(found.left)}\n"
+            f"To cover what a pattern can name:\n{listed(found.left, Candidate.pattern)}"
         )
         if strict:
             raise BlocksNotFoundError(partly)
-        warnings.warn(partly, IncompleteCoverageWarning, stacklevel=2)
-    kept = [block for block in blocks if where is None or where(block)]
-    if not kept:
-        names = ", ".join(block.name for block in blocks)
-        raise BlocksNotFoundError(
-            f"`where` refused all {len(blocks)} MLP blocks of {type(root).__name__}: {names}"
-        )
-    return kept
+        said = _said.setdefault(root, set())
+        if partly not in said:
+            said.add(partly)
+            warnings.warn(partly, IncompleteCoverageWarning, stacklevel=3)
+    return Blocks(found)
 
 
 def _refuse_record(root: nn.Module) -> None:
@@ -206,20 +289,34 @@ def _refuse_record(root: nn.Module) -> None:
         )
 
 
-def _all_blocks(root: nn.Module, patterns: Sequence[BlockPattern]) -> list[MLPBlock]:
-    """Every block that a pattern names, in forward order."""
-    blocks: list[MLPBlock] = []
+def matches(
+    root: nn.Module, patterns: Sequence[BlockPattern]
+) -> Iterator[tuple[str, nn.Module, BlockPattern | None, MLPBlock]]:
+    """Every block that a pattern names, in forward order.
+
+    Args:
+        root: the model.
+        patterns: tried first; then what is noted on an owner, then the built-in ones.
+
+    Yields:
+        Name of the owner, the owner, the pattern that matched (None where a block is found without
+        one), the block.
+    """
     seen: set[int] = set()
     for name, owner in root.named_modules():
-        if _wrapped(owner) is not None:
+        if _wrapped(owner) is not None or isinstance(owner, Expert | PartOfLinear | Inline):
             continue
-        for pattern in patterns:
+        for expert in _expert_blocks(root, name, owner):
+            seen.add(id(expert.up))
+            yield name, owner, None, expert
+        for pattern in (*patterns, *pattern_noted_on(owner), *PATTERNS):
+            if pattern.down.partition(".")[0] not in owner._modules:
+                continue  # as nearly all: of a large model this is what takes the time
             block = _match(root, name, owner, pattern)
             if block is not None and id(block.up) not in seen:
                 seen.add(id(block.up))
-                blocks.append(block)
+                yield name, owner, pattern, block
                 break
-    return blocks
 
 
 def _nothing_found(
@@ -262,7 +359,10 @@ def _missing(root: nn.Module, pattern: BlockPattern) -> str:
         return f"{where} has no {', '.join(lacking)}"
     if pattern.when is not None and not pattern.when(owner):
         return f"{where} has all parts, but `when` says no"
-    shapes = {path: linear_shape(_part(owner, path)) for path in (pattern.up, pattern.down)}
+    shapes = {
+        path: linear_shape(_part(owner, path))
+        for path in (pattern.gate_up or pattern.up, pattern.down)
+    }
     return f"in {where}, up and down are no D → F and F → D: {shapes}"
 
 
@@ -330,10 +430,15 @@ def stock_model(model: nn.Module) -> nn.Module:
 def _outermost_models(root: nn.Module) -> Iterator[nn.Module]:
     """The Hugging Face models within a module that are in no other one."""
     for child in root.children():
-        if config_of(child) is not None and hasattr(type(child), "save_pretrained"):
+        if _is_model(child):
             yield child
         else:
             yield from _outermost_models(child)
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Whether a module is a whole Hugging Face model."""
+    return config_of(module) is not None and hasattr(type(module), "save_pretrained")
 
 
 def decoders(model: nn.Module) -> Iterator[tuple[nn.Module, set[nn.Module]]]:
@@ -372,11 +477,21 @@ def forward_parameters(module: nn.Module) -> list[str]:
 
 def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) -> MLPBlock | None:
     """The block that hangs below `owner` by `pattern`, or None."""
-    act_slot = _slot(owner, pattern.act)
-    up, down = _part(owner, pattern.up), _part(owner, pattern.down)
+    act_slot = _slot(owner, pattern.act) if pattern.act else None
+    down = _part(owner, pattern.down)
     norm = None if pattern.norm is None else _part(owner, pattern.norm)
-    gate = None if pattern.gate is None else _part(owner, pattern.gate)
-    if act_slot is None or not isinstance(up, nn.Module) or not isinstance(down, nn.Module):
+    if pattern.gate_up is None:
+        up = _part(owner, pattern.up)
+        gate = None if pattern.gate is None else _part(owner, pattern.gate)
+    else:
+        fused = _part(owner, pattern.gate_up)
+        halves = halves_of(fused) if isinstance(fused, nn.Module) else None
+        if halves is None:
+            return None
+        gate, up = halves.both if pattern.gate_first else halves.both[::-1]
+    if not isinstance(up, nn.Module) or not isinstance(down, nn.Module):
+        return None
+    if pattern.act and act_slot is None:
         return None
     if pattern.norm is not None and not isinstance(norm, nn.Module):
         return None
@@ -388,9 +503,20 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         return None
     if pattern.when is not None and not pattern.when(owner):
         return None
+    if act_slot is None:
+        mlp = _part(owner, _shared_path(pattern))
+        inline = inline_of(mlp, gate, up, down)
+        if inline is None:
+            return None
+        act_slot = Slot(inline, "act")
+    router = _router_of(root, name) if pattern.is_expert else None
+    if pattern.is_expert and router is None:
+        return None
+    if router is not None:
+        norm = _experts_norm(root, name.rpartition(".")[0])
     sequence_first = pattern.sequence_first is not None and pattern.sequence_first(owner)
     return MLPBlock(
-        name=_plain_name(name) or type(owner).__name__,
+        name=owner_name(name, owner),
         norm=norm,
         up=up,
         gate=gate,
@@ -400,12 +526,80 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         d_model=up_shape[0],
         d_hidden=up_shape[1],
         family=pattern.family,
-        norm_is_shared=pattern.norm_is_shared,
+        norm_is_shared=pattern.norm_is_shared or (router is not None and norm is not None),
         token_dim=0 if sequence_first else 1,
         act_slot=act_slot,
         act_flags=tuple((Slot(owner, flag), value) for flag, value in pattern.act_flags),
         stack=_stack_of(root, name),
+        routed_in=router,
+        dropout_slot=_number_slot(owner, pattern.dropout) if isinstance(dropout, float) else None,
     )
+
+
+def _expert_blocks(root: nn.Module, name: str, owner: nn.Module) -> Iterator[MLPBlock]:
+    """The blocks of the experts that `owner` has the weights of, if it has any."""
+    experts = experts_of(owner)
+    if experts is None:
+        return
+    stack = _stack_of(root, name)
+    norm = _experts_norm(root, name)
+    for number, expert in enumerate(experts.each):
+        act_slot = Slot(expert, "act")
+        yield MLPBlock(
+            name=f"{owner_name(name, owner)}.{number}",
+            norm=norm,
+            up=expert.up,
+            gate=expert.gate,
+            act=see_through(getattr(act_slot.module, act_slot.name)),
+            down=expert.down,
+            dropout=None,
+            d_model=expert.width,
+            d_hidden=expert.hidden,
+            family=f"experts of {type(owner).__name__}",
+            norm_is_shared=norm is not None,  # by the router
+            token_dim=1,
+            act_slot=act_slot,
+            act_flags=(),
+            stack=stack,
+            routed_in=owner,
+        )
+
+
+def _experts_norm(root: nn.Module, name: str) -> nn.Module | None:
+    """The norm whose output the experts in a module read, with the router; None if unknown."""
+    norms = (
+        norm
+        for ancestor in islice(_ancestors(root, name), 1, 3)
+        if not any(hasattr(ancestor, other) for other in OTHER_MLP_NORMS)
+        for path in _EXPERTS_NORMS
+        if isinstance(norm := _part(ancestor, path), nn.Module)
+    )
+    return next(norms, None)
+
+
+def _router_of(root: nn.Module, name: str) -> nn.Module | None:
+    """The module that runs the list of modules that `name` is in; None if it is in none."""
+    parent, _, _ = name.rpartition(".")
+    listed = root.get_submodule(parent)
+    if not isinstance(listed, nn.ModuleList | nn.ModuleDict) or not parent:
+        return None
+    if type(listed).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward):
+        return listed
+    return root.get_submodule(parent.rpartition(".")[0])
+
+
+def _number_slot(owner: nn.Module, path: str | None) -> Slot:
+    """The attribute at the end of a dotted path."""
+    assert path is not None
+    parent, _, name = path.rpartition(".")
+    return Slot(_part(owner, parent), name)
+
+
+def _shared_path(pattern: BlockPattern) -> str:
+    """Path of the innermost module that has the layers of a pattern."""
+    paths = [path.split(".") for path in (pattern.gate_up or pattern.up, pattern.down)]
+    shared = takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return ".".join(level[0] for level in shared)
 
 
 def _stack_of(root: nn.Module, name: str) -> nn.Module | None:
@@ -414,8 +608,9 @@ def _stack_of(root: nn.Module, name: str) -> nn.Module | None:
         told = set(forward_parameters(ancestor))
         if _TOKENS & told:
             return ancestor
-        if _OTHER_INPUTS & told:
-            return None  # the text and the padding that modules above are told of are not its own
+        # The text and the padding that modules above are told of are not a tower's own.
+        if _OTHER_INPUTS & told or (ancestor is not root and _is_model(ancestor)):
+            return None
     return None
 
 
@@ -458,6 +653,11 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
         if inner is not None:
             return inner
     return None
+
+
+def owner_name(name: str, owner: nn.Module) -> str:
+    """The name of a block, by that of its owner."""
+    return _plain_name(name) or type(owner).__name__
 
 
 def _plain_name(name: str) -> str:

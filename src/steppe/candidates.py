@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from steppe.linear import linear_shape, linear_weight
+from steppe.experts import Expert, ExpertLayer
+from steppe.linear import PartOfLinear, linear_shape, linear_weight
 
 _ATTENTION = ("attn", "attention", "lora_", "base_layer")  # in a dotted name
+_MLP = ("mlp", "feedforward", "ffn")  # in the name of a class
 _LEVELS = 2  # modules above the last layer that are looked at for the first one
 _SHOWN = 6  # of many, in a message
 
@@ -55,24 +57,23 @@ class Candidate:
     def pattern(self) -> str:
         """A `BlockPattern` to paste, if a pattern can name it; else why not."""
         if not self.down:
-            return "# experts in one tensor: no pattern names them"
-        if self.is_fused:
-            return f"# {self.up} is gate and up in one: no pattern names its halves"
+            return "# experts in one tensor, with a layout or a gate that steppe does not know"
         if not self.act:
-            return "# the activation is called as a function: make it a module of the owner first"
+            return (
+                f"# {self.owner or 'the model'}: its forward calls more than a function between"
+                " its layers, or takes more than x"
+            )
+        first = f"gate_up={self.up!r}" if self.is_fused else f"up={self.up!r}"
         gate = f" gate={self.gate!r}," if self.gate else ""
-        return (
-            f"BlockPattern(family='mine',{gate} up={self.up!r}, act={self.act!r},"
-            f" down={self.down!r})"
-        )
+        return f"BlockPattern(family='mine',{gate} {first}, act={self.act!r}, down={self.down!r})"
 
 
 def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Candidate]:
     """Everything in a model that looks like an MLP.
 
     That is a linear layer D → F and, later, one F → D in one module or in two of one module, not in
-    attention, F greater than D unless there is a gate; or two tensors of experts. What has F = D is
-    not told from attention.
+    attention, F greater than D unless there is a gate or the class is named an MLP; or two tensors
+    of experts. What has F = D is not told from attention otherwise.
 
     Args:
         root: the model.
@@ -81,41 +82,55 @@ def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Can
     Returns:
         The candidates, in the order of the model's modules.
     """
-    known = {id(module) for module in covered}
+    known = {id(getattr(module, "whole", module)) for module in covered}
     linears = {
         name: shape
         for name, module in _without_attention(root)
-        if (shape := linear_shape(module)) is not None and id(module) not in known
+        if (shape := linear_shape(module)) is not None
+        and id(module) not in known
+        and not isinstance(module, PartOfLinear)
     }
     found: list[Candidate] = []
     used: set[str] = set()
     earlier: defaultdict[str, list[str]] = defaultdict(list)  # by the modules above
     for down, (hidden, width) in linears.items():
         owners = _above(down)
-        for owner in owners if hidden != width else ():
+        for owner in owners:
+            if not _may_be_mlp(root.get_submodule(owner), hidden != width):
+                continue
             inside = [name for name in earlier[owner] if name not in used]
             ups = [name for name in inside if linears[name] == (width, hidden)]
             fused = [name for name in inside if linears[name] == (width, 2 * hidden)]
             # Of two narrower layers, without a gate, most are an adapter or a projection.
-            if len(ups) > 1 or fused or (ups and hidden > width):
+            if not ups and not fused:
+                continue
+            is_named = _is_named_mlp(root.get_submodule(owner))
+            if len(ups) > 1 or fused or hidden > width or is_named:
                 first = (ups or fused)[-2:]
                 used.update((*first, down))
                 found.append(_candidate(root, owner, first, down, (width, hidden), not ups))
                 break
         for owner in owners:
             earlier[owner].append(down)
-    return [*found, *_experts(root)]
+    experts = {id(module.experts.module) for module in covered if isinstance(module, ExpertLayer)}
+    return [*found, *_experts(root, experts)]
 
 
-def share_of(blocks_layers: Iterable[nn.Module], left: Iterable[Candidate]) -> float:
+def share_of(
+    blocks_layers: Iterable[nn.Module],
+    left: Iterable[Candidate],
+    others: Iterable[nn.Module] = (),
+) -> float:
     """The share of a model's MLP parameters that its blocks have, in [0, 1].
 
     Args:
         blocks_layers: the blocks' linear layers.
         left: what is left out.
+        others: linear layers that are left out too.
     """
     inside = sum(linear_weight(layer).numel() for layer in blocks_layers)
     outside = sum(candidate.parameters for candidate in left)
+    outside += sum(linear_weight(layer).numel() for layer in others)
     return inside / max(inside + outside, 1)
 
 
@@ -138,9 +153,29 @@ def listed(found: Collection[Candidate], line: Callable[[Candidate], str] = str)
     return "\n".join(lines)
 
 
+def _may_be_mlp(owner: nn.Module, widens: bool) -> bool:
+    """Whether layers of a module can be those of one MLP: not those of two layers in a list."""
+    if isinstance(owner, nn.ModuleList) and any(any(one.children()) for one in owner):
+        return False
+    return widens or _is_named_mlp(owner)
+
+
+def _is_named_mlp(owner: nn.Module) -> bool:
+    """Whether a module of two linear layers is an MLP by its class; heads have more of them."""
+    name = type(owner).__name__.lower().replace("_", "")
+    layers = [module for module in owner.modules() if linear_shape(module) is not None]
+    return len(layers) == 2 and any(part in name for part in _MLP)
+
+
 def _without_attention(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules outside of attention and of state space models, which have a ``conv1d``."""
+    beside = ""
     for name, module in root.named_modules():
-        if not any(part in name.lower() for part in _ATTENTION):
+        if beside and name.startswith(beside):
+            continue
+        if hasattr(module, "conv1d") or type(module).__name__.endswith("Attention"):
+            beside = f"{name}."
+        elif not any(part in name.lower() for part in _ATTENTION):
             yield name, module
 
 
@@ -200,19 +235,27 @@ def is_activation(value: object) -> bool:
     )
 
 
-def _experts(root: nn.Module) -> Iterator[Candidate]:
+def _experts(root: nn.Module, known: Collection[int]) -> Iterator[Candidate]:
     """Modules whose experts lie in tensors of three dimensions, the first of which counts them."""
     for owner, module in root.named_modules():
+        is_convolution = type(module).__name__ == "ParametrizationList"  # its weight is 3-d too
+        if id(module) in known or is_convolution or isinstance(module, Expert | ExpertLayer):
+            continue
         tensors = {
             name: tuple(parameter.shape)
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.ndim == 3
         }
         counts = {shape[0] for shape in tensors.values()}
-        if len(tensors) >= 2 and len(counts) == 1 and counts != {1}:
+        is_named = "expert" in type(module).__name__.lower()
+        # LongCat's experts without weights are counted in one of the tensors only.
+        if len(tensors) >= 2 and (len(counts) == 1 or is_named) and counts != {1}:
             sides = sorted(side for shape in tensors.values() for side in shape[1:])
             width = max(set(sides), key=sides.count)
             hidden = next((side for side in sides if side != width), width)
+            is_pair = set(sides) <= {width, hidden, 2 * hidden} and max(sides) > 1
+            if not is_pair or (hidden == width and not is_named):
+                continue
             yield Candidate(
                 owner=owner,
                 up=", ".join(tensors),

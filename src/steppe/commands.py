@@ -79,6 +79,15 @@ class _Commands(TyperGroup):
         raise typer.Exit(USAGE_ERROR)
 
 
+_Patterns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pattern",
+        help="A BlockPattern(...) as `steppe blocks` prints it, tried first; repeat for more.",
+        show_default=False,
+    ),
+]
+
 app = typer.Typer(
     cls=_Commands,
     help="Measure why Transformer MLP activations are sparse, and train them sparser.",
@@ -285,6 +294,7 @@ def measure(
         str | None, typer.Option(help="Folder or hub id of the tokenizer or image processor.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    pattern: _Patterns = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write it all there; `steppe report` reads it.")
     ] = None,
@@ -298,6 +308,9 @@ def measure(
         from steppe.training.sources import Source
     if json_file is not None:
         json_file = prepare_file(expanded(json_file), "json_file")
+    from steppe.pattern_values import pattern_from_text  # loads torch
+
+    patterns = [pattern_from_text(text) for text in pattern or ()]
     source = Source(
         data=_at_home(data),
         split=split,
@@ -323,6 +336,7 @@ def measure(
             max_batches=max_batches,
             device=device,
             on_batch=show,
+            patterns=patterns,
         )
     if json_file is not None:
         write_run(run, json_file)
@@ -425,6 +439,7 @@ def bench(
 @app.command()
 def blocks(
     model: Annotated[str, typer.Argument(help="A folder, a config.json, or an id on the hub.")],
+    pattern: _Patterns = None,
 ) -> None:
     """Show the MLP blocks of a model, and what looks like one and is not found; without weights."""
     _quieten_libraries()
@@ -433,9 +448,11 @@ def blocks(
         from steppe.training.loading import empty_model
     from steppe.blocks import coverage
     from steppe.candidates import Candidate, listed
+    from steppe.pattern_values import pattern_from_text  # loads torch
 
+    patterns = [pattern_from_text(text) for text in pattern or ()]
     with _interruptible("nothing was written"):
-        found = coverage(empty_model(_at_home(model)))
+        found = coverage(empty_model(_at_home(model)), patterns)
     if found.blocks:
         show_table(blocks_table(found))
     said = f"{found.share:.0%} of the MLP parameters are in {len(found.blocks)} blocks"
@@ -443,7 +460,7 @@ def blocks(
     if found.left:
         say("not covered:", listed(found.left))
         say(
-            "to cover what a pattern can name: find_blocks(model, patterns=[...]) with",
+            "to cover what a pattern can name: find_blocks(model, patterns=[...]), or --pattern:",
             listed(found.left, Candidate.pattern),
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from steppe.blocks import MLPBlock
-from steppe.linear import linear_weight
+from steppe.linear import PartOfLinear, held_by, linear_weight
 from steppe.ops.backend import backend_of
 from steppe.ops.mlp import mlp, support
 from steppe.ops.outcome import noted
@@ -58,7 +58,7 @@ class Computation:
         self._sigma = sigma_of(block)
         self._is_transposed = [is_conv1d(layer) for layer in block.layers]
         self._shape = block.d_model, block.d_hidden
-        self._held = [layer._parameters for layer in block.layers]
+        self._held = [held_by(layer) for layer in block.layers]
         self._kernels: BlockKernels | None = None
         self._device = ""  # that the kernels are of
 
@@ -91,9 +91,8 @@ class Computation:
         trains = torch.is_grad_enabled() and (
             x.requires_grad
             or any(
-                part is not None and part.requires_grad
-                for held in self._held
-                for part in held.values()
+                (part := parameters.get(name)) is not None and part.requires_grad
+                for parameters, name in self.layer_parameters()
             )
         )
         kernels = self._kernels_for(x)
@@ -126,12 +125,21 @@ class Computation:
 
     def layer_parameters(self) -> list[tuple[dict[str, Any], str]]:
         """Where the parameters of the block's layers are."""
-        return [(held, name) for held in self._held for name in ("weight", "bias")]
+        return [place for held in self._held for place in held]
 
     def layer_tensors(self) -> list[Tensor | None]:
-        """What the layers compute with, which a parametrization makes anew each time."""
+        """What the layers compute with, which a parametrization makes anew each time.
+
+        Of a layer that is a part of a larger one that is the whole of it.
+        """
+        tensors: list[Tensor | None] = []
         layers: list[Any] = self.block.layers
-        return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        for layer, held in zip(layers, self._held, strict=True):
+            if isinstance(layer, PartOfLinear):
+                tensors += [getattr(layer.whole, name, None) for _, name in held]
+            else:
+                tensors += [layer.weight, layer.bias]
+        return tensors
 
     def _kernels_for(self, x: Tensor) -> BlockKernels | None:
         """The block's kernels on a tensor's device, or None."""
@@ -160,8 +168,8 @@ class Computation:
         backend = backend_of(x)
         if backend is None or dtype not in backend.dtypes:
             return f"there are no kernels for {dtype}"
-        for held in self._held:
-            weight = held.get("weight")
+        for (parameters, name), *_ in self._held:
+            weight = parameters.get(name)
             if weight is None:  # a parametrization makes it
                 continue
             if type(weight) not in _PLAIN and not traced:
@@ -175,7 +183,8 @@ class Computation:
         if plan is not None and self._decodes(route, x):
             assert self._kernels is not None
             may_repeat = (
-                not (self.block.dropout or threshold_of(self.block)) and self._sigma.is_fixed
+                not (self.block.dropout or route.dropout or threshold_of(self.block))
+                and self._sigma.is_fixed
             )
             coefficients = self._sigma.coefficients()
             z = self._kernels.decode(x, self, coefficients, plan, may_repeat)
@@ -197,7 +206,7 @@ class Computation:
             and type(x) is Tensor
             and x.is_contiguous()
             and not torch.is_autocast_enabled(x.device.type)
-            and not _dropout(block)
+            and not route.drops()
             and (not block.activated.training or threshold_of(block) is None)
         )
 
@@ -216,7 +225,7 @@ class Computation:
         # A trial runs without hooks, by which the block's own modules have the threshold.
         weights = self._weights(with_threshold=not route.trial)
         alpha, beta, mix = self._sigma.coefficients()
-        dropout = _dropout(block)
+        dropout = route.drops()
         flat = x.reshape(-1, block.d_model)
         tensors: list[Any] = [flat, *weights]
         if torch.is_autocast_enabled(x.device.type):
@@ -297,9 +306,3 @@ def _is_plain(x: Tensor) -> bool:
 def _bias(layer: Any) -> Tensor | None:
     bias: Tensor | None = layer.bias
     return bias
-
-
-def _dropout(block: MLPBlock) -> float:
-    """The probability that a hidden entry is dropped now."""
-    layer: Any = block.dropout
-    return float(layer.p) if isinstance(layer, nn.Dropout) and layer.training else 0.0

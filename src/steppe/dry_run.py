@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.errors import AccelerationError
-from steppe.linear import linear_weight
+from steppe.linear import PartOfLinear, held_by, linear_weight
 from steppe.ops.backend import backend_of
 from steppe.routing import HOOKS, Route, Trial
 
@@ -66,13 +66,13 @@ def _check(route: Route, training: bool, with_gradients: bool) -> None:
     is_ordinary = all(
         type(parameter) is nn.Parameter and parameter.device == weight.device
         for layer in route.block.layers
-        for parameter in layer.parameters()
+        for parameter in [*layer.parameters(), *_parameters_of(layer).values()]
     )
     if not is_ordinary or backend is None or weight.dtype not in backend.dtypes:
         return
     if route.foreign() or route.computation.unfit():
         return
-    with _alone(route.owner, training):
+    with _alone(route.owner, training), _undropped(route):
         x = 2.0 * torch.randn(1, _TOKENS, route.block.d_model)
         x = x.to(weight)
         with_gradients = with_gradients and not weight.is_inference()
@@ -119,12 +119,21 @@ def _run(owner: nn.Module, x: Tensor, with_gradients: bool) -> _Results:
     results = {_OUTPUT: z.detach()}
     if not with_gradients:
         return results
-    named = {"the input": x, **{n: p for n, p in owner.named_parameters() if p.requires_grad}}
+    parameters = dict(owner.named_parameters())
+    for module in owner.modules():
+        parameters.update(_parameters_of(module))
+    named = {"the input": x, **{n: p for n, p in parameters.items() if p.requires_grad}}
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.dtype)
     grads = torch.autograd.grad(z, list(named.values()), direction, allow_unused=True)
     for (name, tensor), grad in zip(named.items(), grads, strict=True):
         results[f"the gradient of {name}"] = torch.zeros_like(tensor) if grad is None else grad
     return results
+
+
+def _parameters_of(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Larger parameters that a layer computes with a part of; empty for most."""
+    held = held_by(layer) if isinstance(layer, PartOfLinear) else []
+    return {name: part for parameters, name in held if (part := parameters.get(name)) is not None}
 
 
 def _first_tensor(output: Any) -> Tensor:
@@ -146,6 +155,16 @@ def _difference(own: _Results, routed: _Results, tolerance: float) -> str:
         if not error <= tolerance * max(sizes[name], floor):  # NaN too
             return f"{name} differs by {error / max(sizes[name], error * 1e-9):.1%}"
     return ""
+
+
+@contextmanager
+def _undropped(route: Route) -> Iterator[None]:
+    """A route without the dropout that it does for its owner."""
+    dropout, route.dropout = route.dropout, 0.0
+    try:
+        yield
+    finally:
+        route.dropout = dropout
 
 
 @contextmanager

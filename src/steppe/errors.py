@@ -58,8 +58,16 @@ class BlocksNotFoundError(SteppeError, LookupError):
     """No MLP block of a known shape was found in the model."""
 
 
+class PatternError(SteppeError, ValueError):
+    """What should be a `BlockPattern` is none, or one cannot be written into a file."""
+
+
 class UnfitBlockError(SteppeError, ValueError):
     """A plug-in does not fit a block; the model was left as it was."""
+
+
+class WiringError(SteppeError, ValueError):
+    """A block does not compute what its pattern says, as its first pass has shown."""
 
 
 class SparsificationError(SteppeError, RuntimeError):

@@ -7,7 +7,7 @@ module that owns them. A new architecture is a new row; a user's own row goes in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,33 +19,58 @@ class BlockPattern:
     Attributes:
         family: the name that errors and listings show.
         up: path of the first linear layer (for gated blocks, of the one that is not activated).
-        act: path of the activation, a module or a plain function.
+        act: path of the activation, a module or a plain function; empty where the forward of the
+            MLP calls a function, which is then told by evaluating it.
         down: path of the second linear layer.
         norm: path of the norm whose output the block reads, or None.
         gate: path of the activated linear layer of a gated block, or None.
-        dropout: path of the dropout between activation and second layer, or None.
+        gate_up: path of a linear layer that is gate and up in one, in place of both; or None.
+        gate_first: whether the gate is its first half.
+        dropout: path of the dropout between activation and second layer, a module or the number
+            that is handed to a function, or None.
         norm_is_shared: others (the residual stream, attention) read the norm's output too.
         when: further condition on the owner, for families that differ by a flag only.
         sequence_first: says of the owner that tokens are dimension 0 of its input, not 1.
         act_flags: attributes of the owner that describe `act`, with what they must be when it
             changes.
+        is_expert: the owner is one of a list of modules to which tokens are routed.
     """
 
     family: str
-    up: str
-    act: str
-    down: str
+    up: str = ""
+    act: str = ""
+    down: str = ""
     norm: str | None = None
     gate: str | None = None
+    gate_up: str | None = None
+    gate_first: bool = True
     dropout: str | None = None
     norm_is_shared: bool = False
     when: Callable[[Any], bool] | None = None
     sequence_first: Callable[[Any], bool] | None = None
     act_flags: tuple[tuple[str, object], ...] = ()
+    is_expert: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a pattern that names no block."""
+        if self.gate_up and (self.gate or self.up):
+            raise ValueError(
+                f"BlockPattern {self.family!r}: gate_up={self.gate_up!r} is gate and up in one, so"
+                " leave out gate and up"
+            )
+        if not self.down or not (self.gate_up or self.up):
+            raise ValueError(
+                f"BlockPattern {self.family!r}: expected the paths of two linear layers, e.g."
+                " up='fc_in', act='act', down='fc_out', or gate_up='gate_up' in place of up"
+            )
 
     def paths(self) -> list[str]:
         """Every path that must exist for the pattern to match."""
-        return [p for p in (self.norm, self.gate, self.up, self.act, self.down) if p is not None]
+        return [
+            path
+            for path in (self.norm, self.gate, self.gate_up, self.up, self.act, self.down)
+            if path
+        ]
 
 
 # nn.TransformerEncoderLayer decides by this attribute whether it may run its fused kernel.
@@ -68,7 +93,7 @@ _NO_NORM = ("Swinv2", "SwinTransformerV2", "ResPostBlock", "MobileBert", "FFNLay
 
 # Where a layer has one of these, its post_attention_layernorm is not what the MLP reads (Gemma 2,
 # OLMo 2, AFMoE) or not by the MLP alone (nomic-bert).
-_OTHER_MLP_NORMS = (
+OTHER_MLP_NORMS = (
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
     "pre_mlp_layernorm",
@@ -81,7 +106,9 @@ def _is(*prefixes: str) -> Callable[[Any], bool]:
     return lambda layer: any(kind.__name__.startswith(prefixes) for kind in type(layer).__mro__)
 
 
-_has_no_norm = _is(*_NO_NORM)
+def _has_no_norm(layer: Any) -> bool:
+    # A Q-Former's two MLPs read a part each of what its norm gives.
+    return _is(*_NO_NORM)(layer) or _has(layer, "intermediate_query")
 
 
 def _has(layer: Any, name: str) -> bool:
@@ -151,7 +178,7 @@ def _gpt2(layer: Any) -> bool:
 def _reads_post_attention_norm(layer: Any) -> bool:
     return (
         _has(layer, "input_layernorm")
-        and not any(_has(layer, name) for name in _OTHER_MLP_NORMS)
+        and not any(_has(layer, name) for name in OTHER_MLP_NORMS)
         and _has_nothing_between(layer)
     )
 
@@ -159,18 +186,23 @@ def _reads_post_attention_norm(layer: Any) -> bool:
 def _is_parallel(layer: Any) -> bool:
     """The MLP reads the norm that attention reads."""
     return not any(
-        _has(layer, name) for name in ("post_attention_layernorm", "ln_mlp", *_OTHER_MLP_NORMS)
+        _has(layer, name) for name in ("post_attention_layernorm", "ln_mlp", *OTHER_MLP_NORMS)
     )
 
 
 def _has_nothing_between(layer: Any) -> bool:
-    """Between the activation and the last layer: no norm (BitNet, timm), no top-k (Gemma 3n)."""
+    """Whether nothing stands between the activation and the last layer.
+
+    No norm (BitNet, timm), no top-k (Gemma 3n), no convolution (SegFormer), no clamp (DeepSeek V4).
+    """
     mlp = layer.mlp
     norm = getattr(mlp, "norm", None)
     return not (
         _has(mlp, "ffn_sub_norm")
+        or any("conv" in name for name, _ in mlp.named_children())
         or (norm is not None and type(norm).__name__ != "Identity")
         or getattr(mlp, "activation_sparsity", 0.0) > 0.0
+        or any(_has(mlp, name) for name in _CLAMPS)
     )
 
 
@@ -196,6 +228,18 @@ def _timm_norm_last(layer: Any) -> bool:
     return _has_nothing_between(layer) and _has_no_norm(layer)
 
 
+def _timm_gate_first(layer: Any) -> bool:
+    return _timm_norm_first(layer) and getattr(layer.mlp, "gate_last", None) is False
+
+
+def _timm_gate_last(layer: Any) -> bool:
+    return _timm_norm_first(layer) and getattr(layer.mlp, "gate_last", None) is True
+
+
+def _glm4(layer: Any) -> bool:
+    return _has(layer, "post_self_attn_layernorm") and _has(layer, "post_mlp_layernorm")
+
+
 def _bloom_norm_is_shared(layer: Any) -> bool:
     return bool(getattr(layer, "apply_residual_connection_post_layernorm", False))
 
@@ -212,8 +256,158 @@ def _is_not_stable(layer: Any) -> bool:
     return not _is_stable(layer)
 
 
+def _has_no_response_norm(layer: Any) -> bool:
+    return not _has(layer, "grn")
+
+
+def _has_no_multiplier(layer: Any) -> bool:
+    """Falcon H1 scales what its activation gets."""
+    return not _has(layer.feed_forward, "gate_multiplier")
+
+
+def _is_merger(module: Any) -> bool:
+    return _has(module, "post_projection_norm") and not any(_has(module, name) for name in _CLAMPS)
+
+
+def _has_attention(layer: Any) -> bool:
+    return _has(layer, "self_attn") and not _has(layer, "ffn_layernorm")
+
+
 def _x_transformers(layer: Any) -> bool:
     return type(layer.ff[1]).__name__ == "Dropout"
+
+
+# Modules that are an MLP and no more, in whatever layer: gate, up, activation, down, dropout. What
+# norm they read is not known.
+_MLP_MODULES: tuple[tuple[str | None, str, str, str, str | None], ...] = (
+    ("gate_proj", "up_proj", "act_fn", "down_proj", None),
+    ("gate_proj", "up_proj", "activation_fn", "down_proj", None),
+    ("gate_proj", "up_proj", "act", "down_proj", None),
+    ("gate_proj.linear", "up_proj.linear", "act_fn", "down_proj.linear", None),
+    ("wi_0", "wi_1", "act", "wo", "dropout"),
+    ("w_in.w_0", "w_in.w_1", "w_in.act", "w_out", None),
+    (None, "up_proj", "act_fn", "down_proj", None),
+    (None, "up_proj", "silu", "down_proj", None),
+    (None, "fc1", "activation_fn", "fc2", None),
+    (None, "fc1", "act_fn", "fc2", None),
+    (None, "fc1", "activation", "fc2", None),
+    (None, "fc1", "act", "fc2", None),
+    (None, "linear1", "activation", "linear2", None),
+    (None, "linear_fc1", "act_fn", "linear_fc2", None),
+    (None, "lin1", "act", "lin2", None),
+    (None, "in_proj", "gelu", "out_proj", None),
+    (None, "proj_in", "activation", "proj_out", None),
+    (None, "ffw_layer_1.linear", "act_fn", "ffw_layer_2.linear", None),
+    (None, "intermediate_dense", "intermediate_act_fn", "output_dense", "intermediate_dropout"),
+    (None, "dense1", "intermediate_act_fn", "dense2", None),
+    (None, "intermediate", "activation_fn", "output", None),
+    ("proj_up_gate", "proj_up", "act_fn", "proj_down", None),
+)
+
+
+# Likewise with gate and up in one, the gate first: that, activation, down, dropout.
+_FUSED_MODULES: tuple[tuple[str, str, str, str | None], ...] = (
+    ("gate_up_proj", "activation_fn", "down_proj", None),
+    ("gate_up_proj", "act_fn", "down_proj", None),
+    ("Wi", "act", "Wo", "drop"),
+    ("input_linear", "activation", "output_linear", None),
+)
+
+# Numbers by which a module bends what flows between its layers: DeepSeek V4, Falcon H1, Gemma 3n.
+_CLAMPS = ("limit", "swiglu_limit")
+_BENT = (*_CLAMPS, "gate_multiplier", "activation_sparsity")
+
+
+def _is_no_more_than(*paths: str) -> Callable[[Any], bool]:
+    """Whether all parameters of a module are in its parts: nothing can stand between them."""
+    parts = {path.partition(".")[0] for path in paths}
+
+    def when(module: Any) -> bool:
+        names = (name.partition(".")[0] for name, _ in module.named_parameters())
+        return not any(_has(module, name) for name in _BENT) and parts.issuperset(names)
+
+    return when
+
+
+def _has_shared_expert(layer: Any) -> bool:
+    """Whether the expert of all tokens reads the norm of the others, with nothing between."""
+    mlp = layer.mlp
+    expert = getattr(mlp, "shared_expert", None) or getattr(mlp, "shared_experts", None)
+    return _reads_post_attention_norm(layer) and not any(_has(expert, name) for name in _BENT)
+
+
+def _of_modules() -> Iterator[BlockPattern]:
+    """A row for each of `_MLP_MODULES` and `_FUSED_MODULES`."""
+    for gate, up, act, down, dropout in _MLP_MODULES:
+        paths = [path for path in (gate, up, act, down) if path is not None]
+        yield BlockPattern(
+            family=f"an MLP of {', '.join(paths)}",
+            gate=gate,
+            up=up,
+            act=act,
+            down=down,
+            dropout=dropout,
+            when=_is_no_more_than(*paths),
+        )
+    for gate_up, act, down, dropout in _FUSED_MODULES:
+        yield BlockPattern(
+            family=f"an MLP of {gate_up}, {act}, {down}",
+            gate_up=gate_up,
+            act=act,
+            down=down,
+            dropout=dropout,
+            when=_is_no_more_than(gate_up, act, down),
+        )
+
+
+# Layers of modules that are an MLP and call their activation as a function: gate, up, down.
+_INLINE_MODULES: tuple[tuple[str | None, str, str], ...] = (
+    (None, "c_fc", "c_proj"),
+    (None, "fc1", "fc2"),
+    (None, "fc_in", "fc_out"),
+    (None, "lin1", "lin2"),
+    (None, "linear1", "linear2"),
+    (None, "up_proj", "down_proj"),
+    (None, "wi", "wo"),
+    ("w1", "w3", "w2"),
+    ("gate_proj", "up_proj", "down_proj"),
+    ("c_gate", "c_fc", "c_proj"),
+)
+_INLINE_FUSED_MODULES = (
+    ("weights_in", "weights_out"),
+    ("w12", "w3"),
+    ("gate_up_proj", "down_proj"),
+    ("Wi", "Wo"),
+)
+_PLACES = {True: "first", False: "last"}
+# Where the norm that such a module reads hangs beside it.
+_INLINE_WITH_NORM = (
+    ("modded nanoGPT, nanochat", "mlp", "ln_2"),
+    ("Meta Llama", "feed_forward", "ffn_norm"),
+)
+
+
+def _of_inline_modules() -> Iterator[BlockPattern]:
+    """Rows for MLPs without an activation module, of a layer with a known norm or of any other."""
+    for gate, up, down in _INLINE_MODULES:
+        for family, mlp, norm in _INLINE_WITH_NORM:
+            yield BlockPattern(
+                family=f"{family} ({', '.join(filter(None, (gate, up, down)))}; inline)",
+                norm=norm,
+                gate=None if gate is None else f"{mlp}.{gate}",
+                up=f"{mlp}.{up}",
+                down=f"{mlp}.{down}",
+            )
+        names = ", ".join(filter(None, (gate, up, down)))
+        yield BlockPattern(family=f"an MLP of {names} (inline)", gate=gate, up=up, down=down)
+    for gate_up, down in _INLINE_FUSED_MODULES:
+        for gate_first in (True, False):
+            yield BlockPattern(
+                family=f"an MLP of {gate_up}, {down} (gate {_PLACES[gate_first]}, inline)",
+                gate_up=gate_up,
+                gate_first=gate_first,
+                down=down,
+            )
 
 
 PATTERNS: tuple[BlockPattern, ...] = (
@@ -248,6 +442,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="CLIP, SigLIP, Idefics 3",
@@ -255,6 +450,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="DINOv2",
@@ -262,6 +458,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="SigLIP (pooling head)",
@@ -269,6 +466,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="Phi",
@@ -286,6 +484,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="mlp.fc1",
         act="mlp.activation_fn",
         down="mlp.fc2",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="DETR (encoder)",
@@ -311,6 +510,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="intermediate.dense",
         act="intermediate.intermediate_act_fn",
         down="output.dense",
+        when=_reads_a_norm,
     ),
     BlockPattern(
         family="BERT (post-norm)",
@@ -320,6 +520,61 @@ PATTERNS: tuple[BlockPattern, ...] = (
         act="intermediate.intermediate_act_fn",
         down="output.dense",
         when=_bert_alone,
+    ),
+    BlockPattern(
+        family="FNet",
+        norm="fourier.output.LayerNorm",
+        norm_is_shared=True,
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="Megatron-BERT",
+        norm="ln",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    # Before MPNet, whose norm it has too: there it is the attention that reads it.
+    BlockPattern(
+        family="RoBERTa-PreLayerNorm",
+        norm="intermediate.LayerNorm",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="MPNet",
+        norm="attention.LayerNorm",
+        norm_is_shared=True,
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="LiLT (layout)",
+        norm="attention.layout_output.LayerNorm",
+        norm_is_shared=True,
+        up="layout_intermediate.dense",
+        act="layout_intermediate.intermediate_act_fn",
+        down="layout_output.dense",
+    ),
+    BlockPattern(
+        family="LXMERT (language)",
+        norm="lang_self_att.output.LayerNorm",
+        norm_is_shared=True,
+        up="lang_inter.dense",
+        act="lang_inter.intermediate_act_fn",
+        down="lang_output.dense",
+    ),
+    BlockPattern(
+        family="LXMERT (vision)",
+        norm="visn_self_att.output.LayerNorm",
+        norm_is_shared=True,
+        up="visn_inter.dense",
+        act="visn_inter.intermediate_act_fn",
+        down="visn_output.dense",
     ),
     BlockPattern(
         family="Swin v2, MobileBERT",
@@ -368,6 +623,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="fc1",
         act="activation_fn",
         down="fc2",
+        dropout="activation_dropout",
         when=_bart_encoder_norm_last,
     ),
     BlockPattern(
@@ -377,6 +633,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="fc1",
         act="activation_fn",
         down="fc2",
+        dropout="activation_dropout",
         when=_bart_decoder_norm_last,
     ),
     BlockPattern(
@@ -385,6 +642,7 @@ PATTERNS: tuple[BlockPattern, ...] = (
         up="fc1",
         act="activation_fn",
         down="fc2",
+        dropout="activation_dropout",
         when=_bart_norm_first,
     ),
     BlockPattern(
@@ -529,12 +787,81 @@ PATTERNS: tuple[BlockPattern, ...] = (
         when=_is_parallel,
     ),
     BlockPattern(
+        family="Phi-3, GLM (gate and up in one)",
+        norm="post_attention_layernorm",
+        gate_up="mlp.gate_up_proj",
+        act="mlp.activation_fn",
+        down="mlp.down_proj",
+        when=_reads_post_attention_norm,
+    ),
+    BlockPattern(
+        family="GLM-4 (gate and up in one)",
+        norm="post_attention_layernorm",
+        gate_up="mlp.gate_up_proj",
+        act="mlp.activation_fn",
+        down="mlp.down_proj",
+        when=_glm4,
+    ),
+    BlockPattern(
+        family="ModernBERT (gate and up in one)",
+        norm="mlp_norm",
+        gate_up="mlp.Wi",
+        act="mlp.act",
+        down="mlp.Wo",
+        dropout="mlp.drop",
+    ),
+    BlockPattern(
+        family="Moonshine decoder (gate and up in one)",
+        norm="final_layernorm",
+        gate_up="mlp.fc1",
+        gate_first=False,
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+    ),
+    BlockPattern(
+        family="Phi-4 audio (gate and up in one)",
+        norm="layer_norm",
+        gate_up="gate_up_proj",
+        gate_first=False,
+        act="act_fn",
+        down="down_proj",
+        dropout="dropout",
+    ),
+    BlockPattern(
+        family="Granite-MoE (shared expert)",
+        norm="post_attention_layernorm",
+        norm_is_shared=True,
+        gate_up="shared_mlp.input_linear",
+        act="shared_mlp.activation",
+        down="shared_mlp.output_linear",
+    ),
+    BlockPattern(
+        family="timm SwiGLU, GluMlp (gate and up in one)",
+        norm="norm2",
+        gate_up="mlp.fc1",
+        act="mlp.act",
+        down="mlp.fc2",
+        dropout="mlp.drop1",
+        when=_timm_gate_first,
+    ),
+    BlockPattern(
+        family="timm GluMlp (gate last)",
+        norm="norm2",
+        gate_up="mlp.fc1",
+        gate_first=False,
+        act="mlp.act",
+        down="mlp.fc2",
+        dropout="mlp.drop1",
+        when=_timm_gate_last,
+    ),
+    BlockPattern(
         family="DINOv3 (gated)",
         norm="norm2",
         gate="mlp.gate_proj",
         up="mlp.up_proj",
         act="mlp.act_fn",
         down="mlp.down_proj",
+        when=_has_nothing_between,
     ),
     BlockPattern(
         family="DINOv3",
@@ -629,4 +956,197 @@ PATTERNS: tuple[BlockPattern, ...] = (
         dropout="ff.1",
         when=_x_transformers,
     ),
+    BlockPattern(
+        family="Qwen-MoE (shared expert)",
+        norm="post_attention_layernorm",
+        norm_is_shared=True,
+        gate="mlp.shared_expert.gate_proj",
+        up="mlp.shared_expert.up_proj",
+        act="mlp.shared_expert.act_fn",
+        down="mlp.shared_expert.down_proj",
+        when=_has_shared_expert,
+    ),
+    BlockPattern(
+        family="DeepSeek, GLM-MoE (shared expert)",
+        norm="post_attention_layernorm",
+        norm_is_shared=True,
+        gate="mlp.shared_experts.gate_proj",
+        up="mlp.shared_experts.up_proj",
+        act="mlp.shared_experts.act_fn",
+        down="mlp.shared_experts.down_proj",
+        when=_has_shared_expert,
+    ),
+    BlockPattern(
+        family="Switch Transformers (experts)",
+        up="wi",
+        act="act",
+        down="wo",
+        dropout="dropout",
+        is_expert=True,
+    ),
+    BlockPattern(
+        family="NLLB-MoE (experts)",
+        up="fc1",
+        act="act",
+        down="fc2",
+        dropout="dropout",
+        is_expert=True,
+    ),
+    BlockPattern(
+        family="Mixtral (Transformers 4, experts)",
+        gate="w1",
+        up="w3",
+        act="act_fn",
+        down="w2",
+        is_expert=True,
+    ),
+    BlockPattern(
+        family="Qwen-MoE, DeepSeek (Transformers 4, experts)",
+        gate="gate_proj",
+        up="up_proj",
+        act="act_fn",
+        down="down_proj",
+        is_expert=True,
+    ),
+    BlockPattern(
+        family="Bamba, Jamba (gated)",
+        norm="pre_ff_layernorm",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        act="feed_forward.act_fn",
+        down="feed_forward.down_proj",
+        when=_has_no_multiplier,
+    ),
+    BlockPattern(
+        family="Llama 4 (gated)",
+        norm="post_attention_layernorm",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        act="feed_forward.activation_fn",
+        down="feed_forward.down_proj",
+    ),
+    BlockPattern(
+        family="AIMv2 (gated)",
+        norm="rms_norm2",
+        gate="ffn.gate_proj",
+        up="ffn.up_proj",
+        act="ffn.act_fn",
+        down="ffn.down_proj",
+    ),
+    BlockPattern(
+        family="Pixtral (gated)",
+        norm="ffn_norm",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        act="feed_forward.act_fn",
+        down="feed_forward.down_proj",
+    ),
+    BlockPattern(
+        family="AFMoE (gated)",
+        norm="pre_mlp_layernorm",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        act="mlp.act_fn",
+        down="mlp.down_proj",
+        when=_has_nothing_between,
+    ),
+    BlockPattern(
+        family="Moonshine, Canary (decoder)",
+        norm="final_layernorm",
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+        when=_has_nothing_between,
+    ),
+    BlockPattern(
+        family="Mimi, Moonshine, Llama 4 (vision)",
+        norm="post_attention_layernorm",
+        up="mlp.fc1",
+        act="mlp.activation_fn",
+        down="mlp.fc2",
+        when=_reads_post_attention_norm,
+    ),
+    BlockPattern(
+        family="Qwen 3 VL (vision)",
+        norm="norm2",
+        up="mlp.linear_fc1",
+        act="mlp.act_fn",
+        down="mlp.linear_fc2",
+    ),
+    BlockPattern(
+        family="CvT",
+        norm="layernorm_after",
+        up="intermediate.dense",
+        act="intermediate.activation",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="CTRL",
+        norm="layernorm2",
+        up="ffn.0",
+        act="ffn.1",
+        down="ffn.2",
+    ),
+    # Without the norm that they read: their tokens are a grid, and ZerothBias is for sequences.
+    BlockPattern(
+        family="ConvNeXT",
+        up="pwconv1",
+        act="act",
+        down="pwconv2",
+        when=_has_no_response_norm,
+    ),
+    BlockPattern(
+        family="DINOv3 (ConvNeXT)",
+        up="pointwise_conv1",
+        act="activation_fn",
+        down="pointwise_conv2",
+    ),
+    BlockPattern(
+        family="SAM 2, EdgeTAM (memory fuser)",
+        up="pointwise_conv1",
+        act="activation",
+        down="pointwise_conv2",
+    ),
+    BlockPattern(
+        family="XLNet",
+        up="layer_1",
+        act="activation_function",
+        down="layer_2",
+    ),
+    BlockPattern(
+        family="PatchTST",
+        up="ff.0",
+        act="ff.1",
+        down="ff.3",
+        dropout="ff.2",
+    ),
+    BlockPattern(
+        family="BERT's like",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+    ),
+    BlockPattern(
+        family="GLM-4V (merger)",
+        gate="gate_proj",
+        up="up_proj",
+        act="act_fn",
+        down="down_proj",
+        when=_is_merger,
+    ),
+    BlockPattern(
+        family="FSMT, Deformable DETR",
+        up="fc1",
+        act="activation_fn",
+        down="fc2",
+        when=_has_attention,
+    ),
+    BlockPattern(
+        family="BLIP-2 (Q-Former)",
+        up="intermediate_query.dense",
+        act="intermediate_query.intermediate_act_fn",
+        down="output_query.dense",
+    ),
+    *_of_modules(),
+    *_of_inline_modules(),
 )

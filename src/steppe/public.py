@@ -3,7 +3,7 @@
 from steppe.activations import Rectifier, SShapedSquaredReLU
 from steppe.blocks import MLPBlock, find_blocks
 from steppe.checkpoints import load_pretrained
-from steppe.errors import IncompleteCoverageWarning, SteppeError
+from steppe.errors import IncompleteCoverageWarning, SteppeError, WiringError
 from steppe.explanation import BlockExplanation, Explanation, explain
 from steppe.measures import BlockCurvature, BlockReport, Monitor, Report, measure, watch
 from steppe.ops.cpu.library import Kernels, kernels
@@ -44,6 +44,7 @@ __all__ = [
     "RisingThreshold",
     "SShapedSquaredReLU",
     "SteppeError",
+    "WiringError",
     "ZerothBias",
     "accelerate_",
     "added_parameters",

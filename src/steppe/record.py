@@ -16,6 +16,7 @@ from torch import nn
 
 RECORD_KEY = "steppe"
 RECORD_VERSION = 1
+_OF_BLOCKS = ("plugins", "patterns")  # its lists, whose entries name blocks
 METHOD = "steppe"  # the quantization method
 APPLIED = "_steppe_sparsification"  # the attribute of a model whose record is applied
 
@@ -51,12 +52,16 @@ class Holder:
         self.module.__dict__[APPLIED] = value
         if self.has_record:
             config = config_of(self.module)
-            entries = [
-                {**entry, "blocks": self._own(entry["blocks"])}
-                for entry in record["plugins"]
-                if self._own(entry["blocks"])
-            ]
-            setattr(config, RECORD_KEY, {**record, "plugins": entries})
+            own = {
+                key: [
+                    {**entry, "blocks": self._own(entry["blocks"])}
+                    for entry in record[key]
+                    if self._own(entry["blocks"])
+                ]
+                for key in _OF_BLOCKS
+                if key in record
+            }
+            setattr(config, RECORD_KEY, {**record, **own})
 
     def erase(self) -> None:
         """Leave nothing of it."""

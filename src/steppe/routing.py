@@ -20,15 +20,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as global_hooks
 
 from steppe.activations import Activation, is_relu
 from steppe.blocks import MLPBlock, Slot
 from steppe.errors import AccelerationError
+from steppe.experts import Expert, SharedActivation
+from steppe.fused import Half, HalvesForward
+from steppe.inline import AROUND, WrittenOut
 from steppe.ops.outcome import OWN_MODULES, Outcome
 from steppe.ops.plan import Plan
 from steppe.surgery import Journal
@@ -127,7 +132,7 @@ class _Part(NamedTuple):
         for kind in HOOKS:
             if own[kind] and not all(map(is_own_hook, own[kind].values())):
                 return f"a hook that is not steppe's is on {self.name}"
-        if "forward" in own:
+        if not isinstance(own.get("forward", None), HalvesForward | None):
             return f"the forward of {self.name} was replaced"
         if type(self.module).forward is not self.forward:
             return f"{self.name} was made a {type(self.module).__name__}"
@@ -136,6 +141,25 @@ class _Part(NamedTuple):
         if self.siblings.get(self.name) is not self.module:
             return f"another module stands in the place of {self.name}"
         return ""
+
+
+Places = dict[int, tuple[nn.Module, str]]
+"""By a module's id, one that it is a child of, and its name there."""
+
+
+def places_of(root: nn.Module) -> Places:
+    """Where the modules of a model are."""
+    return {
+        id(module): (parent, name)
+        for parent in root.modules()
+        for name, module in parent._modules.items()
+    }
+
+
+def _part(module: nn.Module, place: tuple[nn.Module, str], plain: type[nn.Module]) -> _Part:
+    parent, name = place
+    kind = type(module)
+    return _Part(module, name, parent._modules, kind, kind.forward, plain, plain.forward)
 
 
 class _Call:
@@ -192,6 +216,7 @@ class Route:
         unfit: by mode (training or not), why the block's wiring is not that of its pattern; empty
             if it is; no entry while nobody has looked.
         trial: how the next calls are to run, whatever it costs; for `steppe.dry_run` alone.
+        dropout: the probability that the owner would hand to a function, which drops nothing now.
     """
 
     def __init__(
@@ -208,6 +233,7 @@ class Route:
         self._last: Outcome | None = None
         self._calls: Counter[str] = Counter()
         self.trial: Trial | None = None
+        self.dropout = 0.0
         self.computation = computation
         self._parts: list[_Part] = []
         self._modes = block.down.__dict__  # has the mode without a look-up by nn.Module
@@ -293,6 +319,9 @@ class Route:
 
     def foreign(self) -> str:
         """Why the block's own modules must run: what others have done to it; empty for nothing."""
+        slot = self.block.dropout_slot
+        if slot is not None and getattr(slot.module, slot.name):
+            return f"{slot.name} was set anew"
         for hooks in _GLOBAL_HOOKS:
             if hooks and not all(map(is_own_hook, hooks.values())):
                 return "a hook for all modules is not steppe's"
@@ -341,41 +370,70 @@ class Route:
             reason = self.foreign() or self.unfit.get(self._modes["training"], "")
         return Plan(reason) if reason else computation.plan_and_count(x, traced)
 
-    def lay(self, root: nn.Module, journal: Journal) -> None:
+    def lay(self, places: Places, journal: Journal) -> None:
         """Put the route into the model.
 
         Args:
-            root: of the model.
+            places: of the model's modules.
             journal: takes it back.
         """
         block = self.block
         parts: list[tuple[nn.Module, type[nn.Module]]] = [(block.activated, Entering)]
         if block.gate is not None:
             parts.append((block.up, Multiplying))
+        shared = _shared_activation(block.act_slot)
         parts.append((_activation_module(block.act_slot, journal), Passing))
         if block.dropout is not None:
             parts.append((block.dropout, Passing))
         parts.append((block.down, Arriving))
+        if block.dropout_slot is not None:
+            slot = block.dropout_slot
+            self.dropout = float(getattr(slot.module, slot.name))
+            journal.hold_attribute(slot, 0.0)
+            journal.add_forward_pre_hook(block.down, self._drop, first=True)
         for slot, value in block.act_flags:
             journal.set_attribute(slot, value)
-        places = {
-            id(module): (parent, name)
-            for parent in root.modules()
-            for name, module in parent._modules.items()
-        }
+        slot = block.act_slot
         for module, behaviour in parts:
             plain = plain_class(type(module))
             self._join(module, behaviour, journal)
-            parent, name = places.get(id(module), (root, ""))
-            if not name:  # an activation that was a function
-                parent, name = block.act_slot.module, block.act_slot.name
-            kind = type(module)
-            self._parts.append(
-                _Part(
-                    *(module, name, parent._modules, kind, kind.forward, plain, plain.forward),
-                )
-            )
+            # An activation that was a function has no place yet.
+            place = places.get(id(module), (slot.module, slot.name))
+            self._parts.append(_part(module, place, plain))
+        # They are no parts, but whoever has a hook on one of them sees what flows.
+        seen = [layer.whole for layer in block.layers if isinstance(layer, Half)]
+        if shared is not None:  # it is not called in a routed call
+            seen.append(shared)
+        for module in dict.fromkeys(seen):
+            place = places.get(id(module), (slot.module, slot.name))
+            self._parts.append(_part(module, place, plain_class(type(module))))
         self._join(self.owner, Owning, journal)
+        written = self.owner.__dict__.get("forward")
+        if isinstance(written, WrittenOut) and AROUND not in written.inline.__dict__:
+            journal.add_attribute(Slot(written.inline, AROUND), partial(run_owner, self.owner))
+
+    def drops(self) -> float:
+        """The probability that a hidden entry is dropped now."""
+        layer: Any = self.block.dropout
+        if isinstance(layer, nn.Dropout) and layer.training:
+            return float(layer.p)
+        return self.dropout if self.owner.training else 0.0
+
+    def _drop(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook on `down`: what the owner's function would do to the hidden tensor."""
+        slot = self.block.dropout_slot
+        assert slot is not None
+        if not (self.dropout and self.owner.training and args) or getattr(slot.module, slot.name):
+            return None  # the last: somebody has set the probability anew, and the owner drops
+        call = _call_with(module)
+        a = args[0]
+        if call.is_routed if call is not None else self.is_routed(a):
+            return None
+        hidden = F.dropout(a, self.dropout, training=True)
+        if call is not None and call.witness is not None:
+            call.witness.see_dropout_input(a)
+            call.witness.see_dropout(hidden)
+        return (hidden, *args[1:])
 
     def _join(self, module: nn.Module, behaviour: type[nn.Module], journal: Journal) -> None:
         """Give a module the behaviour of a part of this route; it may be part of others."""
@@ -460,21 +518,26 @@ class Owning(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As before."""
-        routes = self.__dict__.get(_ROUTES)
-        if not routes or torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        stack = _calls.stack
-        depth = len(stack)
-        for route in routes:
-            stack.append(_Call(route))
-        try:
-            output = super().forward(*args, **kwargs)
-            for call in stack[depth:]:
-                if call.is_routed:
-                    raise call.route.is_lost("its last layer is not called")
-            return output
-        finally:
-            del stack[depth:]
+        return run_owner(self, super().forward, *args, **kwargs)
+
+
+def run_owner(owner: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that holds a block's parts, as a call of the block."""
+    routes = owner.__dict__.get(_ROUTES)
+    if not routes or torch.compiler.is_compiling():
+        return forward(*args, **kwargs)
+    stack = _calls.stack
+    depth = len(stack)
+    for route in routes:
+        stack.append(_Call(route))
+    try:
+        output = forward(*args, **kwargs)
+        for call in stack[depth:]:
+            if call.is_routed:
+                raise call.route.is_lost("its last layer is not called")
+        return output
+    finally:
+        del stack[depth:]
 
 
 class Entering(nn.Module):
@@ -637,8 +700,20 @@ class _Applied(nn.Module):
 def _activation_module(slot: Slot, journal: Journal) -> nn.Module:
     """A block's activation as a module, which takes the place of a function."""
     act: Activation = getattr(slot.module, slot.name)
+    module: nn.Module
+    if isinstance(slot.module, Expert) and slot.name not in slot.module._modules:
+        module = SharedActivation(slot.module.experts).train(slot.module.training)
+        journal.set_attribute(slot, module)
+        return module
     if isinstance(act, nn.Module):
         return act
     module = (nn.ReLU() if is_relu(act) else _Applied(act)).train(slot.module.training)
     journal.set_attribute(slot, module)
     return module
+
+
+def _shared_activation(slot: Slot) -> nn.Module | None:
+    """A module that is the activation of all experts, if a block's activation is that."""
+    act: Activation = getattr(slot.module, slot.name)
+    is_shared = isinstance(slot.module, Expert) and slot.name not in slot.module._modules
+    return act if is_shared and isinstance(act, nn.Module) else None

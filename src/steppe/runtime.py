@@ -10,15 +10,19 @@ import torch
 from torch import nn
 
 import steppe.plugins as plugins
-from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
+from steppe.blocks import MLPBlock, Slot, blocks_for, find_blocks, unwrap
 from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
+from steppe.first_pass import not_looking
+from steppe.fused import Half, HalvesForward
 from steppe.linear import is_linear, linear_weight
 from steppe.ops.backend import backend_of
+from steppe.pattern_notes import forget_patterns_, note_patterns_
 from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
-from steppe.routing import Route, owners_of
+from steppe.record import APPLIED
+from steppe.routing import Route, owners_of, places_of
 from steppe.surgery import Journal, forget_compiled_code
 from steppe.swapping import plain_class
 
@@ -31,13 +35,11 @@ class Acceleration:
 
     Attributes:
         routes: of the blocks.
-        patterns: of the user's own, that the blocks were found by.
         settings: the other arguments that it was called with.
         journal: takes it back.
     """
 
     routes: list[Route]
-    patterns: Sequence[BlockPattern]
     settings: Settings
     journal: Journal
 
@@ -72,6 +74,7 @@ def accelerate_(
     max_candidates: float | None = None,
     weights_are_final: bool = False,
     check: bool = True,
+    strict: bool = False,
 ) -> nn.Module:
     """Run the MLP blocks of a ReLU-type model on exact sparse kernels, forward and backward.
 
@@ -96,7 +99,7 @@ def accelerate_(
     Args:
         model: the model; wrappers are seen through.
         where: which blocks; all by default.
-        patterns: patterns of your own for `find_blocks`.
+        patterns: patterns of your own for `find_blocks`, which are noted with the model.
         max_density: up to which density a block runs sparse, in [0, 1], however little there is to
             do; by default what `steppe calibrate` has measured on this machine, else a table.
         max_candidates: up to which share of candidates, the entries that the int8 product cannot
@@ -106,6 +109,7 @@ def accelerate_(
         check: run each block once on random input through its own modules and on the kernels,
             forward and backward, in evaluation and in training, and refuse it where they differ.
             Without, the first call of each mode looks at what flows between a block's modules.
+        strict: refuse a model of which some MLPs are not found, instead of warning once.
 
     Returns:
         The model.
@@ -129,24 +133,27 @@ def accelerate_(
     if old is not None:
         _decelerate(old)
     try:
-        blocks = find_blocks(root, where, patterns)
+        blocks = blocks_for("accelerate_", root, where, patterns, strict)
         for block in blocks:
             _check(block)
-        _route(root, blocks, patterns, settings)
+        with not_looking(root):
+            _route(root, blocks, settings, patterns)
     except BaseException:  # also Ctrl-C: never half a model
         if old is not None:
-            _route(root, old.blocks, old.patterns, replace(old.settings, check=False))
+            _route(root, old.blocks, replace(old.settings, check=False))
         raise
+    if patterns and (sparsification := root.__dict__.get(APPLIED)) is not None:
+        sparsification.keep()  # with them
     return model
 
 
 def _route(
     root: nn.Module,
     blocks: list[MLPBlock],
-    patterns: Sequence[BlockPattern],
     settings: Settings,
+    patterns: Sequence[BlockPattern] = (),
 ) -> None:
-    """Lay the routes of some blocks, and check them."""
+    """Lay the routes of some blocks, check them, and note the patterns that they were found by."""
     for weight in [linear_weight(block.down) for block in blocks]:
         backend = backend_of(weight)
         if backend is not None and settings.max_density is None:
@@ -154,25 +161,24 @@ def _route(
     journal = Journal(transient=True)
     try:
         journal.hold_nested_tensors_off(root)
+        journal.hold_parts(blocks)
         computations = [
             Computation(block, settings.max_density, settings.max_candidates) for block in blocks
         ]
         routes = []
+        places = places_of(root)
         for owner, computation in zip(owners_of(root, blocks), computations, strict=True):
             routes.append(Route(computation.block, owner, computation))
-            routes[-1].lay(root, journal)
+            routes[-1].lay(places, journal)
         if settings.check:
             check_routes(routes)
         for weight in [linear_weight(layer) for block in blocks for layer in block.layers]:
             backend = backend_of(weight)
             if backend is not None and settings.weights_are_final:
                 backend.declare_final(weight)
-        journal.add_attribute(
-            Slot(root, _ATTRIBUTE), Acceleration(routes, patterns, settings, journal)
-        )
-        journal.revive(
-            root, _Again(tuple(block.name for block in blocks), tuple(patterns), settings)
-        )
+        journal.add_attribute(Slot(root, _ATTRIBUTE), Acceleration(routes, settings, journal))
+        journal.revive(root, _Again(tuple(block.name for block in blocks), settings))
+        note_patterns_(root, patterns)
     except BaseException:
         journal.undo()
         forget_compiled_code()
@@ -188,19 +194,19 @@ class _Again:
     """
 
     names: tuple[str, ...]
-    patterns: tuple[BlockPattern, ...]
     settings: Settings
 
     def __call__(self, replica: nn.Module) -> None:
-        blocks = find_blocks(replica, lambda block: block.name in self.names, self.patterns)
+        blocks = find_blocks(replica, lambda block: block.name in self.names)
         settings = replace(self.settings, check=False, weights_are_final=False)
-        _route(replica, blocks, self.patterns, settings)
+        _route(replica, blocks, settings)
 
 
 def restore_(model: nn.Module) -> nn.Module:
     """Take everything back that `accelerate_` and `sparsify_` did: the exact inverse.
 
-    Values that training has given to the model's own parameters stay; the zeroth biases are gone.
+    Values that training has given to the model's own parameters stay; the zeroth biases are gone,
+    and so are noted patterns.
 
     Args:
         model: a model that `accelerate_` or `sparsify_` changed.
@@ -215,7 +221,10 @@ def restore_(model: nn.Module) -> nn.Module:
     if acceleration is None:
         return plugins.restore_(model)
     _decelerate(acceleration)
-    return model if sparsification_of(model) is None else plugins.restore_(model)
+    if sparsification_of(model) is not None:
+        return plugins.restore_(model)
+    forget_patterns_(model)
+    return model
 
 
 def acceleration_of(model: nn.Module) -> Acceleration | None:
@@ -253,9 +262,10 @@ def _check(block: MLPBlock) -> None:
             f" both. {leave_out}"
         )
     for layer in block.layers:
-        if not is_linear(plain_class(type(layer))) and not is_conv1d(layer):
+        computes = layer.whole if isinstance(layer, Half) else layer
+        if not is_linear(plain_class(type(computes))) and not is_conv1d(computes):
             raise AccelerationError(
-                f"{block.name}: expected nn.Linear or Conv1D, got {_described(layer)}, which may"
+                f"{block.name}: expected nn.Linear or Conv1D, got {_described(computes)}, which may"
                 " compute something else. Of a PEFT model merge the adapters first: model ="
                 f" model.merge_and_unload(). {leave_out}"
             )
@@ -277,8 +287,13 @@ def _check(block: MLPBlock) -> None:
         raise AccelerationError(
             f"{block.name}: expected nn.Dropout, got {_described(dropout)}. {leave_out}"
         )
-    parts = [*block.layers, *(part for part in (block.act, dropout) if part is not None)]
-    replaced = [part for part in parts if "forward" in getattr(part, "__dict__", {})]
+    fused = {layer.whole for layer in block.layers if isinstance(layer, Half)}
+    others = [part for part in (block.act, dropout) if part is not None]
+    parts = [*block.layers, *fused, *others]
+    own = HalvesForward | None
+    replaced = [
+        part for part in parts if not isinstance(getattr(part, "__dict__", {}).get("forward"), own)
+    ]
     if replaced:
         raise AccelerationError(
             f"{block.name}: the forward of {_described(replaced[0])} was replaced, and may compute"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,20 @@ def fault_of(kind: type, values: Mapping[str, Any]) -> str | None:
     import pydantic
 
     try:
+        _model_of(kind).model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return f"{where}: {first['msg']}, got {str(first['input'])[:_SHOWN]!r}"
+    return None
+
+
+@functools.cache
+def _model_of(kind: type) -> Any:
+    """What checks values, which takes a thousand times as long to make as to use."""
+    import pydantic
+
+    try:
         hints = typing.get_type_hints(kind)
     except NameError:  # a type of the user's that is only imported for type checkers
         hints = {}
@@ -31,20 +46,13 @@ def fault_of(kind: type, values: Mapping[str, Any]) -> str | None:
         field.name: (hints.get(field.name, Any), _default(field))
         for field in dataclasses.fields(kind)
     }
-    model = pydantic.create_model(
+    return pydantic.create_model(
         kind.__name__,
         __config__=pydantic.ConfigDict(
             strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True
         ),
         **fields,
     )
-    try:
-        model.model_validate(dict(values))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        return f"{where}: {first['msg']}, got {str(first['input'])[:_SHOWN]!r}"
-    return None
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from steppe.blocks import Slot, find_nested_tensor_encoders
+from steppe.blocks import MLPBlock, Slot, find_nested_tensor_encoders
+from steppe.experts import ExpertLayer, ListedTokens
+from steppe.fused import Half
+from steppe.inline import INLINE, Inline
 from steppe.swapping import (
     OwnHook,
     Reviver,
@@ -34,6 +38,12 @@ from steppe.swapping import (
 )
 
 _HOLDS = "_steppe_holds"  # on a module: attribute → (number of holders, old value)
+
+
+class _Value(Enum):
+    """In place of a value that there is none of; the same one in every copy."""
+
+    ABSENT = auto()
 
 
 class _Edit(ABC):
@@ -115,6 +125,8 @@ class _HoldEdit(_SlotEdit):
         holders, old = holds.pop(name)
         if holders > 1:
             holds[name] = (holders - 1, old)
+        elif old is _Value.ABSENT:
+            delattr(module, name)
         else:
             setattr(module, name, old)
         if holds:
@@ -171,10 +183,11 @@ class Journal:
     def hold_attribute(self, slot: Slot, value: object) -> None:
         """Give an attribute another value for as long as any journal wants it so.
 
-        All must want the same value; the last one to let go brings the old one back.
+        It may be one that the module itself does not have. All must want the same value; the last
+        one to let go brings the old one back.
         """
         holds = slot.module.__dict__.get(_HOLDS, {})
-        holders, old = holds.get(slot.name, (0, getattr(slot.module, slot.name)))
+        holders, old = holds.get(slot.name, (0, slot.module.__dict__.get(slot.name, _Value.ABSENT)))
         setattr(slot.module, slot.name, value)
         slot.module.__dict__[_HOLDS] = {**holds, slot.name: (holders + 1, old)}
         self._note(_HoldEdit(slot))
@@ -183,6 +196,63 @@ class Journal:
         """Keep ``nn.TransformerEncoder`` from nested tensors, on which layers with hooks fail."""
         for encoder in find_nested_tensor_encoders(model):
             self.hold_attribute(Slot(encoder, "use_nested_tensor"), False)
+
+    def hold_parts(self, blocks: Sequence[MLPBlock]) -> None:
+        """Let layers that are parts of larger ones, and experts, run as layers of blocks.
+
+        Args:
+            blocks: of which those that have such layers matter.
+
+        Raises:
+            UnfitBlockError: a module with experts computes something else.
+        """
+        self._hold_experts(blocks)
+        for block in blocks:
+            inline = block.act_slot.module
+            if isinstance(inline, Inline):
+                inline.train(inline.mlp.training)
+                self.hold_attribute(Slot(inline.mlp, INLINE), inline)
+                self.hold_attribute(Slot(inline.mlp, "forward"), inline.written_out)
+            gate, up = block.gate, block.up
+            if not isinstance(gate, Half) or not isinstance(up, Half):
+                continue
+            fused = up.whole
+            for name, half in (("gate", gate), ("up", up)):
+                half.train(fused.training)
+                self.hold_attribute(Slot(fused, name), half)
+            self.hold_attribute(Slot(fused, "forward"), up.halves.forward)
+
+    def _hold_experts(self, blocks: Sequence[MLPBlock]) -> None:
+        """Let experts run as blocks, and know which tokens each gets.
+
+        Those whose weights lie in one tensor come below the module that has it, and it calls them.
+
+        Args:
+            blocks: of which those that are such experts matter.
+
+        Raises:
+            UnfitBlockError: the module computes something else.
+        """
+        layers = [block.down for block in blocks if isinstance(block.down, ExpertLayer)]
+        for experts in {id(layer.experts): layer.experts for layer in layers}.values():
+            module = experts.module
+            if "forward" not in module.__dict__:
+                experts.require_agreement()
+            for number, expert in enumerate(experts.each):
+                expert.train(module.training)
+                self.hold_attribute(Slot(module, str(number)), expert)
+            self.hold_attribute(Slot(module, "forward"), experts.forward)
+        tokens: dict[nn.Module, ListedTokens] = {}
+        for block in blocks:
+            router = block.routed_in
+            if router is None or isinstance(block.down, ExpertLayer):
+                continue
+            if router not in tokens:
+                tokens[router] = listed = ListedTokens()
+                self.add_forward_pre_hook(router, listed.enter, with_kwargs=True)
+                self.add_forward_hook(router, listed.leave, always=True)
+            for layer in block.layers[:-1]:
+                self.add_forward_pre_hook(layer, tokens[router].look_up)
 
     def added_parameters(self) -> list[Slot]:
         """Where the registered parameters are."""
@@ -208,11 +278,16 @@ class Journal:
         self._note(_AddedEdit(slot))
 
     def add_forward_pre_hook(
-        self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        with_kwargs: bool = False,
+        first: bool = False,
     ) -> None:
-        """Register a forward pre-hook."""
+        """Register a forward pre-hook; with `first` it comes before those that are there."""
         own = OwnHook(hook, self._transient)
-        self._note_hook(module, own, module.register_forward_pre_hook(own, with_kwargs=with_kwargs))
+        handle = module.register_forward_pre_hook(own, prepend=first, with_kwargs=with_kwargs)
+        self._note_hook(module, own, handle)
 
     def add_forward_hook(
         self,

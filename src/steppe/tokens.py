@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from steppe.blocks import MLPBlock, decoders, forward_parameters
 from steppe.errors import TokenPositionError
+from steppe.experts import Rows, current_rows
 from steppe.per_thread import PerThread
 from steppe.surgery import Journal
 
@@ -53,6 +54,25 @@ class Generation:
 
 # The innermost one that each thread is in, of a model that is watched.
 current_generation: PerThread[Generation | None] = PerThread(None)
+
+
+class Layout(NamedTuple):
+    """How a block's tokens are to be put together by samples.
+
+    Attributes:
+        samples: S.
+        tokens_first: of three dimensions the first is that of the tokens.
+        longest: of an expert, how many tokens it has of the sample that it has most of; else 0.
+        slots: of an expert, int64 ``[n]``, where each of its tokens goes in ``[S · longest]``.
+        mask: bool ``[S, T]``, False for what does not count; None if all tokens do. Of an expert T
+            is `longest`.
+    """
+
+    samples: int
+    tokens_first: bool
+    longest: int = 0
+    slots: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class TokenContext:
@@ -219,6 +239,75 @@ class TokenContext:
                 f" tensor is {list(hidden.shape)}"
             )
         return mask
+
+    def layout(self, hidden: Tensor, block: MLPBlock) -> Layout:
+        """How to put the tokens of a block together by samples.
+
+        Args:
+            hidden: as in `samples`; of an expert ``[n, *]``, the tokens that are routed to it.
+            block: the block.
+
+        Raises:
+            TokenPositionError: the tokens are not those that the model was called with.
+        """
+        tokens_first = block.token_dim == 0
+        if not block.is_routed:
+            mask = self.mask_by_sample(hidden, block)
+            return Layout(self.samples(hidden, block), tokens_first, mask=mask)
+        rows = self._rows(hidden, block)
+        tokens = rows.tokens
+        samples = self.shape[0] if self.shape else (tokens if block.stack is None else 1)
+        slots, longest = rows.padded(samples)
+        mask = slots.new_zeros(samples * longest, dtype=torch.bool)
+        counted = self._counted_rows(rows)
+        mask[slots] = True if counted is None else counted.to(mask.device)
+        return Layout(samples, False, longest, slots, mask.view(samples, longest))
+
+    def counted(self, hidden: Tensor, block: MLPBlock) -> Tensor | None:
+        """Which tokens of a block count, one by one.
+
+        Args:
+            hidden: as in `layout`.
+            block: the block.
+
+        Returns:
+            bool, the shape of `hidden` without its last dimension, or None if all count.
+
+        Raises:
+            TokenPositionError: as in `layout`.
+        """
+        if block.is_routed:
+            counted = self._counted_rows(self._rows(hidden, block))
+            return None if counted is None else counted.to(hidden.device)
+        mask = self.mask_by_sample(hidden, block)
+        if mask is None:
+            return None
+        tokens_first = block.token_dim == 0 and hidden.dim() == 3
+        return (mask.T if tokens_first else mask).reshape(hidden.shape[:-1]).to(hidden.device)
+
+    def _rows(self, hidden: Tensor, block: MLPBlock) -> Rows:
+        """The tokens of an expert in the current call."""
+        rows = current_rows.get()
+        if rows is None or len(rows.index) * hidden.shape[-1] != hidden.numel():
+            router = type(block.routed_in).__name__
+            raise TokenPositionError(
+                f"{block.name}: got {list(hidden.shape)}, and which of the tokens of {router} these"
+                " are is unknown: they are not as they were. Call the model, not an expert by"
+                " itself; if it changes tokens before it routes them (jitter), switch that off or"
+                " leave the experts out: where=lambda block: not block.is_routed"
+            )
+        if self.shape is not None and self.shape[0] * self.shape[1] != rows.tokens:
+            raise TokenPositionError(
+                f"{block.name}: the model was called with {self.shape[0]} × {self.shape[1]} tokens,"
+                f" its experts got {rows.tokens}. Leave them out: where=lambda block: not"
+                " block.is_routed"
+            )
+        return rows
+
+    def _counted_rows(self, rows: Rows) -> Tensor | None:
+        """Which of an expert's tokens count, bool ``[n]``, or None if all do."""
+        mask = self.mask
+        return None if mask is None else mask.reshape(-1)[rows.index.to(mask.device)]
 
     def _is_padded(self, tensor: Tensor) -> bool:
         """Whether the stack has appended tokens to those that it was called with."""

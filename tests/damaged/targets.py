@@ -132,6 +132,25 @@ def _model(folder: Path, sparse: bool, shard: str = "1GB") -> None:
     model.save_pretrained(folder / "model", max_shard_size=shard)
 
 
+def _model_of_own_pattern(folder: Path) -> None:
+    """A model whose record has a pattern with everything that one can have."""
+    own = steppe.BlockPattern(
+        family="own",
+        norm="ln_2",
+        up="mlp.c_fc",
+        act="mlp.act",
+        down="mlp.c_proj",
+        dropout="mlp.dropout",
+        norm_is_shared=True,
+        when=lambda layer: True,
+        sequence_first=lambda layer: True,
+        act_flags=(("gradient_checkpointing", False),),
+    )
+    model = gpt2()
+    steppe.sparsify_(model, [steppe.JumpingSquaredReLU()], patterns=[own])
+    model.save_pretrained(folder / "model")
+
+
 def _language_model(folder: Path) -> None:
     """A checkpoint of the Trainer's with its tokenizer, and a text."""
     place = folder / "checkpoint-10"
@@ -271,6 +290,12 @@ TARGETS: Mapping[str, Target] = {
     "processor": _measured("preprocessor_config.json", _vision_model, "images"),
     "config": _model_file("config.json", False),
     "record": _model_file("config.json", True),
+    "record-patterns": Target(
+        _model_of_own_pattern,
+        "model/config.json",
+        lambda folder: load_checkpoint(folder / "model"),
+        (TREE,),
+    ),
     "weights": _model_file("model.safetensors", True, "1GB", BYTES, FILE),
     "shards": _model_file(_INDEX, True, "10KB"),
     "manifest": Target(

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AlbertConfig, AlbertForMaskedLM
 
 import models
 import oracles
@@ -38,6 +40,7 @@ from steppe.measures.flatness import (
     tap,
 )
 from steppe.measures.report import ratio_of_sums, report_from_dict
+from steppe.tokens import Layout
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -530,6 +533,107 @@ def test_checkpointed_backward_passes_count_once(name: str, reentrant: bool) -> 
     assert_close(got, want)
 
 
+def albert() -> nn.Module:
+    """Three calls of one layer."""
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=models.VOCABULARY,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=24,
+        hidden_act="relu",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return AlbertForMaskedLM(config).to(torch.float64)
+
+
+def test_a_block_that_is_called_several_times_has_the_tokens_of_all_calls() -> None:
+    model, batch = albert(), batch_for("bert")
+    block = find_blocks(model)[0]
+    tied, copies, slopes = [], [], 0
+    for index in range(3):
+        seen: list[tuple[Tensor, Tensor]] = []
+        handle = block.up.register_forward_hook(functools.partial(_keep_output, seen))
+        model.zero_grad()
+        model(**row_of(batch, index)).loss.backward()
+        handle.remove()
+        tied.append(block.up.weight.grad.square().sum().item())
+        counted = row_of(batch, index)["attention_mask"].flatten() != 0
+        products = [
+            (p.grad.square().sum(-1) * x.square().sum(-1)).flatten()[counted].sum() for x, p in seen
+        ]
+        copies.append(sum(products).item())
+        slopes += sum(int((p.flatten(0, -2)[counted] > 0).sum()) for _, p in seen)
+    for _ in range(2):  # one pass knows nothing of the one before
+        with watch(model, gradients=True) as monitor:
+            first = model(**batch).loss
+            first.backward(retain_graph=True)
+        report = monitor.report().blocks[0]
+        assert (report.samples, report.tokens) == (3, 3 * 14)
+        assert report.derivative_density == slopes / (3 * 14 * 24)
+        assert report.AF_up == pytest.approx(sum(copies) / 3, rel=PRECISE)
+        assert report.squared_gradient_norm_up == pytest.approx(sum(tied) / 3, rel=PRECISE)
+        assert report.derivative_density_by_identity == pytest.approx(
+            report.derivative_density, rel=1e-12
+        )
+        first.backward()  # the same graph once more
+        again = monitor.report().blocks[0]
+        assert again.AF_up == pytest.approx(report.AF_up, rel=1e-12)
+
+
+class Repeated(nn.Module):
+    """One layer three times, each call perhaps in a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 24, dropout=0.0, batch_first=True)
+        self.checkpoints = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            again = functools.partial(checkpoint, self.layer, use_reentrant=False)
+            x = again(x) if self.checkpoints else self.layer(x)
+        return x
+
+
+def test_checkpoints_around_calls_of_one_block_change_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = Repeated().double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    reports = []
+    for model.checkpoints in (False, True):
+        with watch(model, gradients=True, reduction="sum") as monitor:
+            model(x).square().sum().backward()
+        reports.append(monitor.report().blocks[0])
+    assert (reports[0].samples, reports[0].tokens) == (2, 30)
+    for name in ("AF_up", "squared_gradient_norm_up", "squared_gradient_norm_down", "density"):
+        assert getattr(reports[1], name) == pytest.approx(getattr(reports[0], name), rel=1e-12)
+
+
+def test_passes_that_run_backward_later_are_kept_apart() -> None:
+    model, batch = albert(), batch_for("bert")
+    with watch(model, gradients=True) as monitor:
+        losses = [model(**batch).loss, model(**row_of(batch, 0)).loss]
+        losses[0].backward()
+        losses[1].backward()
+        together = monitor.report().blocks[0]
+        monitor.reset()
+        for rows in (batch, row_of(batch, 0)):
+            model(**rows).loss.backward()
+        alone = monitor.report().blocks[0]
+    assert together.AF_up == pytest.approx(alone.AF_up, rel=1e-12)
+    assert together.squared_gradient_norm_up == pytest.approx(
+        alone.squared_gradient_norm_up, rel=1e-12
+    )
+
+
+def _keep_output(seen: list[Any], module: nn.Module, args: tuple[Any, ...], p: Tensor) -> None:
+    p.retain_grad()
+    seen.append((args[0].detach(), p))
+
+
 def test_autocast_measures_what_it_computes() -> None:
     model, batch = build("gpt2", dtype=torch.float32), batch_for("gpt2", torch.float32)
     want = measure(model, [batch]).blocks
@@ -650,7 +754,7 @@ def _look_back(
 def test_a_tap_is_the_identity() -> None:
     p = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     q = p * 1.0
-    out = tap(q, new_probe(p.device), torch.randn(2, 3, 5), (2, False), q > 0, None, torch.ones(2))
+    out = tap(q, new_probe(p.device), torch.randn(2, 3, 5), Layout(2, False), q > 0, torch.ones(2))
     assert out.data_ptr() == q.data_ptr()
     assert not out._is_view()
     grad = torch.randn_like(p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 import models
+import odd
 import steppe
 from steppe import JumpingSquaredReLU, RestrictedNorm, RisingThreshold, ZerothBias
 from steppe.errors import SparsificationError
@@ -200,6 +202,70 @@ def test_folding_before_any_batch_is_one_clear_error() -> None:
     with pytest.raises(SparsificationError, match=r"transformer\.h\.0 has seen no training batch"):
         steppe.fold_(model)
     assert threshold_of(steppe.find_blocks(model)[0]) is not None
+
+
+class StubbornConfig(odd.OddConfig):
+    """Ctrl-C comes where its layers are said to have biases."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "mlp_bias" and value:
+            raise KeyboardInterrupt
+        super().__setattr__(name, value)
+
+
+def interrupted() -> nn.Module:
+    """A model whose config raises."""
+    model = odd.odd()
+    model.config.__class__ = StubbornConfig
+    return model
+
+
+def with_shared_memory() -> nn.Module:
+    """A model of which one bias cannot be written."""
+    model = odd.odd(mlp_bias=True)
+    bias = torch.zeros(1).expand(odd.D_HIDDEN)
+    model.body.stack[1].widen.bias = nn.Parameter(bias, requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (interrupted, KeyboardInterrupt),
+        (with_shared_memory, RuntimeError),
+    ],
+)
+def test_it_is_done_whole_or_not_at_all(
+    make: Callable[[], nn.Module], error: type[BaseException]
+) -> None:
+    model = make()
+    steppe.sparsify_(model, [RisingThreshold()], patterns=[odd.PATTERN])
+    model(odd.ids())
+    steppe.project_(steppe.advance_(model, 1.0))
+    parameters = dict(model.named_parameters())
+    before = copy.deepcopy(model.state_dict())
+    expected, config = model.eval()(odd.ids()).logits, model.config.to_dict()
+    with pytest.raises(error):
+        steppe.fold_(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(model.state_dict()[name], one) for name, one in before.items())
+    assert {name: id(one) for name, one in model.named_parameters()} == {
+        name: id(one) for name, one in parameters.items()
+    }
+    assert model.config.to_dict() == config
+    assert torch.equal(model(odd.ids()).logits, expected)
+    assert all(threshold_of(block) is not None for block in steppe.find_blocks(model))
+
+
+@pytest.mark.filterwarnings("ignore::steppe.IncompleteCoverageWarning")
+def test_blocks_of_which_no_pattern_was_told_do_not_stop_it() -> None:
+    model = odd.odd(layers=3)
+    own = dataclasses.replace(odd.PATTERN, when=lambda layer: layer.is_even)
+    steppe.sparsify_(model, [RisingThreshold()], patterns=[own])
+    model(odd.ids())
+    steppe.project_(steppe.advance_(model, 1.0))
+    expected = model.eval()(odd.ids()).logits
+    torch.testing.assert_close(steppe.fold_(model)(odd.ids()).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5 gated", "llama"])

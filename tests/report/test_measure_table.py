@@ -57,6 +57,20 @@ def row_with(text: str, start: str) -> list[str]:
     return next(line.split() for line in text.splitlines() if line.split()[:1] == [start])
 
 
+def test_a_part_of_a_model_is_said_to_be_one() -> None:
+    part = replace(report(BLOCK), coverage=0.167)
+    assert "17% of the MLP parameters" in " ".join(text_of(measure_table(part)).split())
+    assert "MLP parameters" not in text_of(measure_table(replace(part, coverage=1.0)))
+
+
+def test_each_tower_has_a_density() -> None:
+    vision = replace(BLOCK, name="vision.layers.0", density=0.5, tokens=10, d_hidden=4)
+    other = replace(vision, name="vision.layers.1", density=0.25, tokens=30)
+    text = replace(BLOCK, name="text.layers.0", density=0.125)
+    towers = report(vision, other, text).density_by_tower
+    assert towers == {"vision.layers": (0.5 * 40 + 0.25 * 120) / 160, "text.layers": 0.125}
+
+
 def test_a_block_has_its_measures_and_standard_errors() -> None:
     blocks = (BLOCK, replace(BLOCK, name="model.layers.1.mlp", density=0.125))
     text = text_of(measure_table(report(*blocks)))
@@ -156,3 +170,22 @@ def test_a_curve_has_one_row_a_checkpoint_with_means_over_the_blocks() -> None:
 def test_a_curve_without_gradients_has_dashes() -> None:
     run = Run("a", "M", 5.0, held_out_steps=[0], held_out=[report(replace(BLOCK, **UNMEASURED))])
     assert row_with(text_of(curve_table(run)), "0")[3:6] == ["–"] * 3
+
+
+def test_the_experts_of_a_layer_are_one_row_where_there_are_many() -> None:
+    first = replace(BLOCK, name="layers.1.experts.0", tokens=30, samples=6, density=0.2, AF_up=1.0)
+    second = replace(BLOCK, name="layers.1.experts.1", tokens=10, samples=2, density=0.6, AF_up=3.0)
+    unreached = replace(
+        first, tokens=0, samples=0, **dict.fromkeys(("density", "derivative_density"), NAN)
+    )
+    others = [replace(unreached, name=f"layers.1.experts.{number}") for number in range(2, 64)]
+    few = text_of(measure_table(report(first, second, *others)))
+    assert row_with(few, "0")[1] == "20.00"
+    many = report(BLOCK, first, second, *others)
+    assert len(repr(many)) < 6_000 < len(repr(report(first, second, *others)))
+    assert "63 more" in repr(many)
+    text = text_of(measure_table(many))
+    assert len(text.splitlines()) < 14
+    row = next(line.split() for line in text.splitlines() if "experts" in line)
+    assert row[1:4] == ["30.00", "50.00", "1.5"]  # (30 · 20 + 10 · 60) / 40, (6 · 1 + 2 · 3) / 8
+    assert f"of {64 * 32}" in text

@@ -382,6 +382,17 @@ def test_the_table_shows_densities_and_changes_of_either_sign() -> None:
     assert "–" in Outline(summary_table([NOTHING])).words
 
 
+def test_a_run_of_part_of_a_model_is_said_to_be_one() -> None:
+    measured = [
+        dataclasses.replace(one, coverage=0.25, not_covered=("mlp.experts: <tensors>",))
+        for one in SPARSER.held_out
+    ]
+    table = summary_table([VANILLA, dataclasses.replace(SPARSER, held_out=measured)])
+    said = "Of sparser 25.0 % of the MLP parameters were measured, without: mlp.experts: <tensors>."
+    assert said in plain(Outline(table).words)
+    assert "MLP parameters" not in Outline(summary_table([VANILLA, SPARSER])).words
+
+
 SPEED = {
     **{"case": "training", "tokens": 512, "dtype": "float32", "threads": 2, "d": 64, "f": 256},
     **{"dense_ms": 12.34, "density": 0.103, "candidates": 0.207, "ratio": 3.456},

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import models
 from steppe import ActivationPenalty, ZerothBias, sparsify_
 from steppe.errors import ScheduleError
+from steppe.first_pass import stop_looking
 from steppe.training import SteppeCallback
 
 EVENTS = (
@@ -128,6 +129,8 @@ def raise_in(model: nn.Module, trainer: Trainer, place: str, error: BaseExceptio
 
 def assert_clean(model: nn.Module, like: nn.Module) -> None:
     """No hook, no class and no attribute beyond those of a model that was never trained."""
+    for one in (model, like):
+        stop_looking(one)  # what waits for a first pass is sparsify_'s
     for (name, module), (_, other) in zip(model.named_modules(), like.named_modules(), strict=True):
         assert type(module) is type(other), name
         assert len(module._forward_hooks) == len(other._forward_hooks), name

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 import models
 import steppe
 from steppe.errors import CheckpointError, MissingExtraError
-from steppe.training.loading import load_checkpoint
+from steppe.training.loading import empty_model, load_checkpoint
 
 PLUGINS = [steppe.ZerothBias(), steppe.RestrictedNorm(), steppe.JumpingSquaredReLU()]
 
@@ -121,3 +122,10 @@ def test_layers_by_the_million_are_refused_before_they_are_made(tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 200_000_000}))
     with pytest.raises(CheckpointError, match="200000000 layers, the weights 28 tensors"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["clip", "detr"])
+def test_a_config_that_names_no_class_is_of_the_whole_model(model_type: str, tmp_path) -> None:
+    options = {"backbone_config": transformers.ResNetConfig()} if model_type == "detr" else {}
+    transformers.AutoConfig.for_model(model_type, **options).save_pretrained(tmp_path)
+    assert type(empty_model(tmp_path)).__name__ in ("CLIPModel", "DetrModel")

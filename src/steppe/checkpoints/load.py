@@ -10,15 +10,17 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks import find_blocks, unwrap
+from steppe.blocks import coverage, owner_name, unwrap
 from steppe.checkpoints.weights import Weights, find, read_json
 from steppe.errors import CheckpointError, SteppeError
+from steppe.pattern_notes import Noted, forget_patterns_, note_record_
+from steppe.pattern_values import fault_in
 from steppe.patterns import BlockPattern
 from steppe.plugins.base import Plugin, plugin_from_settings
 from steppe.plugins.sparsify import PLUGINS, advance_, sparsification_of, sparsify_
@@ -35,7 +37,7 @@ class Own:
     """What of the user's own a record may name.
 
     Attributes:
-        patterns: patterns that `sparsify_` was given.
+        patterns: go before those of the record.
         plugins: classes of plug-ins.
     """
 
@@ -69,10 +71,12 @@ class Record:
     Attributes:
         applied: the plug-ins with the names of their blocks.
         progress: share of the run that was done, in [0, 1].
+        patterns: of the user's, as plain values, with the names of the blocks that they match.
     """
 
     applied: list[tuple[Plugin, list[str]]]
     progress: float
+    patterns: list[Noted]
 
     @property
     def blocks(self) -> set[str]:
@@ -82,14 +86,15 @@ class Record:
 
 @dataclass(frozen=True)
 class _RecordFields:
-    """What every record has."""
+    """What every record has, and what one with patterns of the user's has."""
 
     version: int
     progress: float
     plugins: list[dict[str, Any]]
+    patterns: list[dict[str, Any]] = field(default_factory=list)
 
 
-_FIELDS = tuple(field.name for field in fields(_RecordFields))
+_FIELDS = tuple(one.name for one in fields(_RecordFields))
 
 
 def load_pretrained(
@@ -105,7 +110,7 @@ def load_pretrained(
             with ``functools.partial(AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16)``.
         folder: the folder that was saved, or a hub id. If an adapter of PEFT is in it, `load` puts
             that on a model: ``lambda folder: PeftModel.from_pretrained(base, folder)``.
-        patterns: patterns of your own that `sparsify_` was given.
+        patterns: patterns of your own, which go before those that the folder has of `sparsify_`.
         plugins: classes of plug-ins of your own that it was given.
 
     Returns:
@@ -159,7 +164,7 @@ def apply_record_(
     """
     erase_records(root)
     before = set(root.state_dict())
-    to_model = _renaming(root, record, own.patterns)
+    to_model = _renaming(root, record, own.patterns, weights.place)
     try:
         _refuse_longer_biases(root, record, weights)
         for plugin, names in record.applied:
@@ -229,24 +234,44 @@ def parse_record(record: Any, path: str, own: Own) -> Record:
             f"{path}: expected a record of version {RECORD_VERSION} with progress in 0 … 1, got"
             f" version {version!r}, progress {progress}. A newer steppe may have written it."
         )
-    entries = [dict(entry) for entry in values["plugins"]]
-    names = [entry.pop("blocks", None) for entry in entries]
-    if not all(isinstance(own, list) and all(isinstance(n, str) for n in own) for own in names):
+    plugins = _with_blocks(values["plugins"], path)
+    patterns = _with_blocks(values.get("patterns", []), path)
+    if not plugins:
+        raise CheckpointError(f"{path}: the record under {RECORD_KEY!r} is damaged (no plug-in)")
+    noted = [name for _, names in patterns for name in names]
+    if len(set(noted)) < len(noted):
         raise CheckpointError(
-            f"{path}: the record under {RECORD_KEY!r} is damaged (blocks: expected a list of names)"
+            f"{path}: the record under {RECORD_KEY!r} is damaged (two patterns for one block)"
         )
-    if not entries or not all(names):
-        raise CheckpointError(
-            f"{path}: the record under {RECORD_KEY!r} is damaged (no plug-in, or one for no block)"
-        )
+    for pattern, _ in patterns:
+        fault = fault_in(pattern)
+        if fault is not None:
+            raise CheckpointError(
+                f"{path}: a pattern in the record under {RECORD_KEY!r} is damaged ({fault})"
+            )
     kinds = (*PLUGINS, *own.plugins)
     for kind in own.plugins:
         if [one.key for one in kinds].count(kind.key) > 1:
             raise ValueError(
                 f"{kind.__name__}: another plug-in has the key {kind.key!r}. Give it its own."
             )
-    read = [plugin_from_settings(entry, kinds) for entry in entries]
-    return Record(list(zip(read, names, strict=True)), progress)
+    applied = [(plugin_from_settings(entry, kinds), names) for entry, names in plugins]
+    return Record(applied, progress, patterns)
+
+
+def _with_blocks(entries: Sequence[Mapping[str, Any]], path: str) -> list[Noted]:
+    """Entries of a record, each with the names of its blocks."""
+    found = []
+    for entry in entries:
+        rest = dict(entry)
+        names = rest.pop("blocks", None)
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+            raise CheckpointError(
+                f"{path}: the record under {RECORD_KEY!r} is damaged (blocks: expected a list of"
+                " names)"
+            )
+        found.append((rest, names))
+    return found
 
 
 def _read_record(folder: str, own: Own) -> Record:
@@ -282,21 +307,26 @@ def _refuse_longer_biases(root: nn.Module, record: Record, weights: Weights) -> 
 
 
 def _renaming(
-    root: nn.Module, record: Record, patterns: Sequence[BlockPattern]
+    root: nn.Module, record: Record, patterns: Sequence[BlockPattern], place: str
 ) -> Callable[[str], str]:
-    """How names in the checkpoint become names in the model.
+    """How names in the checkpoint become names in the model, which gets the record's patterns.
 
     They differ by the prefix of the base model where one of the two has a head and the other not.
     """
-    found = {block.name for block in find_blocks(root, patterns=patterns)}
     prefix = f"{getattr(root, 'base_model_prefix', '')}."
     for rename in (_same, _Prefix(prefix, add=False), _Prefix(prefix, add=True)):
-        if {rename(name) for name in record.blocks} <= found:
-            return rename
+        if note_record_(root, record.patterns, rename, place):
+            found = {block.name for block in coverage(root, patterns).blocks}
+            if {rename(name) for name in record.blocks} <= found:
+                return rename
+            forget_patterns_(root)
+    found = {block.name for block in coverage(root, patterns).blocks}
+    named = {*record.blocks, *(name for _, names in record.patterns for name in names)}
+    modules = {owner_name(name, module) for name, module in root.named_modules()}
     raise CheckpointError(
-        f"the record names blocks that {type(root).__name__} does not have:"
-        f" {', '.join(sorted(record.blocks - found)[:3])}; it has {', '.join(sorted(found)[:3])}."
-        " Is this the checkpoint of another model?"
+        f"{place}: the record names blocks that {type(root).__name__} does not have:"
+        f" {', '.join((sorted(named - modules) or sorted(named - found))[:3])}; it has"
+        f" {', '.join(sorted(found)[:3]) or 'none'}. Is this the checkpoint of another model?"
     )
 
 

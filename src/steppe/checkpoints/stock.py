@@ -19,9 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from wrapt import wrap_function_wrapper
 
+from steppe.blocks import matches
 from steppe.checkpoints.load import Record, apply_record_, current_own, parse_record
 from steppe.checkpoints.weights import Weights
 from steppe.errors import CheckpointError
+from steppe.experts import ExpertLayer
 from steppe.record import METHOD, RECORD_KEY, WEIGHTS_MARK, with_marks
 
 _IGNORED = "_keys_to_ignore_on_load_unexpected"
@@ -83,7 +85,14 @@ class _PlugInLoader(HfQuantizer):
             getattr(module, "config", self).__dict__.pop("_is_quantized", None)
         weights = Weights.in_files(self._place, self._files)
         left = apply_record_(model, self._record, weights, current_own())
-        of_blocks = [name for name in sorted(left) if any(b in name for b in self._record.blocks)]
+        # Transformers writes the tensors of all experts one by one, under names of its own.
+        taken_apart = {
+            block.name
+            for _, _, _, block in matches(model, ())
+            if isinstance(block.down, ExpertLayer)
+        }
+        whole = [name for name in self._record.blocks if name not in taken_apart]
+        of_blocks = [name for name in sorted(left) if any(f"{b}." in name for b in whole)]
         if of_blocks:
             _logger.warning(
                 "%s: %s and %d more tensors of the blocks are in the weights and not in the model",

@@ -51,6 +51,7 @@ def count_(
     active: Tensor,
     slopes: Tensor,
     mask: Tensor | None,
+    is_again: bool = False,
 ) -> None:
     """Add the entries of one call to a block's counts, on their device.
 
@@ -64,6 +65,7 @@ def count_(
         active: bool ``[S, T, F]``.
         slopes: bool ``[S, T, F]``.
         mask: bool ``[S, T]``, False where a token is padding; None for all.
+        is_again: the block was called in the same pass before, so its samples are counted already.
     """
     if torch._C._current_graph_task_id() != -1:
         return
@@ -75,7 +77,7 @@ def count_(
         slopes = slopes & counted.unsqueeze(-1)
     rows = torch.stack(
         [
-            counted.any(-1).to(torch.int64),
+            counted.any(-1).to(torch.int64) * (not is_again),
             torch.count_nonzero(counted, dim=-1),
             count_true(active.flatten(1)),
             count_true(slopes.flatten(1)),
@@ -100,6 +102,7 @@ def _(
     active: Tensor,
     slopes: Tensor,
     mask: Tensor | None,
+    is_again: bool = False,
 ) -> None:
     """Nothing is returned."""
 

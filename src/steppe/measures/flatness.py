@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from steppe.tokens import Layout
+
 COLUMNS = (
     "samples",
     "tokens",
@@ -28,6 +30,52 @@ COLUMNS = (
 )
 GRADIENT_COLUMNS = COLUMNS[4:]  # these grow with the square of the loss
 _CHUNK = 2**24  # entries of the largest temporary
+
+
+class Calls:
+    """The calls of one layer in one forward pass, whose tokens are those of the same samples.
+
+    Most layers have one. What a weight that is used several times gets as its gradient is a sum
+    over all of them, whose norm none of them knows.
+
+    Attributes:
+        made: how many of them were made.
+        seen: of those that ran backward, input, gradient, support and mask.
+    """
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.seen: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+
+    def together(
+        self, x: Tensor, grad: Tensor, support: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+        """The tokens of all calls, once the last one of them runs backward; None until then.
+
+        Args:
+            x: ``[S, T, D]``.
+            grad: ``[S, T, F]``.
+            support: as in `sample_rows`.
+            mask: likewise.
+        """
+        self.seen.append((x, grad, support, mask))
+        if len(self.seen) < self.made:
+            return None
+        seen, self.seen = self.seen, []  # the graph may be run backward once more
+        if len(seen) == 1:
+            return seen[0]
+        xs, grads, supports, masks = zip(*seen, strict=True)
+        if any(one is not None for one in masks):
+            masks = tuple(
+                a.new_ones(a.shape[:2], dtype=torch.bool) if one is None else one.to(a.device)
+                for one, a in zip(masks, xs, strict=True)
+            )
+        return (
+            torch.cat(xs, 1),
+            torch.cat(grads, 1),
+            None if support is None else torch.cat(supports, 1),
+            None if masks[0] is None else torch.cat(masks, 1),
+        )
 
 
 def new_probe(device: torch.device) -> Tensor:
@@ -46,10 +94,10 @@ def tap(
     output: Tensor,
     probe: Tensor,
     layer_input: Tensor,
-    layout: tuple[int, bool],
+    layout: Layout,
     support: Tensor | None,
-    mask: Tensor | None,
     scale: Tensor,
+    calls: Calls | None = None,
 ) -> Tensor:
     """The output of a linear layer, watched in the backward pass.
 
@@ -59,16 +107,26 @@ def tap(
             A pass with a number that is not finite, as GradScaler skips it, is counted instead.
         layer_input: what the layer received, ``[*, D]``; kept until the backward pass, as the layer
             itself keeps it for its weight's gradient.
-        layout: number of samples, and whether tokens are the first dimension.
-        support: bool ``[S, T, F]``, where σ′ ≠ 0, for the layer that the activation reads.
-        mask: bool ``[S, T]``, False where a token is padding; None for all.
+        layout: of its tokens.
+        support: bool ``[*, F]``, where σ′ ≠ 0, for the layer that the activation reads.
         scale: float ``[S]``, what the gradient of the loss that is run backward is multiplied by to
             be that of the sample's own loss.
+        calls: those of the layer in this pass, with this one; None if it is the only one.
 
     Returns:
         The same values in the same memory.
     """
-    result: Tensor = _Tap.apply(output, probe, layer_input, layout, support, mask, scale)
+    result: Tensor = _Tap.apply(
+        output,
+        probe,
+        layer_input,
+        layout[:3],
+        layout.slots,
+        support,
+        layout.mask,
+        scale,
+        calls,
+    )
     return result
 
 
@@ -81,51 +139,65 @@ class _Tap(torch.autograd.Function):
         output: Tensor,
         probe: Tensor,
         layer_input: Tensor,
-        layout: tuple[int, bool],
+        layout: tuple[int, bool, int],
+        slots: Tensor | None,
         support: Tensor | None,
         mask: Tensor | None,
         scale: Tensor,
+        calls: Calls | None,
     ) -> Tensor:
         """The output; not a view of it, which an in-place activation could not follow."""
         ctx.layout = layout
+        ctx.calls = calls
         ctx.probe_dtype = probe.dtype
-        ctx.save_for_backward(layer_input, support, mask, scale)
+        ctx.save_for_backward(layer_input, slots, support, mask, scale)
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient as it is, and the moments."""
-        layer_input, support, mask, scale = ctx.saved_tensors
+        layer_input, slots, support, mask, scale = ctx.saved_tensors
+        samples, tokens_first, longest = ctx.layout
+        layout = Layout(samples, tokens_first, longest, slots)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            rows = sample_rows(
-                by_sample(layer_input.detach(), *ctx.layout),
-                by_sample(grad.detach(), *ctx.layout),
-                support,
+            tokens: Any = (
+                by_sample(layer_input.detach(), layout),
+                by_sample(grad.detach(), layout),
+                None if support is None else by_sample(support, layout),
                 mask,
-                scale,
-            ).to(ctx.probe_dtype)
+            )
+            if ctx.calls is not None:
+                tokens = ctx.calls.together(*tokens)
+            if tokens is None:
+                return grad, *(None,) * 8
+            x, grads, slopes, counted = tokens
+            rows = sample_rows(x, grads, slopes, counted, scale).to(ctx.probe_dtype)
             moments = rows.mT @ rows
             is_finite = moments.isfinite().all()
             left_out = F.pad((~is_finite).to(moments).reshape(1, 1), (0, moments.shape[1] - 1))
             found = torch.cat([torch.where(is_finite, moments, 0.0), left_out])
-        return grad, found, None, None, None, None, None
+        return grad, found, *(None,) * 7
 
 
-def by_sample(tensor: Tensor, samples: int, tokens_first: bool) -> Tensor:
+def by_sample(tensor: Tensor, layout: Layout) -> Tensor:
     """A tensor of tokens, sample by sample.
 
     Args:
         tensor: ``[S, T, *]``, ``[T, S, *]``, flattened ``[S·T, *]``, or with T in several
-            dimensions, ``[S, H, W, *]``.
-        samples: S.
-        tokens_first: the second of these.
+            dimensions, ``[S, H, W, *]``; or of an expert, ``[n, *]``.
+        layout: of the tokens.
 
     Returns:
-        ``[S, T, *]``, of the same memory where it can be.
+        ``[S, T, *]``, of the same memory where it can be; of an expert with zeros after the tokens
+        of all but the longest sample.
     """
-    if tokens_first and tensor.dim() == 3:
+    if layout.slots is not None:
+        padded = tensor.new_zeros(layout.samples * layout.longest, tensor.shape[-1])
+        padded[layout.slots] = tensor.reshape(-1, tensor.shape[-1])
+        return padded.unflatten(0, (layout.samples, layout.longest))
+    if layout.tokens_first and tensor.dim() == 3:
         return tensor.transpose(0, 1)
-    return tensor.reshape(samples, -1, tensor.shape[-1])
+    return tensor.reshape(layout.samples, -1, tensor.shape[-1])
 
 
 def sample_rows(

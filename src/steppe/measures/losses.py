@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -116,9 +117,14 @@ class LossContext:
         if self.scale.dim() == 0:
             return self.scale.to(device).expand(samples)
         if len(self.scale) != samples:
+            tower = ".".join(itertools.takewhile(lambda part: not part.isdigit(), name.split(".")))
             raise LossError(
                 f"{name}: got {samples} samples, the labels are of {len(self.scale)}. Expected one"
-                " row of labels a sample, and one sample a row of the block's input."
+                " row of labels a sample, and one sample a row of the block's input. Where a tower"
+                " packs the tokens of all samples into one row (vision in Qwen2-VL), nothing tells"
+                " them apart: leave it out by where=lambda block: not"
+                f" block.name.startswith({tower!r}), or ask for densities alone: measure(...,"
+                " labels=None), watch(..., gradients=False)"
             )
         return self.scale.to(device)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from steppe.blocks import MLPBlock, find_blocks, shifts_labels, unwrap
+from steppe.blocks import MLPBlock, blocks_for, shifts_labels, unwrap
 from steppe.errors import DeviceError, EmptyLoaderError, LossError, NonFiniteLossError
 from steppe.measures.curvature import hessian_curvature, samples_of
 from steppe.measures.losses import (
@@ -27,7 +27,8 @@ from steppe.measures.losses import (
     terms_of,
 )
 from steppe.measures.report import Report
-from steppe.measures.watch import Monitor, watch
+from steppe.measures.watch import Monitor
+from steppe.pattern_notes import note_patterns_
 from steppe.patterns import BlockPattern
 from steppe.routing import run_dense
 
@@ -74,6 +75,7 @@ def measure(
     patterns: Sequence[BlockPattern] = (),
     group: dist.ProcessGroup | None = None,
     curvature: bool = False,
+    strict: bool = False,
 ) -> Report:
     """How sparse a model's MLP blocks are on some data, and why: `BlockReport` has the measures.
 
@@ -93,10 +95,12 @@ def measure(
         forward: runs the model on a batch.
         max_batches: stop after so many; all by default.
         where: which blocks; all by default.
-        patterns: patterns of your own for `find_blocks`.
+        patterns: patterns of your own for `find_blocks`, which are noted with the model.
         group: processes that measure a share of the data each; the sums go over all of them.
         curvature: measure the trace and the largest eigenvalue of the Hessian of each weight too,
             see `BlockCurvature`; keeps the batches, and takes many passes over them.
+        strict: refuse a model of which some MLPs are not found, instead of warning once;
+            ``Report.coverage`` says it in any case.
 
     Returns:
         Means over the samples, with standard errors.
@@ -108,6 +112,7 @@ def measure(
             that counts.
         LossError: the loss is no scalar, has no gradient, or there are no labels for it.
         NonFiniteLossError: the loss is NaN or infinite.
+        WiringError: what flows through a block is not what its pattern says.
         ValueError: `labels` or `reduction` is none of those above.
 
     Source: arXiv 2605.25612.
@@ -133,11 +138,13 @@ def measure(
         )
     require_reduction("measure", reduction)
     _require_one_device(model, gradients=labels is not None)
+    blocks = blocks_for("measure", model, where, patterns, strict)
+    note_patterns_(model, patterns)
     seen = 0
     kept: list[Any] = []
     with (
         _gradients(model, wanted=labels is not None),
-        watch(model, where, patterns, gradients=labels is not None, reduction=reduction) as monitor,
+        Monitor(model, blocks, labels is not None, reduction, verb="measure").attached() as monitor,
         _evaluating(model),
     ):
         for batch in islice(loader, max_batches):
@@ -165,7 +172,6 @@ def measure(
         report = monitor.report(group)
     if not curvature:
         return report
-    blocks = find_blocks(model, where, patterns)
     with _evaluating(model), torch.enable_grad(), run_dense(blocks):
         curvatures = hessian_curvature(
             model,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,18 @@ from steppe.measures.curvature import BlockCurvature
 
 NAN = float("nan")
 FREQUENCY_EDGES = tuple(10.0 ** (k / 4 - 4) for k in range(17))  # 1e-4, 1.8e-4, …, 0.56, 1
+
+
+_MANY, _SHOWN = 64, 2  # blocks: more than so many are not all shown, but so many
+
+
+class _Text(str):
+    """Shown as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 @dataclass(frozen=True)
@@ -29,8 +42,9 @@ class BlockReport:
         d_model: D, width of the input.
         d_hidden: F, width of the hidden layer.
         gated: whether the block has a gate.
-        samples: number of samples counted.
-        tokens: number of tokens counted.
+        samples: number of samples counted; of an expert, of those with a token routed to it.
+        tokens: number of tokens counted, each as often as the block is called with it in a pass; of
+            an expert, those routed to it.
         density: share of entries with a ≠ 0, in [0, 1].
         derivative_density: share of entries with σ′(p) ≠ 0, in [0, 1].
         dead_neurons: number of hidden units that were never active.
@@ -98,6 +112,9 @@ class BlockReport:
         return _divide(self.AF_per_entry, self.active_gain)
 
 
+_POOLED = ("density", "derivative_density", "coverage", "not_covered")
+
+
 @dataclass(frozen=True)
 class Report:
     """What was measured of a model.
@@ -107,30 +124,106 @@ class Report:
         derivative_density: share of entries with σ′(p) ≠ 0, pooled over the blocks, in [0, 1].
         blocks: the same and more per block, in forward order.
         curvature: of the Hessian of each block's weights, where it was asked for.
+        coverage: share of the parameters of the model's MLPs that are in the blocks, in [0, 1]; NaN
+            in what was written before it was known.
+        not_covered: what is not: a line for each kind of it, and each block that was left out.
     """
 
     density: float
     derivative_density: float
     blocks: tuple[BlockReport, ...]
     curvature: tuple[BlockCurvature, ...] = ()
+    coverage: float = NAN
+    not_covered: tuple[str, ...] = ()
+
+    @property
+    def density_by_tower(self) -> dict[str, float]:
+        """The density pooled over the blocks of each tower: encoder, decoder, vision, text.
+
+        Blocks are of one tower whose names are the same up to the first number.
+        """
+        active: dict[str, float] = {}
+        entries: dict[str, int] = {}
+        for block in self.blocks:
+            parts = itertools.takewhile(lambda part: not part.isdigit(), block.name.split("."))
+            tower, number = ".".join(parts), block.tokens * block.d_hidden
+            entries[tower] = entries.get(tower, 0) + number
+            active[tower] = active.get(tower, 0.0) + (block.density * number if number else 0.0)
+        return {tower: _divide(active[tower], number) for tower, number in entries.items()}
+
+    def __repr__(self) -> str:
+        """All of it, or the first blocks where there are many."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = ", ".join(map(repr, self.blocks[:_SHOWN]))
+        if len(self.blocks) > _MANY:
+            values["blocks"] = _Text(f"({shown}, and {len(self.blocks) - _SHOWN} more)")
+        return f"Report({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values.
 
         Returns:
-            ``density``, ``derivative_density``, and for each attribute of `BlockReport` a list over
-            the blocks under its name with ``_per_block``; None for NaN.
+            ``density``, ``derivative_density``, ``coverage``, ``not_covered``, and for each
+            attribute of `BlockReport` a list over the blocks under its name with ``_per_block``;
+            None for NaN.
         """
         lists = {
             f"{field.name}_per_block": [getattr(block, field.name) for block in self.blocks]
             for field in fields(BlockReport)
         }
-        pooled = {"density": self.density, "derivative_density": self.derivative_density}
+        pooled = {name: getattr(self, name) for name in _POOLED}
         values: dict[str, Any] = to_json({**pooled, **lists})
         return values
 
 
-LAYOUT = ("name_per_block", "d_model_per_block", "d_hidden_per_block", "gated_per_block")
+def pooled(blocks: Sequence[BlockReport]) -> BlockReport:
+    """Several blocks of the same widths as one, under the name that theirs begin with.
+
+    Each mean is over what it is of, of all blocks: densities over entries, AF over samples.
+
+    Args:
+        blocks: at least one.
+
+    Returns:
+        Their report, with the entries of `neuron_frequency` added, without standard errors.
+    """
+    tokens = [float(block.tokens) for block in blocks]
+    samples = [float(block.samples) for block in blocks]
+    active = [
+        0.0 if math.isnan(block.derivative_density) else block.tokens * block.derivative_density
+        for block in blocks
+    ]
+    weights = {
+        **dict.fromkeys(("density", "derivative_density", "squared_input_norm"), tokens),
+        **dict.fromkeys(("active_gain", "squared_activation_gradient"), active),
+        **{
+            f"{kind}_{layer}": samples
+            for kind in ("AF", "squared_gradient_norm")
+            for layer in ("up", "gate", "down")
+        },
+    }
+    means: dict[str, Any] = {
+        name: _weighted_mean([getattr(block, name) for block in blocks], chosen)
+        for name, chosen in weights.items()
+    }
+    frequencies = zip(*(block.neuron_frequency for block in blocks), strict=True)
+    return replace(
+        blocks[0],
+        name=blocks[0].name.rpartition(".")[0],
+        samples=int(sum(samples)),
+        tokens=int(sum(tokens)),
+        dead_neurons=sum(block.dead_neurons for block in blocks),
+        neuron_frequency=tuple(map(sum, frequencies)),
+        standard_errors={},
+        non_finite_passes=max(block.non_finite_passes for block in blocks),
+        **means,
+    )
+
+
+LAYOUT = (
+    *("name_per_block", "d_model_per_block", "d_hidden_per_block", "gated_per_block"),
+    *("coverage", "not_covered"),
+)
 """What `Report.to_dict` says of the blocks, whatever was measured of them."""
 
 
@@ -153,10 +246,15 @@ def report_from_dict(values: dict[str, Any]) -> Report:
     rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     for row in rows:
         row["neuron_frequency"] = tuple(row["neuron_frequency"])
+    left = tuple(values.get("not_covered", ()))  # not in reports of before it was said
+    if not all(isinstance(line, str) for line in left):
+        raise ValueError("not_covered is no list of lines")
     return Report(
         density=values["density"],
         derivative_density=values["derivative_density"],
         blocks=tuple(BlockReport(**row) for row in rows),
+        coverage=values.get("coverage", NAN),
+        not_covered=left,
     )
 
 
@@ -241,6 +339,12 @@ def from_json(value: Any) -> Any:
     if isinstance(value, list):
         return [from_json(entry) for entry in value]
     return NAN if value is None else value
+
+
+def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """The mean of the values that are not NaN."""
+    known = [(v, w) for v, w in zip(values, weights, strict=True) if not math.isnan(v)]
+    return _divide(sum(v * w for v, w in known), sum(w for _, w in known))
 
 
 def _divide(part: float, whole: float) -> float:

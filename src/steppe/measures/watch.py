@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from steppe.activations import Activation, is_relu
-from steppe.blocks import MLPBlock, find_blocks
+from steppe.blocks import Blocks, MLPBlock, blocks_for, unwrap
 from steppe.errors import LossError
+from steppe.first_pass import Look, is_to_be_seen, looking, names_of
 from steppe.linear import linear_weight
 from steppe.measures.density import (
     COUNTERS,
@@ -23,11 +25,12 @@ from steppe.measures.density import (
     count_,
     sloped_entries,
 )
-from steppe.measures.flatness import COLUMNS, by_sample, new_probe, tap
+from steppe.measures.flatness import COLUMNS, Calls, by_sample, new_probe, tap
 from steppe.measures.generation import follow_generation
 from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, scaled, sum_over
+from steppe.pattern_notes import note_patterns_
 from steppe.patterns import BlockPattern
 from steppe.per_thread import PerThread
 from steppe.routing import observers_of
@@ -40,10 +43,11 @@ class Monitor:
 
     Args:
         model: the model.
-        blocks: of it.
+        blocks: of it; of `find_blocks`, for what they cover to be known.
         gradients: measure backward passes too.
         reduction: of a loss that is not the model's own, over its terms.
         counts_generation: whether passes within the model's ``generate`` are measured.
+        verb: what the user has called, for errors.
 
     Attributes:
         enabled: whether forward passes, and their backward passes, are measured now.
@@ -61,6 +65,7 @@ class Monitor:
         gradients: bool = False,
         reduction: Reduction = "mean",
         counts_generation: bool = True,
+        verb: str = "watch",
     ) -> None:
         self.names = tuple(block.name for block in blocks)
         self._loss_factor: float | Tensor = 1.0
@@ -73,14 +78,21 @@ class Monitor:
             _Observer(self._switch, block, context, self._losses)
             for block, context in zip(blocks, contexts, strict=True)
         ]
+        root = unwrap(model)
+        self._coverage = blocks.coverage if isinstance(blocks, Blocks) else None
+        names = names_of(root)
+        self._looks = [Look(root, names, block, verb) for block in blocks if is_to_be_seen(block)]
         self.enabled = True
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Iterator[Monitor]:
         """Measure while this lasts, any number of times; the model is then as it was before."""
         journal = Journal(transient=True)
         try:
+            journal.add_forward_pre_hook(unwrap(self._model), self._switch.enter)
+            journal.add_forward_hook(unwrap(self._model), self._switch.leave, always=True)
             journal.hold_nested_tensors_off(self._model)
+            journal.hold_parts([observer.block for observer in self._observers])
             for observer in self._observers:
                 journal.append(observers_of(observer.block.down), observer)
             attach(journal, self._context_hooks)
@@ -89,7 +101,8 @@ class Monitor:
                 self._losses.attach(journal)
             for module, see in self._hooks():
                 journal.add_forward_hook(module, see)
-            yield
+            with looking(self._looks):
+                yield self
         finally:
             journal.undo()
 
@@ -158,7 +171,11 @@ class Monitor:
 
     def report_of(self, tallies: Sequence[Tally]) -> Report:
         """The report of tallies that `take` gave, on the CPU."""
-        return report_of([observer.block for observer in self._observers], tallies)
+        report = report_of([observer.block for observer in self._observers], tallies)
+        found = self._coverage
+        if found is None:
+            return report
+        return replace(report, coverage=found.share, not_covered=found.not_covered())
 
     def reset(self) -> None:
         """Start from zero."""
@@ -241,12 +258,42 @@ class Monitor:
         return torch.as_tensor(self._loss_factor, dtype=torch.float64).square()
 
 
+Pass = defaultdict[tuple[int, str], Calls]
+"""The calls of layers in one forward pass, by their observers and names."""
+
+
 @dataclass
 class _Switch:
     """Whether passes are measured now; the observers do not keep their monitor alive."""
 
     enabled: bool = True
     counts_generation: bool = True
+    passes: PerThread[tuple[Pass, ...]] = field(default_factory=lambda: PerThread(()))
+
+    def enter(self, *arguments: Any) -> None:
+        """Forward pre-hook on the model: a pass begins."""
+        if not torch.compiler.is_compiling():
+            self.passes.set((*self.passes.get(), defaultdict(Calls)))
+
+    def leave(self, *arguments: Any) -> None:
+        """Forward hook on it, called also where its forward has raised."""
+        if not torch.compiler.is_compiling():
+            self.passes.set(self.passes.get()[:-1])
+
+    def call(self, observer: _Observer, name: str) -> Calls | None:
+        """The calls of a layer in this pass, with the one that runs; None if that is all there is.
+
+        It is where torch.compile traces, outside of the model's forward, and where gradient
+        checkpointing runs a forward pass again.
+        """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return None
+        passes = self.passes.get()
+        if not passes:
+            return None
+        calls = passes[-1][id(observer), name]
+        calls.made += 1
+        return calls
 
     @property
     def is_on(self) -> bool:
@@ -363,14 +410,16 @@ class _Observer:
     def _count(self, p: Tensor, active: Tensor, slopes: Tensor) -> None:
         if self.counts.device != p.device:
             self._allocate(p.device)
-        layout = self._layout(p)
+        layout = self._context.layout(p, self.block)
+        calls = self._switch.call(self, "counts")
         count_(
             self.counts,
             self.units,
             self.moments,
-            by_sample(active, *layout),
-            by_sample(slopes, *layout),
-            self._context.mask_by_sample(p, self.block),
+            by_sample(active, layout),
+            by_sample(slopes, layout),
+            layout.mask,
+            calls is not None and calls.made > 1,
         )
 
     def _tapped(
@@ -379,20 +428,10 @@ class _Observer:
         """The output through a tap, where a backward pass can follow."""
         if self._losses is None or not torch.is_grad_enabled():
             return None
-        layout = self._layout(output)
-        return tap(
-            output,
-            self.probes[name],
-            layer_input,
-            layout,
-            None if slopes is None else by_sample(slopes, *layout),
-            self._context.mask_by_sample(output, self.block),
-            self._losses.scale_of(layout[0], output.device, self.block.name),
-        )
-
-    def _layout(self, hidden: Tensor) -> tuple[int, bool]:
-        """Number of samples, and whether tokens are the first dimension."""
-        return self._context.samples(hidden, self.block), self.block.token_dim == 0
+        layout = self._context.layout(output, self.block)
+        scale = self._losses.scale_of(layout.samples, output.device, self.block.name)
+        calls = self._switch.call(self, name)
+        return tap(output, self.probes[name], layer_input, layout, slopes, scale, calls)
 
     def _allocate(self, device: torch.device) -> None:
         """Nothing counted yet, on a device."""
@@ -414,6 +453,7 @@ def watch(
     patterns: Sequence[BlockPattern] = (),
     gradients: bool = False,
     reduction: Reduction = "mean",
+    strict: bool = False,
 ) -> Iterator[Monitor]:
     """Measure a model's MLP blocks while any loop runs it.
 
@@ -439,15 +479,19 @@ def watch(
     Args:
         model: the model; wrappers are seen through.
         where: which blocks; all by default.
-        patterns: patterns of your own for `find_blocks`.
+        patterns: patterns of your own for `find_blocks`, which are noted with the model.
         gradients: measure backward passes too.
         reduction: of the loss over its terms, as in ``nn.CrossEntropyLoss``.
+        strict: refuse a model of which some MLPs are not found, instead of warning once;
+            ``Report.coverage`` says it in any case.
 
     Yields:
         The monitor; ``monitor.report()`` at any time, also afterwards.
 
     Raises:
         BlocksNotFoundError: there is no MLP block.
+        WiringError: in the first forward pass, what flows through a block is not what its pattern
+            says.
         ValueError: `reduction` is neither ``mean`` nor ``sum``.
 
     Example:
@@ -457,6 +501,8 @@ def watch(
         >>> monitor.report().blocks[0].tokens
         10
     """
-    monitor = Monitor(model, find_blocks(model, where, patterns), gradients, reduction)
+    blocks = blocks_for("watch", model, where, patterns, strict)
+    monitor = Monitor(model, blocks, gradients, reduction)
+    note_patterns_(model, patterns)
     with monitor.attached():
         yield monitor

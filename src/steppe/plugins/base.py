@@ -48,9 +48,13 @@ class Plugin(ABC):
     """One change to the MLP blocks of a model; its fields are its settings, all JSON values.
 
     A concrete plug-in is a frozen dataclass with a `key`, the name of it in ``config.json``.
+
+    Attributes:
+        uses_norm: it depends on the block's norm, which must then be the one that the block reads.
     """
 
     key: ClassVar[str]
+    uses_norm: ClassVar[bool] = False
 
     @property
     def has_schedule(self) -> bool:

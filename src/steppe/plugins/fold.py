@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steppe.blocks import MLPBlock, find_blocks, unwrap
 from steppe.errors import SparsificationError
+from steppe.fused import Half
 from steppe.linear import linear_weight
 from steppe.plugins.rising_threshold import Rising, Threshold, activated_bias
 from steppe.plugins.sparsify import sparsification_of, take_out_
@@ -26,7 +27,8 @@ def fold_(model: nn.Module) -> nn.Module:
 
     ``b − τ · s_u`` takes the place of the bias b of `up`, of a gated block's `gate`, in the same
     Parameter; where there is none, one is made. What is left computes the same and needs no steppe
-    to be loaded, if no other plug-in is in the model. Other plug-ins stay.
+    to be loaded, if no other plug-in is in the model. Other plug-ins stay. All is checked before
+    anything is changed.
 
     A Hugging Face model whose stock class has no bias there gets it by its config where that has a
     setting for it (``mlp_bias``); where it has none (T5, Qwen 2) a warning says that
@@ -40,7 +42,7 @@ def fold_(model: nn.Module) -> nn.Module:
 
     Raises:
         SparsificationError: there is no threshold (any more), no batch was seen yet, or the model
-            is sharded.
+            is sharded; the model is as it was.
     """
     root = unwrap(model)
     sparsification = sparsification_of(root)
@@ -60,29 +62,43 @@ def fold_(model: nn.Module) -> nn.Module:
         for threshold in thresholds:
             _check(threshold)
     bare = [block for block in blocks if _has_no_bias(block.activated)]
+    configs = _bias_configs(root, bare)
     with torch.no_grad():
-        for block in blocks:
-            bias = activated_bias(block)
-            assert bias is not None
-            _bias_of(block.activated).copy_(bias)
+        biases = {block.activated: activated_bias(block) for block in blocks}
+        # The setting is for every linear layer of every block.
+        for block in find_blocks(root) if configs else ():
+            if id(_bias_config(root, block)) in configs:
+                for layer in block.layers:
+                    if _has_no_bias(layer) and layer not in biases:
+                        biases[layer] = _no_bias(layer, block.name)
+    _write(biases, list(configs.values()))
     for applied, _ in folded:
         take_out_(root, applied)
-    if bare:
-        _make_loadable(root, bare)
+    _warn_of_lost(root, bare)
     return model
 
 
 def _check(threshold: Threshold) -> None:
     """Refuse a threshold that is not known yet, or a bias that is not whole."""
     block = threshold.block
+    if block.is_routed and not isinstance(linear_weight(block.activated), nn.Parameter):
+        raise SparsificationError(
+            f"fold_: {block.name} has its weights in a tensor of all experts, which has no bias to"
+            " fold a threshold into. Keep the threshold: accelerate_ takes it as it is"
+        )
     if not bool(threshold.deviation.any()):
         raise SparsificationError(
             f"fold_: {block.name} has seen no training batch, so its threshold is not known. Train"
             " first, with steppe.constrain_ or SteppeCallback; or steppe.restore_(model)"
         )
-    if is_sharded(linear_weight(block.activated)):
+    _refuse_sharded(block.activated, block.name)
+
+
+def _refuse_sharded(layer: nn.Module, name: str) -> None:
+    """Refuse a layer that is not whole."""
+    if is_sharded(linear_weight(layer)):
         raise SparsificationError(
-            f"fold_: {block.name} is sharded over processes. Save the model, load it in one process"
+            f"fold_: {name} is sharded over processes. Save the model, load it in one process"
             " with steppe.load_pretrained, and fold it there"
         )
 
@@ -91,26 +107,64 @@ def _has_no_bias(layer: Any) -> bool:
     return layer.bias is None
 
 
-def _bias_of(layer: Any) -> nn.Parameter:
-    """The bias of a layer; where it has none, a new one of zeros."""
-    if layer.bias is None:
-        weight = linear_weight(layer)
-        zeros = torch.zeros(layer.out_features, dtype=weight.dtype, device=weight.device)
-        layer.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
-    bias: nn.Parameter = layer.bias
-    return bias
+def _no_bias(layer: Any, name: str) -> Tensor:
+    """The bias of a layer that has none: zeros."""
+    _refuse_sharded(layer, name)
+    weight = linear_weight(layer)
+    return torch.zeros(layer.out_features, dtype=weight.dtype, device=weight.device)
 
 
-def _make_loadable(root: nn.Module, bare: Sequence[MLPBlock]) -> None:
-    """Let the stock class of a Hugging Face model know the new biases, or say that it cannot."""
-    configs = {id(config): config for block in bare if (config := _bias_config(root, block))}
-    for config in configs.values():
-        setattr(config, _BIAS_SETTING, True)
-    # The setting is for every linear layer of every block.
-    for block in find_blocks(root) if configs else ():
-        if id(_bias_config(root, block)) in configs:
-            for layer in block.layers:
-                _bias_of(layer)
+@torch.no_grad()
+def _write(biases: Mapping[Any, Tensor | None], configs: Sequence[Any]) -> None:
+    """Give layers their biases and configs the setting, or leave all as it was."""
+    before = [(layer, layer.bias) for layer in biases]
+    values = [None if bias is None else bias.detach().clone() for _, bias in before]
+    settings = [(config, getattr(config, _BIAS_SETTING)) for config in configs]
+    done = 0
+    try:
+        for layer, bias in biases.items():
+            assert bias is not None
+            done += 1
+            if layer.bias is None:
+                trained = linear_weight(layer).requires_grad
+                _set_bias(layer, nn.Parameter(bias, requires_grad=trained))
+            else:
+                layer.bias.copy_(bias)
+        for config in configs:
+            setattr(config, _BIAS_SETTING, True)
+    except BaseException:  # also Ctrl-C: never half a model
+        for config, setting in settings:
+            setattr(config, _BIAS_SETTING, setting)
+        for (layer, bias), value in list(zip(before, values, strict=True))[:done]:
+            _set_bias(layer, bias)
+            if value is not None:
+                layer.bias.copy_(value)
+        raise
+
+
+def _set_bias(layer: Any, bias: nn.Parameter | None) -> None:
+    """Put a bias in the place of none, or the other way round; of a half in the fused layer."""
+    if not isinstance(layer, Half):
+        layer.bias = bias
+        return
+    whole: Any = layer.whole
+    if bias is None:
+        whole.bias = None
+    elif whole.bias is None:
+        zeros = bias.new_zeros(whole.out_features)
+        whole.bias = nn.Parameter(zeros, requires_grad=bias.requires_grad)
+        layer.bias.copy_(bias)  # type: ignore[union-attr]  # there is one now
+    # Else it is the other half's bias that was put there, and is put back whole.
+
+
+def _bias_configs(root: nn.Module, bare: Sequence[MLPBlock]) -> dict[int, Any]:
+    """The configs that say whether these blocks' layers have biases, by id."""
+    found = (_bias_config(root, block) for block in bare)
+    return {id(config): config for config in found if config is not None}
+
+
+def _warn_of_lost(root: nn.Module, bare: Sequence[MLPBlock]) -> None:
+    """Say which biases the stock class of a Hugging Face model does not know."""
     lost = [block.name for block in bare if _bias_config(root, block) is None]
     if lost and any(hasattr(module, "save_pretrained") for module in root.modules()):
         _logger.warning(

@@ -133,7 +133,7 @@ class Penalty(Constraint):
         a = args[0]
         if not block.down.training or a.shape[-1] != block.d_hidden:
             return None
-        mean = mean_l1(a, self._counted(a, block, context))
+        mean = mean_l1(a, context.counted(a, block))
         # A pass recomputed by checkpointing: the same operations, but nothing more to add.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._means.append(mean)
@@ -171,14 +171,6 @@ class Penalty(Constraint):
     def take_factor(self, factor: Tensor) -> None:
         """Be told of the gradient that each block's mean has."""
         self._factor = factor
-
-    def _counted(self, a: Tensor, block: MLPBlock, context: TokenContext) -> Tensor | None:
-        """Which tokens count, bool, the shape of `a` without its last dimension; None for all."""
-        mask = context.mask_by_sample(a, block)
-        if mask is None:
-            return None
-        tokens_first = block.token_dim == 0 and a.dim() == 3
-        return (mask.T if tokens_first else mask).reshape(a.shape[:-1]).to(a.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: not the graph of the last forward pass."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from steppe.blocks import MLPBlock
 from steppe.errors import UnfitBlockError
+from steppe.norms import NormScale, scale_of
 from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
-from steppe.sharding import is_sharded, local_rows
+from steppe.sharding import local_rows
 from steppe.surgery import Journal
 
 
@@ -24,7 +24,8 @@ class RestrictedNorm(Plugin):
     From scratch (``ramp=0``): the norm's bias, which must be zero, is frozen there, and the scale
     is clamped to ≥ `floor` after every optimizer step. Finetuning (``ramp > 0``): the bias is
     frozen as it is, and |scale| is raised to the floor linearly over the first `ramp` of the run,
-    signs kept. LayerNorm and RMSNorm alike.
+    signs kept. LayerNorm and RMSNorm alike; of Gemma's
+    kind the scale is 1 + weight.
 
     Args:
         floor: lower bound of the scale, > 0.
@@ -39,6 +40,7 @@ class RestrictedNorm(Plugin):
     """
 
     key: ClassVar[str] = "restricted_norm"
+    uses_norm: ClassVar[bool] = True
 
     floor: float = 1.0
     ramp: float = 0.0
@@ -69,11 +71,12 @@ class RestrictedNorm(Plugin):
                 f"{block.name}: the norm is read by others than the MLP ({block.family}); a floor"
                 " changes them too. If you mean it: RestrictedNorm(allow_shared=True)"
             )
-        if not _multiplies_by_weight(norm):
+        known = scale_of(norm, block.d_model)
+        if known is None:
             raise UnfitBlockError(
                 f"{block.name}: the output of {type(norm).__name__} is not proportional to its"
-                " weight (Gemma's norms multiply by 1 + weight), so a floor under the weight means"
-                " nothing. Leave the block out: sparsify_(..., where=...)"
+                " weight, nor to 1 + weight, so a floor under the weight means nothing. Leave the"
+                " block out: sparsify_(..., where=...)"
             )
         if self.ramp > 0 or scale.is_meta:
             return
@@ -83,7 +86,7 @@ class RestrictedNorm(Plugin):
                 f"{block.name}: the norm's bias is not zero; taking it away would change the"
                 " outputs. For a trained model: RestrictedNorm(ramp=0.3)"
             )
-        smallest = float(scale.detach().min())
+        smallest = float(scale.detach().min()) + known.offset
         if smallest < self.floor:
             raise UnfitBlockError(
                 f"{block.name}: the norm's scale ({smallest:.3g} at least) is below the floor"
@@ -96,29 +99,32 @@ class RestrictedNorm(Plugin):
     ) -> list[Constraint]:
         """Freeze the biases."""
         constraints: list[Constraint] = []
-        for block in blocks:
-            assert block.norm is not None
-            bias = getattr(block.norm, "bias", None)
+        # The experts of a layer share their norm.
+        for norm, width in {block.norm: block.d_model for block in blocks}.items():
+            assert norm is not None
+            bias = getattr(norm, "bias", None)
             if isinstance(bias, nn.Parameter):
                 journal.freeze(bias)
-            constraints.append(_Floor(block.norm, self.floor, self.ramp))
+            scale = scale_of(norm, width)
+            assert scale is not None
+            constraints.append(_Floor(scale, self.floor, self.ramp))
         return constraints
 
 
 class _Floor(Constraint):
     """Scale ≥ floor from scratch; |scale| ≥ a rising floor, signs kept, when finetuning."""
 
-    def __init__(self, norm: nn.Module, floor: float, ramp: float) -> None:
-        self._norm = norm
+    def __init__(self, scale: NormScale, floor: float, ramp: float) -> None:
+        self._scale = scale
         self._floor = floor
         self._ramp = ramp
         self._current = floor * ramp_progress(0.0, ramp)
 
     def changed(self) -> list[nn.Parameter]:
         """The scale."""
-        scale = self._norm.weight
-        assert isinstance(scale, nn.Parameter)
-        return [scale]
+        weight = self._scale.weight
+        assert weight is not None
+        return [weight]
 
     def advance(self, progress: float) -> None:
         """Raise the floor."""
@@ -127,30 +133,13 @@ class _Floor(Constraint):
     @torch.no_grad()
     def project(self) -> None:
         """Clamp in place."""
-        scale = self._norm.weight
-        assert isinstance(scale, Tensor)
-        local = local_rows(scale)
+        weight, offset = self._scale.weight, self._scale.offset
+        assert weight is not None
+        local = local_rows(weight)
         if self._ramp == 0:
-            local.clamp_(min=self._floor)
+            local.clamp_(min=self._floor - offset)
         else:
-            local.copy_(torch.copysign(local.abs().clamp_(min=self._current), local))
-
-
-def _multiplies_by_weight(norm: nn.Module) -> bool:
-    """Whether twice the weight gives twice the output, bias aside."""
-    if type(norm) in (nn.LayerNorm, nn.RMSNorm):
-        return True
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
-    if weight.is_meta or is_sharded(weight):
-        return True  # nothing to compute with; the class was accepted when it had values
-    probe: Any = copy.deepcopy(norm).to(device="cpu", dtype=torch.float32)
-    x = torch.linspace(-1.0, 2.0, weight.shape[0]).unsqueeze(0)
-    outputs = []
-    with torch.no_grad():
-        if isinstance(getattr(probe, "bias", None), Tensor):
-            probe.bias.zero_()
-        for scale in (1.0, 2.0):
-            probe.weight.fill_(scale)
-            outputs.append(probe(x))
-    return torch.allclose(2.0 * outputs[0], outputs[1], rtol=1e-5)
+            scale = local + offset if offset else local  # −0 + 0 has lost its sign
+            floored = torch.copysign(scale.abs().clamp_(min=self._current), scale)
+            # What is above the floor keeps its bits.
+            local.copy_(torch.where(scale.abs() < self._current, floored - offset, local))

@@ -182,11 +182,8 @@ class Threshold(nn.Module):
 
     def _counted(self, hidden: Tensor) -> Tensor | None:
         """Which tokens count, bool ``[N]`` in the order of the rows of `hidden`; None for all."""
-        mask = self._context.mask_by_sample(hidden, self.block)
-        if mask is None:
-            return None
-        tokens_first = self.block.token_dim == 0 and hidden.dim() == 3
-        return (mask.T if tokens_first else mask).reshape(-1)
+        counted = self._context.counted(hidden, self.block)
+        return None if counted is None else counted.reshape(-1)
 
     def _no_sums(self) -> Tensor:
         device = self.deviation.device

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks import MLPBlock, Slot, find_blocks, unwrap
+from steppe.blocks import MLPBlock, Slot, blocks_for, unwrap
 from steppe.errors import SparsificationError
+from steppe.first_pass import look_later, stop_looking
+from steppe.pattern_notes import entries_of, forget_patterns_, note_patterns_, noted
 from steppe.patterns import BlockPattern
 from steppe.plugins.base import Constraint, Plugin
 from steppe.plugins.jumping_relu import JumpingSquaredReLU
@@ -65,12 +67,15 @@ class Sparsification:
         progress: share of the run that is done, in [0, 1].
         journal: what was done for all of them.
         holders: the models that keep this and the record of it, the one that was given first.
+        patterns: by the names of all blocks that have plug-ins, the values of the user's pattern
+            that they were found by, or None.
     """
 
     applied: list[Applied] = field(default_factory=list)
     progress: float = 0.0
     journal: Journal = field(default_factory=Journal, repr=False)
     holders: list[Holder] = field(default_factory=list, repr=False)
+    patterns: dict[str, dict[str, Any] | None] = field(default_factory=dict, repr=False)
 
     @property
     def constraints(self) -> list[Constraint]:
@@ -99,7 +104,7 @@ class Sparsification:
 
     def record(self) -> dict[str, Any]:
         """The JSON values that stand in ``config.json``."""
-        return {
+        record: dict[str, Any] = {
             "version": RECORD_VERSION,
             "progress": self.progress,
             "plugins": [
@@ -107,6 +112,14 @@ class Sparsification:
                 for applied in self.applied
             ],
         }
+        patterns = entries_of(self._patterns())
+        return {**record, "patterns": patterns} if patterns else record
+
+    def _patterns(self) -> dict[str, dict[str, Any]]:
+        """Of the user's, those that loading needs, by name: a plug-in's block keeps its first."""
+        now = noted(self.holders[0].module) if self.holders else {}
+        found = {**now, **self.patterns}
+        return {name: values for name, values in found.items() if values is not None}
 
 
 def sparsify_(
@@ -114,20 +127,26 @@ def sparsify_(
     plugins: Sequence[Plugin],
     where: Callable[[MLPBlock], bool] | None = None,
     patterns: Sequence[BlockPattern] = (),
+    strict: bool = False,
 ) -> nn.Module:
     """Put plug-ins into the MLP blocks of a model, in place.
 
-    All is checked before anything is changed. Existing Parameters stay the same objects under the
-    same names; `added_parameters` names the new ones. A Hugging Face model notes it in its config,
-    so that ``save_pretrained`` saves it and `load_pretrained` brings it back. Call it before DDP,
-    FSDP or an optimizer see the model.
+    All is checked before anything is changed, but for what flows between the modules of a block:
+    that is compared in its first pass, which raises `WiringError` where it is not what the block's
+    pattern says. Existing Parameters stay the same objects under the same names;
+    `added_parameters` names the new ones. A Hugging Face model notes it in its config, so that
+    ``save_pretrained`` saves it and `load_pretrained` brings it back. Call it before DDP, FSDP or
+    an optimizer see the model.
 
     Args:
         model: the model; wrappers (PEFT, ``torch.compile``) are seen through.
         plugins: `ZerothBias`, `RestrictedNorm`, `JumpingSquaredReLU`, `RisingThreshold`,
             `ActivationPenalty`, in any combination.
         where: which blocks; all by default.
-        patterns: patterns of your own for `find_blocks`.
+        patterns: patterns of your own for `find_blocks`. They are noted with the model and in its
+            config, with the names of the owners that they match in place of their functions, so
+            that nothing needs to be told of them again.
+        strict: refuse a model of which some MLPs are not found, instead of warning once.
 
     Returns:
         The model.
@@ -135,6 +154,7 @@ def sparsify_(
     Raises:
         BlocksNotFoundError: there is no MLP block.
         SparsificationError: a block has one of the plug-ins already, or is accelerated.
+        PatternError: a pattern has a value that cannot be written.
         UnfitBlockError: a plug-in does not fit a block; the model is untouched.
 
     Source: arXiv 2605.25612.
@@ -148,7 +168,7 @@ def sparsify_(
         'relu'
     """
     root = unwrap(model)
-    blocks = find_blocks(root, where, patterns)
+    blocks = blocks_for("sparsify_", root, where, patterns, strict)
     names = tuple(block.name for block in blocks)
     if not plugins:
         raise ValueError("sparsify_: no plug-in given, e.g. sparsify_(model, [ZerothBias()])")
@@ -177,9 +197,11 @@ def sparsify_(
         for block in blocks:
             plugin.check(block)
 
-    new = Sparsification()
+    new, notes = Sparsification(), Journal()
     try:
+        note_patterns_(root, patterns, notes)
         new.journal.hold_nested_tensors_off(root)
+        new.journal.hold_parts(blocks)
         for plugin in resolved:
             applied = Applied(plugin, names, Journal(), [])
             new.applied.append(applied)
@@ -189,7 +211,7 @@ def sparsify_(
         for block in blocks:
             if _PART_OF not in block.down.__dict__:
                 new.journal.add_attribute(Slot(block.down, _PART_OF), type(root).__name__)
-        before = old or Sparsification()
+        before, found = old or Sparsification(), noted(root)
         all_applied = before.applied + new.applied
         changed = [name for applied in all_applied for name in applied.names]
         Sparsification(
@@ -197,14 +219,18 @@ def sparsify_(
             progress=before.progress,
             journal=before.journal.followed_by(new.journal),
             holders=holders_of(root, changed),
+            patterns={name: found.get(name) for name in names} | before.patterns,
         ).keep()
     except BaseException:  # also Ctrl-C: never half a model
         new.undo()
+        notes.undo()
         for holder in holders_of(root, names):
             holder.erase()
         if old is not None:
             old.keep()
         raise
+    uses_norm = any(plugin.uses_norm for plugin in resolved)
+    look_later(root, blocks, names if uses_norm else ())
     forget_compiled_code()
     return model
 
@@ -213,7 +239,7 @@ def restore_(model: nn.Module) -> nn.Module:
     """Take everything back that `sparsify_` did: the exact inverse.
 
     Values that training has given to the model's own parameters stay; the zeroth biases and the
-    thresholds are gone (`fold_` keeps those).
+    thresholds are gone (`fold_` keeps those), and so are noted patterns.
 
     Args:
         model: a model that `sparsify_` changed.
@@ -228,7 +254,9 @@ def restore_(model: nn.Module) -> nn.Module:
     if sparsification_of(root) is None and unapplied(root) is not None:
         erase_records(root)  # of plug-ins that it never had
         return model
+    stop_looking(root)
     require_sparsification(root).undo()
+    forget_patterns_(root)
     forget_compiled_code()
     return model
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from steppe.blocks import MLPBlock, Slot, max_tokens_of
 from steppe.errors import TokenPositionError, UnfitBlockError
 from steppe.linear import is_adapted, linear_weight
+from steppe.norms import scale_of
 from steppe.plugins.base import Constraint, Plugin
-from steppe.sharding import full, is_sharded, local_rows
+from steppe.sharding import is_sharded, local_rows
 from steppe.surgery import Journal
 from steppe.tokens import TokenContext, attach, listen
 
@@ -27,7 +28,8 @@ class ZerothBias(Plugin):
 
     A parameter ``zeroth_bias [max_tokens, d_model]``, zero at start, stands beside the weight of
     `up` and is added to the input of `up` and `gate` at the token's absolute position; nothing else
-    sees it. After every optimizer step it is clipped to ± `limit` · |norm scale|.
+    sees it. After every optimizer step it is clipped to ± `limit` · |norm scale|: that of the norm
+    before the MLP, 1 + weight for Gemma's kind and 1 for a norm without weight.
 
     Args:
         max_tokens: longest sequence, in tokens; by default what the model's config says.
@@ -41,6 +43,7 @@ class ZerothBias(Plugin):
     """
 
     key: ClassVar[str] = "zeroth_bias"
+    uses_norm: ClassVar[bool] = True
 
     max_tokens: int | None = None
     limit: float = 0.1
@@ -66,8 +69,14 @@ class ZerothBias(Plugin):
         return replace(self, max_tokens=max_tokens)
 
     def check(self, block: MLPBlock) -> None:
-        """Refuse a block without a norm scale, or one that is sharded already."""
-        if not isinstance(getattr(block.norm, "weight", None), nn.Parameter):
+        """Refuse an expert, a block without a norm scale, or one that is sharded already."""
+        if block.is_routed:
+            raise UnfitBlockError(
+                f"{block.name}: is an expert; a zeroth bias for each position and each expert would"
+                " be larger than the experts. Leave them out: sparsify_(..., where=lambda block:"
+                " not block.is_routed)"
+            )
+        if block.norm is None or scale_of(block.norm, block.d_model) is None:
             raise UnfitBlockError(
                 f"{block.name}: ZerothBias is bounded by the scale of the block's norm, and"
                 f" {_kind(block.norm)} has none. Leave the block out: sparsify_(..., where=...)"
@@ -121,6 +130,12 @@ class _AddZerothBias:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Add to x the bias at each position; x is [B, T, D], [T, B, D] or [B·T, D]."""
         x, *rest = args
+        if x.dim() > 3:
+            raise UnfitBlockError(
+                f"{self._block.name}: ZerothBias is for the positions of a sequence, and the block"
+                f" gets {list(x.shape)}. Take it off with restore_, and leave the block out:"
+                " sparsify_(..., where=...)"
+            )
         bias: Tensor = getattr(self._block.up, PARAMETER_NAME)
         tokens = self._context.tokens_per_sequence(x, self._block)
         by_token = self._at_positions(bias.to(x.dtype), tokens)  # [T, D] or [B, T, D]
@@ -162,17 +177,18 @@ class _Clipped(Constraint):
     reads_norm = True
 
     def __init__(self, block: MLPBlock, limit: float) -> None:
+        assert block.norm is not None
+        scale = scale_of(block.norm, block.d_model)
+        assert scale is not None
         self._block = block
         self._limit = limit
+        self._scale = scale
 
     @torch.no_grad()
     def project(self) -> None:
         """Clip in place."""
-        assert self._block.norm is not None
-        scale = self._block.norm.weight
-        assert isinstance(scale, Tensor)
         rows = local_rows(getattr(self._block.up, PARAMETER_NAME))
-        bound = (self._limit * full(scale).abs()).to(rows.dtype)
+        bound = self._limit * self._scale.value(rows).abs()
         rows.clamp_(min=-bound, max=bound)
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import compress
+from itertools import compress, groupby
 
-from steppe.measures.report import BlockReport, Report
+from steppe.measures.report import BlockReport, Report, pooled
 from steppe.runs import Run
 from steppe.tables import FittingTable
 
 _NONE = "–"  # what was not measured
+_MANY = 64  # blocks that have a row each
 _NAME_WIDTH = 14  # characters of a block's name
 
 
 def measure_table(report: Report) -> FittingTable:
     """The measures of one model, one row a block and two lines a row: mean, and ± standard error.
+
+    Of a model with many experts those of one layer are one row.
 
     Args:
         report: of `steppe.measure`.
@@ -32,11 +35,14 @@ def measure_table(report: Report) -> FittingTable:
     if report.blocks:
         tokens, samples = report.blocks[0].tokens, report.blocks[0].samples
         title += f", {samples:,} samples, {tokens:,} tokens"
+    if report.coverage < 1.0:
+        title += f"; {report.coverage:.0%} of the MLP parameters"
     table = FittingTable(title, is_tight=True)
     table.add_texts("block")
+    blocks, units = _rows_of(report.blocks)
     columns: list[tuple[str, list[str]]] = [
-        ("density\n%", [_with_error(b, "density", percent=True) for b in report.blocks]),
-        ("deriv.\n%", [_with_error(b, "derivative_density", percent=True) for b in report.blocks]),
+        ("density\n%", [_with_error(b, "density", percent=True) for b in blocks]),
+        ("deriv.\n%", [_with_error(b, "derivative_density", percent=True) for b in blocks]),
     ]
     for heading, key in (
         ("AF up", "AF_up"),
@@ -46,17 +52,38 @@ def measure_table(report: Report) -> FittingTable:
         ("‖x‖²", "squared_input_norm"),
         ("grad.²", "squared_activation_gradient"),
     ):
-        if any(not math.isnan(getattr(block, key)) for block in report.blocks):
-            columns.append((heading, [_with_error(block, key) for block in report.blocks]))
-    columns.append(("dead\nunits", [f"{b.dead_neurons}\nof {b.d_hidden}" for b in report.blocks]))
-    if any(block.non_finite_passes for block in report.blocks):
-        columns.append(("passes\nnot finite", [str(b.non_finite_passes) for b in report.blocks]))
-    if any(not math.isnan(block.active_gain) for block in report.blocks):
-        columns.append(("iden-\ntity", [_deviation(block) for block in report.blocks]))
+        if any(not math.isnan(getattr(block, key)) for block in blocks):
+            columns.append((heading, [_with_error(block, key) for block in blocks]))
+    dead = [f"{b.dead_neurons}\nof {of}" for b, of in zip(blocks, units, strict=True)]
+    columns.append(("dead\nunits", dead))
+    if any(block.non_finite_passes for block in blocks):
+        columns.append(("passes\nnot finite", [str(b.non_finite_passes) for b in blocks]))
+    if any(not math.isnan(block.active_gain) for block in blocks):
+        columns.append(("iden-\ntity", [_deviation(block) for block in blocks]))
     table.add_numbers(*(heading for heading, _ in columns))
-    for index, name in enumerate(_short_names([block.name for block in report.blocks])):
+    for index, name in enumerate(_short_names([block.name for block in blocks])):
         table.add_row(name, *(cells[index] for _, cells in columns))
     return table
+
+
+def _rows_of(blocks: Sequence[BlockReport]) -> tuple[list[BlockReport], list[int]]:
+    """What has a row each, with its number of hidden units; of many the experts together."""
+    rows, units = [], []
+    for _, group in groupby(blocks, _layer_of if len(blocks) > _MANY else _name_of):
+        alike = list(group)
+        rows.append(alike[0] if len(alike) == 1 else pooled(alike))
+        units.append(sum(block.d_hidden for block in alike))
+    return rows, units
+
+
+def _name_of(block: BlockReport) -> str:
+    return block.name
+
+
+def _layer_of(block: BlockReport) -> str:
+    """The name of the module that an expert is in; of another block its own."""
+    parent = block.name.rpartition(".")[0]
+    return parent if parent.endswith("experts") else block.name
 
 
 def curve_table(run: Run) -> FittingTable:

@@ -85,6 +85,7 @@ def summary_table(runs: Sequence[Run]) -> str:
     )
     if len(runs) > 1:
         caption += f" Changes are relative to {html.escape(runs[base].name)}."
+    caption += "".join(map(_coverage, runs))
     return (
         f'<table class="summary" role="table"><caption>{caption}</caption><thead role="rowgroup">'
         f'<tr role="row">{head}</tr></thead><tbody role="rowgroup">{"".join(rows)}</tbody></table>'
@@ -189,6 +190,18 @@ def _quality(run: Run) -> str:
 def _plugins(run: Run) -> str:
     names = [str(plugin.get("plugin", "?")).replace("_", " ") for plugin in run.plugins]
     return html.escape(", ".join(names)) or "none"
+
+
+def _coverage(run: Run) -> str:
+    """What of the model was measured, where that is not all of its MLPs; else nothing."""
+    report = next(iter((*run.held_out, *run.training)), None)
+    if report is None or not report.coverage < 1.0:
+        return ""
+    left = "; ".join(report.not_covered)
+    return html.escape(
+        f" Of {run.name} {percent(report.coverage)} of the MLP parameters were measured, without:"
+        f" {left}."
+    )
 
 
 def _training_density(run: Run) -> float:

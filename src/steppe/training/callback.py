@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
+from steppe.blocks import MLPBlock
 from steppe.errors import NonFiniteLossError, ScheduleError
 from steppe.files import prepare_folder
 from steppe.measures.tally import Tally
+from steppe.patterns import BlockPattern
 from steppe.plugins.penalty import penalties_of
 from steppe.plugins.sparsify import (
     advance_,
@@ -97,6 +99,9 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         every: measure one optimizer step in so many, ≥ 1.
         per_block: log each block too, not only the whole model.
         flatness: measure the backward pass too, not only the densities.
+        where: which blocks to measure; all by default.
+        patterns: patterns of your own for `find_blocks`; those that `sparsify_`, `accelerate_`,
+            `watch` or `measure` was given are known.
 
     Raises:
         ValueError: `every` is below 1.
@@ -105,10 +110,17 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         ``Trainer(model=model, args=args, train_dataset=data, callbacks=[SteppeCallback()])``
     """
 
-    def __init__(self, every: int = 50, per_block: bool = True, flatness: bool = True) -> None:
+    def __init__(
+        self,
+        every: int = 50,
+        per_block: bool = True,
+        flatness: bool = True,
+        where: Callable[[MLPBlock], bool] | None = None,
+        patterns: Sequence[BlockPattern] = (),
+    ) -> None:
         if every < 1:
             raise ValueError(f"SteppeCallback: expected every ≥ 1, got {every}")
-        super().__init__()
+        super().__init__(where, patterns)
         self.every = every
         self.per_block = per_block
         self.flatness = flatness

@@ -22,6 +22,7 @@ from steppe.errors import CheckpointError, DeviceError
 from steppe.measures.losses import terms_of
 from steppe.measures.measure import call_model, measure
 from steppe.measures.report import Report
+from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
 from steppe.runs import Run, versions
 from steppe.training.batches import Batch, Batches, load_batches
@@ -43,6 +44,7 @@ def measure_checkpoints(
     max_batches: int | None = None,
     device: str | torch.device | None = None,
     on_batch: OnBatch | None = None,
+    patterns: Sequence[BlockPattern] = (),
 ) -> Run:
     """Measure checkpoints of one run on the same held-out data.
 
@@ -53,6 +55,8 @@ def measure_checkpoints(
         max_batches: stop after so many.
         device: where to compute; a CUDA device if there is one, else the CPU.
         on_batch: told of the progress.
+        patterns: patterns of your own for `steppe.find_blocks`; those that a checkpoint's record
+            has are known.
 
     Returns:
         A run with one held-out report a checkpoint, in the order of their steps: those of
@@ -82,7 +86,7 @@ def measure_checkpoints(
     measured: list[_Measured] = []
     batches: Batches | None = None
     for name in names:
-        model = load_checkpoint(name)
+        model = load_checkpoint(name, patterns)
         if batches is None:
             batches = load_batches(source, model, name, with_classes=labels == "data")
         else:

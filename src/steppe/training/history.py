@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -12,10 +12,13 @@ from torch import distributed as dist
 from torch import nn
 
 from steppe.activations import name_of
-from steppe.blocks import find_blocks, unwrap
+from steppe.blocks import Blocks, MLPBlock, find_blocks, unwrap
+from steppe.errors import ScheduleError
 from steppe.measures.report import Report, report_from_dict
 from steppe.measures.tally import Tally, sum_over
 from steppe.measures.watch import Monitor
+from steppe.pattern_notes import note_patterns_
+from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
 from steppe.runs import Run, measures_of, versions
 
@@ -37,15 +40,27 @@ HEADLINE = {"density", "derivative_density", "training_density"}
 
 
 class History:
-    """The steps that were measured, and the evaluations, as a callback keeps them."""
+    """The steps that were measured, and the evaluations, as a callback keeps them.
 
-    def __init__(self) -> None:
+    Args:
+        where: which blocks; all by default.
+        patterns: patterns of the user's for `find_blocks`.
+    """
+
+    def __init__(
+        self,
+        where: Callable[[MLPBlock], bool] | None = None,
+        patterns: Sequence[BlockPattern] = (),
+    ) -> None:
+        self.where = where
+        self.patterns = tuple(patterns)
         self.history: list[dict[str, Any]] = []
         """One entry per measured step, complete when training ends: ``step`` and
         ``Report.to_dict()`` of it."""
         self.held_out_history: list[dict[str, Any]] = []
         """The same of the evaluations during training; densities only."""
         self._logged = 0  # entries of the history that a log has had
+        self._measured: tuple[str, ...] = ()  # the names of the blocks, once training began
         self._pending: list[tuple[int, list[Tally]]] = []
         self._held_out: tuple[int, list[Tally]] | None = None  # of the last entry
         self._monitor: Monitor | None = None  # of the training steps
@@ -68,6 +83,7 @@ class History:
             "history": self.history,
             "held_out_history": self.held_out_history,
             "_logged": self._logged,
+            "_measured": list(self._measured),
         }
 
     def _begin(self, model: nn.Module, gradients: bool, kept: dict[str, Any]) -> Monitor:
@@ -75,10 +91,29 @@ class History:
         self.history = list(kept.get("history", []))
         self.held_out_history = list(kept.get("held_out_history", []))
         self._logged = int(kept.get("_logged", 0))
+        self._measured = tuple(kept.get("_measured", ()))
         self._pending = []
         self._held_out = self._evaluation = None
-        self._monitor = Monitor(model, find_blocks(model), gradients)
+        self._monitor = Monitor(model, self._blocks(model), gradients)
+        counts = {
+            len(entry["density_per_block"]) for entry in (*self.history, *self.held_out_history)
+        }
+        if counts - {len(self._monitor.names)}:
+            raise ScheduleError(
+                f"{type(self).__name__}: the run that goes on has measured {min(counts)} blocks,"
+                f" and {len(self._monitor.names)} are to be measured now. Give the same `where` and"
+                " `patterns` as before, or begin anew in another folder"
+            )
+        self._measured = self._monitor.names
         return self._monitor
+
+    def _blocks(self, model: nn.Module) -> Blocks:
+        """The blocks to measure; without `where`, in a run that goes on those from before."""
+        blocks = find_blocks(model, self.where, self.patterns)
+        note_patterns_(model, self.patterns)
+        if self.where is not None or not any(block.name in self._measured for block in blocks):
+            return blocks
+        return find_blocks(model, lambda block: block.name in self._measured, self.patterns)
 
     def _put_aside(self, step: int) -> None:
         """Take the tallies of a step; nothing waits for the device here."""
@@ -103,7 +138,7 @@ class History:
             with torch.inference_mode(False):  # Lightning evaluates under it, others do not
                 self._evaluation = (
                     model,
-                    Monitor(model, find_blocks(model), counts_generation=False),
+                    Monitor(model, self._blocks(model), counts_generation=False),
                 )
         monitor = self._evaluation[1]
         monitor.reset()
@@ -150,12 +185,14 @@ class History:
     ) -> Run:
         """The record of the run."""
         sparsification = sparsification_of(model)
-        blocks = find_blocks(model)
+        blocks = self._blocks(model)
         layout: dict[str, Any] = {
             "name_per_block": [block.name for block in blocks],
             "d_model_per_block": [block.d_model for block in blocks],
             "d_hidden_per_block": [block.d_hidden for block in blocks],
             "gated_per_block": [block.gate is not None for block in blocks],
+            "coverage": blocks.coverage.share,
+            "not_covered": list(blocks.coverage.not_covered()),
         }
         training = [report_from_dict(layout | entry) for entry in self.history]
         return Run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks import find_blocks
+from steppe.blocks import MLPBlock, find_blocks
 from steppe.errors import MissingExtraError, NonFiniteLossError, ScheduleError
 from steppe.files import prepare_folder
+from steppe.patterns import BlockPattern
 from steppe.plugins.constrain import Constrained, constrain_
 from steppe.plugins.penalty import penalties_of
 from steppe.plugins.sparsify import sparsification_of
@@ -58,6 +60,9 @@ class LightningCallback(History, pl.Callback):
         every: measure one optimizer step in so many, ≥ 1.
         per_block: log each block too, not only the whole model.
         flatness: measure the backward pass too, not only the densities.
+        where: which blocks to measure; all by default.
+        patterns: patterns of your own for `find_blocks`; those that `sparsify_`, `accelerate_`,
+            `watch` or `measure` was given are known.
 
     Raises:
         ValueError: `every` is below 1.
@@ -67,10 +72,17 @@ class LightningCallback(History, pl.Callback):
         ``pl.Trainer(max_steps=10_000, callbacks=[LightningCallback()]).fit(module, loader)``
     """
 
-    def __init__(self, every: int = 50, per_block: bool = True, flatness: bool = True) -> None:
+    def __init__(
+        self,
+        every: int = 50,
+        per_block: bool = True,
+        flatness: bool = True,
+        where: Callable[[MLPBlock], bool] | None = None,
+        patterns: Sequence[BlockPattern] = (),
+    ) -> None:
         if every < 1:
             raise ValueError(f"LightningCallback: expected every ≥ 1, got {every}")
-        super().__init__()
+        super().__init__(where, patterns)
         self.every = every
         self.per_block = per_block
         self.flatness = flatness
@@ -97,7 +109,7 @@ class LightningCallback(History, pl.Callback):
         """
         self._leave()
         restored, self._restored = self._restored, {}
-        model = _model_of(pl_module)
+        model = _model_of(pl_module, self.patterns)
         self._begin(model, self.flatness, restored)
         self._logs = list(restored.get("logs", []))
         self._turn = None
@@ -245,7 +257,7 @@ class LightningCallback(History, pl.Callback):
             "measured_every": self.every,
         }
         return self._run(
-            _model_of(pl_module),
+            _model_of(pl_module, self.patterns),
             name or _folder(trainer).resolve().name,
             settings,
             {"lightning": getattr(pl, "__version__", "")},
@@ -255,7 +267,7 @@ class LightningCallback(History, pl.Callback):
     def _watch_evaluation(self, pl_module: nn.Module) -> None:
         """Watch the model until `_log_evaluation`."""
         self._passing.close()
-        monitor = self._monitor_of_evaluation(_model_of(pl_module))
+        monitor = self._monitor_of_evaluation(_model_of(pl_module, self.patterns))
         self._passing.enter_context(monitor.attached())
 
     def _log_evaluation(self, pl_module: Any, prefix: str) -> Any:
@@ -285,12 +297,12 @@ class LightningCallback(History, pl.Callback):
             write_run(self.run(trainer, pl_module), folder / RUN_FILE)
 
 
-def _model_of(pl_module: nn.Module) -> nn.Module:
+def _model_of(pl_module: nn.Module, patterns: Sequence[BlockPattern]) -> nn.Module:
     """The model in a module: the sparsified one, else the Hugging Face one, else all of it."""
     for module in pl_module.modules():
         if APPLIED in vars(module):
             return module
-    downs = {block.down for block in find_blocks(pl_module)}
+    downs = {block.down for block in find_blocks(pl_module, patterns=patterns)}
     for module in pl_module.modules():
         if hasattr(module, "config") and downs <= set(module.modules()):
             return module

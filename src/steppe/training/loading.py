@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from transformers import (
 from steppe.checkpoints import load_pretrained
 from steppe.checkpoints.weights import Weights
 from steppe.errors import CheckpointError, MissingExtraError, SteppeError
+from steppe.pattern_notes import note_patterns_
+from steppe.patterns import BlockPattern
 from steppe.record import RECORD_KEY
 from steppe.training.sources import first_line
 
@@ -29,7 +32,9 @@ _LAYERS_OF_ONE = 1000  # that may share their weights
 _AUTO_CLASSES = (AutoModelForImageClassification, AutoModelForMaskedLM, AutoModelForCausalLM)
 
 
-def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
+def load_checkpoint(
+    checkpoint: str | Path, patterns: Sequence[BlockPattern] = ()
+) -> PreTrainedModel:
     """A saved model with what steppe did to it, of the class that its config names.
 
     Reads safetensors only, in the dtype that was saved; code that comes with a checkpoint is never
@@ -37,6 +42,7 @@ def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
 
     Args:
         checkpoint: a folder that ``save_pretrained`` or the Trainer wrote, or a hub id.
+        patterns: patterns of your own, which are noted with the model; those of its record are.
 
     Returns:
         The model, in evaluation mode, on the CPU.
@@ -52,9 +58,10 @@ def load_checkpoint(checkpoint: str | Path) -> PreTrainedModel:
     _refuse_absurd(checkpoint, config, len(weights.files))
     load = partial(_load_whole, _class_of(config))
     if hasattr(config, RECORD_KEY):
-        model: Any = load_pretrained(load, checkpoint)
+        model: Any = load_pretrained(load, checkpoint, patterns)
     else:
         model = load(checkpoint)
+    note_patterns_(model, patterns)
     return model.eval()
 
 
@@ -82,7 +89,9 @@ def empty_model(checkpoint: str | Path) -> PreTrainedModel:
     """
     path = Path(checkpoint)
     config = load_config(str(path.parent if path.name == "config.json" else checkpoint))
-    kind = _class_of(config)
+    # A class with a head may have a part of the model only, as CLIP's for images.
+    whole: Any = AutoModel if type(config) in AutoModel._model_mapping else _class_of(config)
+    kind = _named_class(config) or whole
     make = getattr(kind, "from_config", None) or kind
     try:
         with torch.device("meta"):
@@ -136,15 +145,23 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
 
 def _class_of(config: PreTrainedConfig) -> Any:
     """The class that the config names, else the one that usually has its weights and a loss."""
+    named = _named_class(config)
+    if named is not None:
+        return named
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
+    known = (kind for kind in _AUTO_CLASSES if type(config) in kind._model_mapping)
+    return next(known, AutoModel)
+
+
+def _named_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that the config names, if Transformers has it."""
     named = getattr(config, "architectures", None)
     for name in named if isinstance(named, list) else []:
         kind = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
             return kind
-    if getattr(config, "is_encoder_decoder", False):
-        return AutoModelForSeq2SeqLM
-    known = (kind for kind in _AUTO_CLASSES if type(config) in kind._model_mapping)
-    return next(known, AutoModel)
+    return None
 
 
 def _load_whole(kind: Any, checkpoint: str) -> PreTrainedModel:

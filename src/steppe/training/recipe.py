@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from steppe.errors import RecipeError
+from steppe.errors import PatternError, RecipeError
 from steppe.files import expanded
+from steppe.pattern_values import pattern_from_text
+from steppe.patterns import BlockPattern
 from steppe.training.recipe_values import wrong_values
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -48,6 +50,10 @@ class ModelArguments:
     )
     checkpoint: str | None = field(
         default=None, metadata={"help": "Vanilla model to finetune; a folder or a hub id."}
+    )
+    patterns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Of its MLPs where steppe knows none: mappings, or BlockPattern(...)."},
     )
     lora_rank: int = field(default=0, metadata={"help": "LoRA on the attention; 0 for none."})
     lora_targets: list[str] = field(
@@ -246,6 +252,21 @@ def model_settings(model: ModelArguments) -> dict[str, Any]:
     return settings
 
 
+def patterns_of(model: ModelArguments) -> list[BlockPattern]:
+    """The patterns of the model's MLPs, none where the built-in ones do.
+
+    Args:
+        model: of a recipe.
+
+    Raises:
+        RecipeError: one is none.
+    """
+    try:
+        return [pattern_from_text(text) for text in model.patterns]
+    except PatternError as error:
+        raise RecipeError(f"patterns: {error}") from None
+
+
 def _find(recipe: str | Path) -> Path:
     """The file of a recipe."""
     path = expanded(recipe)
@@ -314,7 +335,8 @@ def _as_flag(key: str, value: Any) -> list[str]:
     if isinstance(value, Mapping):
         return [f"--{key}", json.dumps(value)]
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [f"--{key}", *map(str, value)]
+        words = [json.dumps(one) if isinstance(one, Mapping) else str(one) for one in value]
+        return [f"--{key}", *words]
     return [f"--{key}={value}"]
 
 
@@ -424,6 +446,7 @@ def _check(recipe: Recipe, parser: _Parser) -> None:
     if missing is not None:
         raise RecipeError(f"{parser.where}: {missing}", way)
     model_settings(model)
+    patterns_of(model)
     for key in _PATHS:
         if values[key] == "" and key != "tokenizer":  # which is made of the data then
             raise RecipeError(f"{parser.place_of(key)}{key}: expected a path, got an empty one")
@@ -440,4 +463,6 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         recipe: as it is run.
     """
     ours = {**vars(recipe.model), **vars(recipe.data), **vars(recipe.arm)}
+    if not recipe.model.patterns:
+        del ours["patterns"]  # which runs of before know nothing of
     return {"recipe": recipe.name, **ours}

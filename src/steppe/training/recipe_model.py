@@ -19,6 +19,7 @@ from transformers import (
 
 from steppe.blocks import find_blocks
 from steppe.errors import CheckpointError, RecipeError
+from steppe.pattern_notes import note_patterns_
 from steppe.plugins import (
     ActivationPenalty,
     JumpingSquaredReLU,
@@ -29,7 +30,7 @@ from steppe.plugins import (
 )
 from steppe.plugins.sparsify import sparsification_of
 from steppe.training.loading import load_checkpoint
-from steppe.training.recipe import CAUSAL, IMAGES, SPANS, Recipe, model_settings
+from steppe.training.recipe import CAUSAL, IMAGES, SPANS, Recipe, model_settings, patterns_of
 
 _MODELS: dict[str, Any] = {
     IMAGES: AutoModelForImageClassification,
@@ -64,13 +65,20 @@ def build_model(recipe: Recipe, **known: Any) -> PreTrainedModel:
     Raises:
         RecipeError: its settings cannot be.
         CheckpointError: the checkpoint is none, or no vanilla one for the task.
+        BlocksNotFoundError: the recipe has patterns, and nothing matches.
     """
     if recipe.model.checkpoint is not None:
-        return _vanilla(recipe.model.checkpoint, recipe.model.task)
-    settings = {**known, **model_settings(recipe.model)}
-    with _of_settings():
-        config = AutoConfig.for_model(str(recipe.model.model_type), **settings)
-        return _MODELS[recipe.model.task].from_config(config)
+        model = _vanilla(recipe.model.checkpoint, recipe.model.task)
+    else:
+        settings = {**known, **model_settings(recipe.model)}
+        with _of_settings():
+            config = AutoConfig.for_model(str(recipe.model.model_type), **settings)
+            model = _MODELS[recipe.model.task].from_config(config)
+    patterns = patterns_of(recipe.model)
+    if patterns:
+        find_blocks(model, patterns=patterns)
+        note_patterns_(model, patterns)
+    return model
 
 
 @contextmanager
