@@ -34,6 +34,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("steppe.ops",),
     (  # a model as it is: its blocks, edits that can be undone, what is said of tokens
         "steppe.activations",
+        "steppe.bare",
+        "steppe.beside",
         "steppe.blocks",
         "steppe.candidates",
         "steppe.experts",

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steppe.bare import HOOKS
 from steppe.errors import AccelerationError
 from steppe.linear import PartOfLinear, held_by, linear_weight
 from steppe.ops.backend import backend_of
-from steppe.routing import HOOKS, Route, Trial
+from steppe.routing import Route, Trial
 
 _TOKENS = 6
 # How far results may be apart, as a share of their norm. The kernels and dense products differ by

@@ -10,8 +10,6 @@ their gradients stay where they are.
 from __future__ import annotations
 
 import inspect
-import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from steppe.activations import evaluate
+from steppe.bare import without_hooks
+from steppe.beside import OneBeside
 from steppe.errors import UnfitBlockError
 from steppe.linear import PartOfLinear
 from steppe.per_thread import PerThread
@@ -31,7 +31,6 @@ _ARGUMENTS = 3  # of the forward: tokens, the experts of each token, their weigh
 _TRIED = 4  # tokens on which the loop is compared with the module's own forward
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the norm; half precision: _ROUGH
 _ROUGH = 5e-2
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Experts:
@@ -106,7 +105,7 @@ class Experts:
         index = torch.rand(_TRIED, experts, generator=generator).topk(chosen).indices
         index = index.to(down.device)
         weights = torch.rand(_TRIED, chosen, generator=generator).to(down)
-        twin = _without_hooks(self.module)
+        twin = without_hooks(self.module)
         with torch.no_grad():
             # Without what Transformers wraps around it, which takes fewer dtypes.
             own = inspect.unwrap(type(twin).forward)(twin, x, index, weights)
@@ -154,9 +153,7 @@ class ExpertLayer(PartOfLinear):
     def weight(self) -> Tensor:
         """W, ``[out, in]``, a view of the tensor."""
         whole = self.experts.tensor(self.source, self.expert)
-        if self.experts.is_transposed:
-            whole = whole.T
-        return whole if self._is_whole(whole) else whole[slice(*self.rows)]
+        return self._own_rows(whole.T if self.experts.is_transposed else whole)
 
     @property
     def bias(self) -> Tensor | None:
@@ -164,11 +161,10 @@ class ExpertLayer(PartOfLinear):
         name = f"{self.source}_bias"
         if not has_tensor(self.experts.module, name):
             return None
-        whole = self.experts.tensor(name, self.expert)
-        return whole if self._is_whole(whole) else whole[slice(*self.rows)]
+        return self._own_rows(self.experts.tensor(name, self.expert))
 
-    def _is_whole(self, tensor: Tensor) -> bool:
-        return self.rows == (0, len(tensor))
+    def _own_rows(self, tensor: Tensor) -> Tensor:
+        return tensor if self.rows == (0, len(tensor)) else tensor[slice(*self.rows)]
 
     @property
     def held(self) -> list[tuple[dict[str, Any], str]]:
@@ -474,8 +470,7 @@ def fingerprints(rows: Tensor) -> Tensor:
     return (rows.contiguous().view(integers).to(torch.int64) * factors.to(rows.device)).sum(-1)
 
 
-_known: weakref.WeakValueDictionary[int, Experts] = weakref.WeakValueDictionary()
-_finding = threading.Lock()
+_known: OneBeside[Experts] = OneBeside()
 
 
 def experts_of(module: nn.Module) -> Experts | None:
@@ -493,28 +488,12 @@ def experts_of(module: nn.Module) -> Experts | None:
     forward = module.__dict__.get("forward")
     if isinstance(forward, ExpertsForward):
         return forward.experts
-    with _finding:
-        known = _known.get(id(module))
-        if known is not None and known.module is module:
-            return known
+
+    def make() -> Experts | None:
         is_transposed = _orientation(module)
-        if is_transposed is None:
-            return None
-        found = _known[id(module)] = Experts(module, is_transposed)
-        return found
+        return None if is_transposed is None else Experts(module, is_transposed)
 
-
-def _without_hooks(module: nn.Module) -> nn.Module:
-    """A module with the same parameters and without hooks, as are those below it."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    for name in _HOOKS:
-        twin.__dict__[name] = type(module.__dict__[name])()
-    children = module._modules.items()
-    twin.__dict__["_modules"] = {
-        name: None if child is None else _without_hooks(child) for name, child in children
-    }
-    return twin
+    return _known.get(module, make)
 
 
 def has_tensor(module: nn.Module, name: str) -> bool:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steppe.bare import HOOKS
 from steppe.blocks import MLPBlock, Slot
 from steppe.errors import WiringError
 from steppe.experts import ExpertLayer
 from steppe.per_thread import PerThread
-from steppe.routing import HOOKS
 from steppe.surgery import Journal
 from steppe.swapping import is_own_hook
 from steppe.wiring import Witness, version_of

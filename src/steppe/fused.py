@@ -7,8 +7,6 @@ on any layer. Nothing is copied: the parameter, its name and its gradient stay w
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steppe.beside import OneBeside
 from steppe.linear import PartOfLinear, linear_shape, linear_weight
 from steppe.per_thread import PerThread
 
@@ -163,8 +162,7 @@ class HalvesForward:
         return self.halves.run(args[0], own)
 
 
-_known: weakref.WeakValueDictionary[int, Halves] = weakref.WeakValueDictionary()
-_finding = threading.Lock()
+_known: OneBeside[Halves] = OneBeside()
 
 
 def halves_of(layer: nn.Module) -> Halves | None:
@@ -186,9 +184,5 @@ def halves_of(layer: nn.Module) -> Halves | None:
     shape = linear_shape(layer)
     if shape is None or shape[1] % 2:
         return None
-    with _finding:
-        known = _known.get(id(layer))
-        if known is not None and known.layer is layer:
-            return known
-        found = _known[id(layer)] = Halves(layer, (shape[0], shape[1] // 2))
-        return found
+    halved = shape[0], shape[1] // 2
+    return _known.get(layer, lambda: Halves(layer, halved))

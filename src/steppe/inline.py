@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steppe.activations import Rectifier
+from steppe.bare import without_hooks
+from steppe.beside import OneBeside
 from steppe.fused import Half
-from steppe.recognition import Recognised, recognise
+from steppe.recognition import Recognised, recognise, undisturbed
 
 AROUND = "around"  # on an `Inline`: what calls the written out forward, where somebody wants to
 INLINE = "inline"  # the name below the MLP of what has the activation
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _POINTS = 512
 _Layers = tuple[nn.Module | None, nn.Module, nn.Module]
 # Activations that are no rectifiers; the first that has the values is taken.
@@ -69,11 +68,6 @@ class Inline(nn.Module):
         self.act = act
         self.__dict__.update(mlp=mlp, written_out=WrittenOut(self, layers, after))
 
-    def forward(self, p: Tensor) -> Tensor:
-        """σ(p)."""
-        output: Tensor = self.act(p)
-        return output
-
 
 class WrittenOut:
     """In place of the forward of an MLP: ``down(act(gate(x)) ⊙ up(x))``, with an activation module.
@@ -105,34 +99,22 @@ class WrittenOut:
         return self._run(x) if around is None else around(self._run, x)
 
     def _run(self, x: Tensor) -> Tensor:
-        return computed(x, self.layers, self.inline.act, self.after)
-
-
-def computed(
-    x: Tensor,
-    layers: _Layers,
-    act: Callable[[Tensor], Tensor],
-    after: nn.Module | None,
-) -> Tensor:
-    """What a block gives for ``[*, D]``."""
-    gate, up, down = layers
-    if isinstance(gate, Half) and isinstance(up, Half):
-        parts = gate.whole(x).chunk(2, dim=-1)
-        hidden = act(parts[gate.number]) * parts[up.number]
-    elif gate is None:
-        hidden = act(up(x))
-    else:
-        hidden = act(gate(x)) * up(x)
-    output: Tensor = down(hidden)
-    if after is not None:
-        output = after(output)
-    return output
+        (gate, up, down), act = self.layers, self.inline.act
+        if isinstance(gate, Half) and isinstance(up, Half):
+            parts = gate.whole(x).chunk(2, dim=-1)
+            hidden = act(parts[gate.number]) * parts[up.number]
+        elif gate is None:
+            hidden = act(up(x))
+        else:
+            hidden = act(gate(x)) * up(x)
+        output: Tensor = down(hidden)
+        return output if self.after is None else self.after(output)
 
 
 # What was told of a module with these layers: the activation and the dropout after it, or None.
 _Told = tuple[list[tuple[int, int]], tuple[nn.Module, nn.Module | None] | None]
 _told: weakref.WeakKeyDictionary[nn.Module, _Told] = weakref.WeakKeyDictionary()
-_known: weakref.WeakValueDictionary[int, Inline] = weakref.WeakValueDictionary()
+_known: OneBeside[Inline] = OneBeside()
 
 
 def inline_of(
@@ -167,35 +149,28 @@ def inline_of(
         return written.inline if written.layers == layers else None
     if written is not None:
         return None
-    known = _known.get(id(mlp))
-    if known is not None and known.mlp is mlp and known.written_out.layers == layers:
-        return known
-    ids = [(id(getattr(layer, "whole", layer)), getattr(layer, "number", 0)) for layer in layers]
-    told = _told.get(mlp)
-    if told is None or told[0] != ids:
-        told = _told[mlp] = ids, _told_of(mlp, *layers)
-    if told[1] is None:
-        return None
-    act, after = told[1]
-    found = _known[id(mlp)] = Inline(mlp, layers, copy.copy(act), after)
-    return found
+
+    def make() -> Inline | None:
+        ids = [(id(getattr(one, "whole", one)), getattr(one, "number", 0)) for one in layers]
+        told = _told.get(mlp)
+        if told is None or told[0] != ids:
+            told = _told[mlp] = ids, _told_of(mlp, *layers)
+        if told[1] is None:
+            return None
+        act, after = told[1]
+        return Inline(mlp, layers, copy.copy(act), after)
+
+    return _known.get(mlp, make, lambda known: known.written_out.layers == layers)
 
 
 def _told_of(
     mlp: nn.Module, gate: nn.Module | None, up: nn.Module, down: nn.Module
 ) -> tuple[nn.Module, nn.Module | None] | None:
     try:
-        with _undisturbed():
+        with undisturbed(), torch.no_grad():
             return _tell(mlp, gate, up, down)
     except Exception:  # of somebody else's forward, which wants more than stubs give
         return None
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Random numbers as they were, no gradients, no autocast."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        yield
 
 
 class _Stub(nn.Module):
@@ -231,7 +206,7 @@ def _tell(
             stubs[id(up)] = _Stub(p if gate is None else u)
             if gate is not None:
                 stubs[id(gate)] = _Stub(p)
-        clone: Any = _with_stubs(mlp, stubs).train(training)
+        clone: Any = without_hooks(mlp, stubs).train(training)
         torch.manual_seed(0)
         output = type(clone).forward(clone, x)
         if last.got is None or last.got.shape != p.shape or output.shape != x.shape:
@@ -264,7 +239,7 @@ def _tell(
         for training in (False, True):
             output = hidden_of(p, u, training)[1]
             torch.manual_seed(0)
-            expected = ones if after is None else _bare(after).train(training)(ones)
+            expected = ones if after is None else without_hooks(after).train(training)(ones)
             agree.append(torch.equal(output, expected))
         if all(agree):
             return act, after
@@ -287,26 +262,3 @@ def _named(sigma: Callable[[Tensor], Tensor]) -> nn.Module | None:
         if torch.allclose(act(points), values, rtol=1e-11, atol=1e-13):
             return act
     return None
-
-
-def _with_stubs(module: nn.Module, stubs: Mapping[int, nn.Module]) -> nn.Module:
-    """A copy of a module without hooks, whose layers are stubs; it shares the rest."""
-    if id(module) in stubs:
-        return stubs[id(module)]
-    clone = _bare(module)
-    clone.__dict__["_modules"] = {
-        name: None if child is None else _with_stubs(child, stubs)
-        for name, child in module._modules.items()
-    }
-    return clone
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    clone = copy.copy(module)
-    for name in _HOOKS:
-        clone.__dict__[name] = OrderedDict()
-    buffers = module._buffers.items()
-    clone.__dict__["_buffers"] = {
-        name: None if buffer is None else buffer.clone() for name, buffer in buffers
-    }
-    return clone

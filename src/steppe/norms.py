@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steppe.bare import without_hooks
 from steppe.sharding import full
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,4 @@ def _copy_of(norm: nn.Module) -> Any:
         id(parameter): nn.Parameter(torch.zeros(parameter.shape, dtype=torch.float64))
         for parameter in norm.parameters()  # on the meta device or sharded, maybe
     }
-    for module in norm.modules():
-        for name in _HOOKS:  # which may refer to anything
-            memo[id(module.__dict__[name])] = type(module.__dict__[name])()
-    return copy.deepcopy(norm, memo).to(device="cpu", dtype=torch.float64)
+    return copy.deepcopy(without_hooks(norm), memo).to(device="cpu", dtype=torch.float64)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import sys
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.activations import Activation, evaluate
+from steppe.bare import without_hooks
 
 _ULPS = 16.0  # for the values and slopes of formulas that round elsewhere than ours
 _MAGNITUDES = (
@@ -25,15 +24,6 @@ _MAGNITUDES = (
 _TINY, _HUGE = 2.0**-200, 2.0**200  # their squares are float64 still
 _SHOWN = (-1.0, 1.0, 2.0, 0.5, 7.0, -3.0, 100.0)  # points that a reason names if it can
 _SECTIONS = 256  # of an interval, each time that the shift is looked for
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ def recognise(act: Activation) -> Recognised | str:
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return "has parameters"
     try:
-        with _undisturbed():
+        with undisturbed():
             return _recognise(act)
     except _NotRecognisedError as reason:
         return str(reason)
@@ -268,7 +258,7 @@ def _fit(act: Activation, shift: float) -> Recognised:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Gradients on, autocast and compiling off, and the random numbers as they were."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -284,24 +274,7 @@ def _bare(act: Activation, training: bool) -> Activation:
     """A module as a copy of its own, without hooks, on the CPU, in a mode; a function as it is."""
     if not isinstance(act, nn.Module) or isinstance(act, torch.jit.ScriptModule):
         return act
-    return _without_hooks(act, {}).train(training)
-
-
-def _without_hooks(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    if id(module) not in made:
-        # Not a deep copy: a hook may hold on to a whole model.
-        clone = made[id(module)] = copy.copy(module)
-        for name in _HOOKS:
-            clone.__dict__[name] = OrderedDict()
-        clone.__dict__["_buffers"] = {
-            name: None if buffer is None else buffer.detach().to("cpu", copy=True)
-            for name, buffer in module._buffers.items()
-        }
-        clone.__dict__["_modules"] = {
-            name: None if child is None else _without_hooks(child, made)
-            for name, child in module._modules.items()
-        }
-    return made[id(module)]
+    return without_hooks(act, device="cpu").train(training)
 
 
 def _values(act: Activation, p: Tensor) -> Tensor:

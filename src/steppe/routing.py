@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as global_hooks
 
 from steppe.activations import Activation, is_relu
+from steppe.bare import HOOKS
 from steppe.blocks import MLPBlock, Slot
 from steppe.errors import AccelerationError
 from steppe.experts import Expert, SharedActivation
@@ -41,7 +42,6 @@ from steppe.swapping import is_own_hook, plain_class
 from steppe.wiring import Witness
 
 _ROUTES = "_steppe_routes"  # on each part and each owner: the routes that it belongs to
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(global_hooks, f"_global{name}") for name in HOOKS)
 
 
@@ -132,7 +132,7 @@ class _Part(NamedTuple):
         for kind in HOOKS:
             if own[kind] and not all(map(is_own_hook, own[kind].values())):
                 return f"a hook that is not steppe's is on {self.name}"
-        if not isinstance(own.get("forward", None), HalvesForward | None):
+        if has_foreign_forward(self.module):
             return f"the forward of {self.name} was replaced"
         if type(self.module).forward is not self.forward:
             return f"{self.name} was made a {type(self.module).__name__}"
@@ -160,6 +160,12 @@ def _part(module: nn.Module, place: tuple[nn.Module, str], plain: type[nn.Module
     parent, name = place
     kind = type(module)
     return _Part(module, name, parent._modules, kind, kind.forward, plain, plain.forward)
+
+
+def has_foreign_forward(module: object) -> bool:
+    """Whether somebody else has given a module another forward."""
+    own = getattr(module, "__dict__", {}).get("forward")
+    return own is not None and not isinstance(own, HalvesForward)
 
 
 class _Call:

@@ -15,14 +15,14 @@ from steppe.computation import Computation, is_conv1d
 from steppe.dry_run import check_routes
 from steppe.errors import AccelerationError
 from steppe.first_pass import not_looking
-from steppe.fused import Half, HalvesForward
+from steppe.fused import Half
 from steppe.linear import is_linear, linear_weight
 from steppe.ops.backend import backend_of
 from steppe.pattern_notes import forget_patterns_, note_patterns_
 from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
 from steppe.record import APPLIED
-from steppe.routing import Route, owners_of, places_of
+from steppe.routing import Route, has_foreign_forward, owners_of, places_of
 from steppe.surgery import Journal, forget_compiled_code
 from steppe.swapping import plain_class
 
@@ -290,10 +290,7 @@ def _check(block: MLPBlock) -> None:
     fused = {layer.whole for layer in block.layers if isinstance(layer, Half)}
     others = [part for part in (block.act, dropout) if part is not None]
     parts = [*block.layers, *fused, *others]
-    own = HalvesForward | None
-    replaced = [
-        part for part in parts if not isinstance(getattr(part, "__dict__", {}).get("forward"), own)
-    ]
+    replaced = list(filter(has_foreign_forward, parts))
     if replaced:
         raise AccelerationError(
             f"{block.name}: the forward of {_described(replaced[0])} was replaced, and may compute"
