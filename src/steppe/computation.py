@@ -59,6 +59,7 @@ class Computation:
         self._is_transposed = [is_conv1d(layer) for layer in block.layers]
         self._shape = block.d_model, block.d_hidden
         self._held = [held_by(layer) for layer in block.layers]
+        self._places = [place for held in self._held for place in held]
         self._kernels: BlockKernels | None = None
         self._device = ""  # that the kernels are of
 
@@ -92,7 +93,7 @@ class Computation:
             x.requires_grad
             or any(
                 (part := parameters.get(name)) is not None and part.requires_grad
-                for parameters, name in self.layer_parameters()
+                for parameters, name in self._places
             )
         )
         kernels = self._kernels_for(x)
@@ -125,7 +126,7 @@ class Computation:
 
     def layer_parameters(self) -> list[tuple[dict[str, Any], str]]:
         """Where the parameters of the block's layers are."""
-        return [place for held in self._held for place in held]
+        return self._places
 
     def layer_tensors(self) -> list[Tensor | None]:
         """What the layers compute with, which a parametrization makes anew each time.
@@ -176,7 +177,7 @@ class Computation:
                 return f"a weight is a {type(weight).__name__}"
             if weight.dtype != dtype and not is_cast:
                 return f"its input is of {dtype}, a weight of {weight.dtype}"
-        return "" if traced else self.unfit() or _transformed()
+        return "" if traced else backend.reason() or self._sigma.unfit() or _transformed()
 
     def __call__(self, route: Route, x: Tensor, plan: Plan | None) -> Tensor:
         """The block's output, and its support for whoever watches."""

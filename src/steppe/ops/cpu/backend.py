@@ -10,7 +10,7 @@ from steppe.ops.cpu.block import CpuBlock
 from steppe.ops.cpu.calibration import use_remembered
 from steppe.ops.cpu.calls import DECODE_ROWS, DTYPES
 from steppe.ops.cpu.library import kernels
-from steppe.ops.cpu.native_ops import screen_limit
+from steppe.ops.cpu.native_ops import plan_for
 from steppe.ops.plan import Limits, Plan
 
 
@@ -49,11 +49,7 @@ class CpuBackend:
         self, rows: int, width: int, dtype: torch.dtype, trains: bool, asked: Limits
     ) -> Plan:
         """The limits that hold for such calls."""
-        most = asked.max_density
-        if most is None:
-            most = dispatch.max_density_for(rows, width, dtype, trains)
-        share = screen_limit(rows, width, dtype, trains, asked.max_candidates)
-        return Plan("", most, share, asked.max_density is None, asked.max_candidates is None)
+        return plan_for(rows, width, dtype, trains, asked)
 
     def source(self, dtype: torch.dtype) -> str:
         """Whether the thresholds are built in or measured, and the file."""

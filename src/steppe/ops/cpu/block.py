@@ -19,7 +19,7 @@ from steppe.ops.cpu import native_ops
 from steppe.ops.cpu.calls import DECODE_ROWS
 from steppe.ops.cpu.copies import marks_of, why_not_kept
 from steppe.ops.cpu.decode import FewBlock, FewCall, why_not_laid_out
-from steppe.ops.cpu.dispatch import Habit, generation, max_density_for
+from steppe.ops.cpu.dispatch import Habit, generation
 from steppe.ops.cpu.memory import scratch
 from steppe.ops.cpu.team import threads
 from steppe.ops.mlp import rule_of
@@ -113,20 +113,18 @@ class CpuBlock:
 
     def plan_and_count(self, rows: int, dtype: torch.dtype, trains: bool) -> Plan:
         """The plan of a call. A block that was too dense runs its own modules for a while."""
-        most, asked = self._limits
-        width = self._shape[0]
-        is_measured = most is None
-        if most is None:
-            is_decoding = rows <= DECODE_ROWS and not trains
-            if self._unkept and is_decoding and self._are_the_same():
-                return Plan(self._unkept)
-            most = max_density_for(rows, width, dtype, trains)
-            if most <= 0.0:
-                return Plan(f"at {rows} tokens no density gains")
-            if not trains and self._habits[most].limit(most) <= 0.0:
-                return Plan("the last calls were too dense")
-        share = native_ops.screen_limit(rows, width, dtype, trains, asked)
-        return Plan("", most, share, is_measured, asked is None)
+        plan = native_ops.plan_for(rows, self._shape[0], dtype, trains, self._limits)
+        if not plan.is_measured:
+            return plan
+        is_decoding = rows <= DECODE_ROWS and not trains
+        if self._unkept and is_decoding and self._are_the_same():
+            return Plan(self._unkept)
+        most = plan.max_density
+        if most <= 0.0:
+            return Plan(f"at {rows} tokens no density gains")
+        if not trains and self._habits[most].limit(most) <= 0.0:
+            return Plan("the last calls were too dense")
+        return plan
 
     def decode(
         self,

@@ -26,7 +26,7 @@ from steppe.ops.cpu.screen import (
 )
 from steppe.ops.mlp import Seven, no_list, only_needed, rule_of
 from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
-from steppe.ops.plan import Plan, Saved
+from steppe.ops.plan import Limits, Plan, Saved
 from steppe.ops.reference import Rule, Weights
 
 _LEAST_WIDTH = 256  # of narrower blocks all is done so soon that screening gains little or nothing
@@ -64,6 +64,22 @@ def screen_limit(
     if asked is not None:
         return asked
     return max_candidates_for(rows, dtype, trains) if width >= _LEAST_WIDTH else 0.0
+
+
+def plan_for(rows: int, width: int, dtype: torch.dtype, trains: bool, asked: Limits) -> Plan:
+    """The limits of a call, those of this machine where nothing was asked for.
+
+    Args:
+        rows: as of `screen_limit`, as the next three.
+        width: likewise.
+        dtype: likewise.
+        trains: likewise.
+        asked: what the user wants.
+    """
+    most, share = asked
+    limit = max_density_for(rows, width, dtype, trains) if most is None else most
+    screened = screen_limit(rows, width, dtype, trains, share)
+    return Plan("", limit, screened, most is None, share is None)
 
 
 @products.compact.register_kernel("cpu")
@@ -120,11 +136,8 @@ def mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `steppe.ops.mlp.mlp`."""
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
-    asked, width = max_density, x.shape[1]
-    if max_density is None:
-        max_density = max_density_for(len(x), width, x.dtype, trains)
-    share = screen_limit(len(x), width, x.dtype, trains, max_candidates)
-    plan = Plan("", max_density, share, asked is None, max_candidates is None)
+    rows, width = x.shape
+    plan = plan_for(rows, width, x.dtype, trains, Limits(max_density, max_candidates))
     return compute(x, weights, rule_of(alpha, beta, mix, dropout), plan, trains)
 
 
