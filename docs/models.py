@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 RESULT = ROOT / "docs" / "results" / "models.json"
 TYPES = ROOT / "benchmarks" / "results" / "model_types.json"
-WRONG = "no: "  # how what is said of a check that failed begins
+WRONG = "no: "  # the cell of a check that failed begins so
 _COLUMNS = (
     *("wired", "norm", "plug-ins", "density", "gradients", "accelerated", "trained, saved"),
 )

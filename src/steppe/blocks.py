@@ -309,6 +309,8 @@ def matches(
         for expert in _expert_blocks(root, name, owner):
             seen.add(id(expert.up))
             yield name, owner, None, expert
+        if not owner._modules:
+            continue
         for pattern in (*patterns, *pattern_noted_on(owner), *PATTERNS):
             if pattern.down.partition(".")[0] not in owner._modules:
                 continue  # as nearly all: of a large model this is what takes the time
@@ -514,6 +516,9 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         return None
     if router is not None:
         norm = _experts_norm(root, name.rpartition(".")[0])
+    dropout_slot = None
+    if pattern.dropout and isinstance(dropout, float):
+        dropout_slot = Slot(*_parent(owner, pattern.dropout))
     sequence_first = pattern.sequence_first is not None and pattern.sequence_first(owner)
     return MLPBlock(
         name=owner_name(name, owner),
@@ -532,7 +537,7 @@ def _match(root: nn.Module, name: str, owner: nn.Module, pattern: BlockPattern) 
         act_flags=tuple((Slot(owner, flag), value) for flag, value in pattern.act_flags),
         stack=_stack_of(root, name),
         routed_in=router,
-        dropout_slot=_number_slot(owner, pattern.dropout) if isinstance(dropout, float) else None,
+        dropout_slot=dropout_slot,
     )
 
 
@@ -588,13 +593,6 @@ def _router_of(root: nn.Module, name: str) -> nn.Module | None:
     return root.get_submodule(parent.rpartition(".")[0])
 
 
-def _number_slot(owner: nn.Module, path: str | None) -> Slot:
-    """The attribute at the end of a dotted path."""
-    assert path is not None
-    parent, _, name = path.rpartition(".")
-    return Slot(_part(owner, parent), name)
-
-
 def _shared_path(pattern: BlockPattern) -> str:
     """Path of the innermost module that has the layers of a pattern."""
     paths = [path.split(".") for path in (pattern.gate_up or pattern.up, pattern.down)]
@@ -623,12 +621,17 @@ def _ancestors(root: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 def _slot(owner: nn.Module, path: str) -> Slot | None:
-    """The attribute at the end of a dotted path, or None if it is not there."""
-    parent_path, _, name = path.rpartition(".")
-    parent = _part(owner, parent_path)
+    """The attribute at the end of a dotted path, or None if nothing that can be called is there."""
+    parent, name = _parent(owner, path)
     if isinstance(parent, nn.Module) and callable(getattr(parent, name, None)):
         return Slot(parent, name)
     return None
+
+
+def _parent(owner: nn.Module, path: str) -> tuple[Any, str]:
+    """What has the attribute at the end of a dotted path, or None, and the attribute's name."""
+    above, _, name = path.rpartition(".")
+    return _part(owner, above), name
 
 
 def _part(owner: nn.Module, path: str) -> Any:

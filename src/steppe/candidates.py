@@ -112,8 +112,7 @@ def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Can
                 break
         for owner in owners:
             earlier[owner].append(down)
-    experts = {id(module.experts.module) for module in covered if isinstance(module, ExpertLayer)}
-    return [*found, *_experts(root, experts)]
+    return [*found, *_experts(root, known)]
 
 
 def share_of(

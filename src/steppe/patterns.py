@@ -379,7 +379,6 @@ _INLINE_FUSED_MODULES = (
     ("gate_up_proj", "down_proj"),
     ("Wi", "Wo"),
 )
-_PLACES = {True: "first", False: "last"}
 # Where the norm that such a module reads hangs beside it.
 _INLINE_WITH_NORM = (
     ("modded nanoGPT, nanochat", "mlp", "ln_2"),
@@ -390,20 +389,20 @@ _INLINE_WITH_NORM = (
 def _of_inline_modules() -> Iterator[BlockPattern]:
     """Rows for MLPs without an activation module, of a layer with a known norm or of any other."""
     for gate, up, down in _INLINE_MODULES:
+        names = ", ".join(filter(None, (gate, up, down)))
         for family, mlp, norm in _INLINE_WITH_NORM:
             yield BlockPattern(
-                family=f"{family} ({', '.join(filter(None, (gate, up, down)))}; inline)",
+                family=f"{family} ({names}; inline)",
                 norm=norm,
                 gate=None if gate is None else f"{mlp}.{gate}",
                 up=f"{mlp}.{up}",
                 down=f"{mlp}.{down}",
             )
-        names = ", ".join(filter(None, (gate, up, down)))
         yield BlockPattern(family=f"an MLP of {names} (inline)", gate=gate, up=up, down=down)
     for gate_up, down in _INLINE_FUSED_MODULES:
-        for gate_first in (True, False):
+        for gate_first, place in ((True, "first"), (False, "last")):
             yield BlockPattern(
-                family=f"an MLP of {gate_up}, {down} (gate {_PLACES[gate_first]}, inline)",
+                family=f"an MLP of {gate_up}, {down} (gate {place}, inline)",
                 gate_up=gate_up,
                 gate_first=gate_first,
                 down=down,

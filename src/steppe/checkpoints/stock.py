@@ -88,7 +88,7 @@ class _PlugInLoader(HfQuantizer):
         # Transformers writes the tensors of all experts one by one, under names of its own.
         taken_apart = {
             block.name
-            for _, _, _, block in matches(model, ())
+            for _, _, _, block in (matches(model, ()) if left else ())
             if isinstance(block.down, ExpertLayer)
         }
         whole = [name for name in self._record.blocks if name not in taken_apart]
