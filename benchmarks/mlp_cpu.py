@@ -1,9 +1,10 @@
 """What the sparse kernels gain on the CPU: one MLP block, and two whole models.
 
-The block takes turns with the same block dense and with the block unscreened, see `steppe.bench`:
-training steps, prefill and decode over densities, for one thread and for two, then other widths,
-numbers of tokens and inputs. A row is the median of the ratios of each round.
-The models are random ones in the shapes of T5-small and OPT-125m, their hidden layers set to a
+The block takes turns with the same block dense and with the block unscreened, see
+`steppe.bench.block`: training steps, prefill and decode over densities, for one thread and for
+two, then other widths, numbers of tokens and inputs. A row is the median of the
+ratios of each round. The models are random ones in the shapes of T5-small and OPT-125m, their
+hidden layers set to a
 density; a training step and greedy generation are timed as a whole, attention, embeddings and the
 head included. Real active sets, which tokens share more than random ones do, come from a small
 GPT-2 with the three plug-ins, trained here for two minutes on the pydoc texts.
@@ -41,7 +42,7 @@ from steppe import (
     sparsify_,
     watch,
 )
-from steppe.bench import (
+from steppe.bench.block import (
     DECODE,
     DENSITIES,
     PREFILL,
@@ -53,9 +54,9 @@ from steppe.bench import (
     time_model,
     time_pair,
 )
-from steppe.blocks import MLPBlock
+from steppe.blocks.find import MLPBlock
+from steppe.data.embedded import load_pydoc_split
 from steppe.files import write_json
-from steppe.training.data import load_pydoc_split
 from steppe.training.demo import language_model
 
 THREADS = (1, 2)

@@ -2,10 +2,10 @@
 
 Each type is built from its default config on the meta device, by the first auto class that knows
 it, in a process of its own. What looks like an MLP is counted here by two rules that share no code
-with `steppe.candidates`: pairs of linear layers by their shapes, and modules by the names of their
-classes; expert tensors by their dimensions. Of each kind of block, the module that holds its parts
-is run on the meta device, and which operation made what `down` receives is compared with the
-pattern (not which norm it reads: tests/checks.py). A type is
+with `steppe.blocks.candidates`: pairs of linear layers by their shapes, and modules by the names
+of their classes; expert tensors by their dimensions. Of each kind of block, the module that holds
+its parts is run on the meta device, and which operation made what `down` receives is compared with
+the pattern (not which norm it reads: tests/checks.py). A type is
 
     full      every MLP is in a block
     wrong     something else flows in a block than its pattern says: must not be
@@ -44,9 +44,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from steppe.blocks import MLPBlock, coverage
+from steppe.blocks.find import MLPBlock, coverage
+from steppe.blocks.linear import linear_weight
 from steppe.files import write_json
-from steppe.linear import linear_weight
 from steppe.runs import versions
 
 FOUND = ("full", "wrong", "warned", "silent", "shown", "hidden")  # of types with MLPs

@@ -41,9 +41,9 @@ from transformers import (
 
 from mlp_cpu import set_density_
 from steppe import accelerate_, explain, find_blocks, restore_, watch
-from steppe.bench import surroundings, time_pair
+from steppe.bench.block import surroundings, time_pair
+from steppe.blocks.linear import linear_weight
 from steppe.files import write_json
-from steppe.linear import linear_weight
 
 DENSITIES = (0.1, 0.05)
 THREADS = (1, 2)

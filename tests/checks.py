@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import steppe
 from architectures import Architecture, Batch
 from steppe import IncompleteCoverageWarning, MLPBlock
+from steppe.blocks.linear import linear_weight
 from steppe.errors import AccelerationError, BlocksNotFoundError, UnfitBlockError
-from steppe.linear import linear_weight
 
 PLUGINS: tuple[Callable[[], steppe.Plugin], ...] = (
     lambda: steppe.ZerothBias(max_tokens=64),

@@ -27,47 +27,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "steppe.files",
         "steppe.per_thread",
         "steppe.printable",
+        "steppe.schema",
         "steppe.sharding",
         "steppe.tables",
         "steppe.timing",
     ),
     ("steppe.ops",),
-    (  # a model as it is: its blocks, edits that can be undone, what is said of tokens
-        "steppe.activations",
-        "steppe.bare",
-        "steppe.beside",
-        "steppe.blocks",
-        "steppe.candidates",
-        "steppe.experts",
-        "steppe.first_pass",
-        "steppe.fused",
-        "steppe.inline",
-        "steppe.linear",
-        "steppe.norms",
-        "steppe.pattern_notes",
-        "steppe.pattern_values",
-        "steppe.patterns",
-        "steppe.recognition",
-        "steppe.record",
-        "steppe.routing",
-        "steppe.schema",
-        "steppe.surgery",
-        "steppe.swapping",
-        "steppe.tokens",
-        "steppe.wiring",
-    ),
+    ("steppe.activations", "steppe.blocks", "steppe.record"),  # a model as it is
+    ("steppe.routing", "steppe.surgery", "steppe.tokens", "steppe.wiring"),  # edits, and watching
     ("steppe.measures", "steppe.plugins"),
+    ("steppe.data", "steppe.runs"),
     ("steppe.checkpoints",),
-    (  # accelerate_
-        "steppe.computation",
-        "steppe.dry_run",
-        "steppe.explanation",
-        "steppe.runtime",
-        "steppe.sigma",
-    ),
+    ("steppe.acceleration",),
     ("steppe", "steppe.public"),
-    ("steppe.bench", "steppe.report", "steppe.runs", "steppe.training"),
-    ("steppe.cli", "steppe.commands", "steppe.flags", "steppe.terminal"),
+    ("steppe.bench", "steppe.report", "steppe.training"),
+    ("steppe.cli", "steppe.commands"),
 )
 # Neither of a pair sees the other.
 STRANGERS = (("steppe.measures", "steppe.plugins"), ("steppe.report", "steppe.training"))
@@ -76,9 +50,9 @@ DEVICES: dict[str, tuple[str, ...]] = {
     "steppe.ops.cpu": (
         "steppe.ops.backend",
         "steppe.ops.cpu",
-        "steppe.bench",
-        "steppe.commands",
-        "steppe.explanation",
+        "steppe.bench.block",
+        "steppe.commands.app",
+        "steppe.acceleration.explanation",
         "steppe.public",
         "steppe.report.calibration_table",
     ),
@@ -87,30 +61,29 @@ DEVICES: dict[str, tuple[str, ...]] = {
 # Who may import what is heavy, or belongs to one job.
 HOMES: dict[str, tuple[str, ...]] = {
     "accelerate": ("steppe.training",),
-    "datasets": ("steppe.training",),
+    "datasets": ("steppe.data", "steppe.checkpoints.held_out", "steppe.training"),
     "hessian_eigenthings": ("steppe.measures",),
     "huggingface_hub": ("steppe.checkpoints",),
-    "kornia": ("steppe.training",),
+    "kornia": ("steppe.data",),
     "lightning": ("steppe.training.lightning",),
     "matplotlib": ("steppe.report",),
-    "peft": ("steppe.training", "steppe.checkpoints.adapters"),
+    "peft": ("steppe.training", "steppe.checkpoints"),
     "plotly": ("steppe.report",),
     "pydantic": ("steppe.schema",),
     "pytorch_lightning": ("steppe.training.lightning",),
-    "rich": ("steppe.commands", "steppe.explanation", "steppe.tables", "steppe.terminal"),
+    "rich": ("steppe.commands", "steppe.acceleration.explanation", "steppe.tables"),
     "safetensors": (
         "steppe.checkpoints",
         "steppe.files",
-        "steppe.training.loading",
         "steppe.training.saved",
         "steppe.training.trainer",
     ),
-    "sklearn": ("steppe.training",),
+    "sklearn": ("steppe.data",),
     "torch._dynamo": (),
     "torch.distributed.tensor": (),
-    "transformers": ("steppe.training", "steppe.checkpoints"),
+    "transformers": ("steppe.data", "steppe.checkpoints", "steppe.training"),
     "triton": ("steppe.ops.cuda",),
-    "typer": ("steppe.commands",),
+    "typer": ("steppe.commands.app",),
     "wrapt": ("steppe", "steppe.checkpoints"),
 }
 HEAVY = (
@@ -193,8 +166,8 @@ def is_below(name: str, package: str) -> bool:
 def imports_of(source: str, modules: Mapping[str, object] = SOURCES) -> set[str]:
     """What a source imports, at its top, in functions and under TYPE_CHECKING.
 
-    ``from steppe import blocks`` is the module ``steppe.blocks`` if `modules` has it. Relative
-    imports are given as ``.``.
+    ``from steppe.blocks import find`` is the module ``steppe.blocks.find`` if `modules` has it.
+    Relative imports are given as ``.``.
     """
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
@@ -330,9 +303,9 @@ def test_no_modules_import_each_other() -> None:
     [
         ("steppe.errors", "import steppe.errors"),
         ("steppe.errors", "import steppe.files"),
-        ("steppe.blocks", "from steppe.surgery import Journal"),
-        ("steppe.blocks", "from steppe import surgery"),
-        ("steppe.surgery", "def f():\n    from steppe.tokens import listen"),
+        ("steppe.blocks.find", "from steppe.surgery.journal import Journal"),
+        ("steppe.blocks.find", "from steppe.surgery import journal"),
+        ("steppe.surgery.journal", "def f():\n    from steppe.tokens import listen"),
         ("steppe.ops.reference", "from steppe.ops.cpu.calls import spmm"),
     ],
 )
@@ -346,20 +319,24 @@ def test_the_check_for_cycles_can_fail(importer: str, line: str) -> None:
     ("importer", "line", "shown"),
     [
         ("steppe.errors", "import steppe.ops.cpu.team", "steppe.ops.cpu.team"),
-        ("steppe.ops.cpu.calls", "from steppe import blocks", "steppe.blocks"),
-        ("steppe.blocks", "from steppe import find_blocks", "steppe"),
-        ("steppe.blocks", "def f():\n    from steppe.cli import main", "steppe.cli"),
+        ("steppe.ops.cpu.calls", "from steppe.blocks import find", "steppe.blocks.find"),
+        ("steppe.blocks.find", "from steppe import find_blocks", "steppe"),
+        ("steppe.blocks.find", "def f():\n    from steppe.cli import main", "steppe.cli"),
         ("steppe.errors", "from steppe.nowhere import thing", "steppe.nowhere"),
         ("steppe.errors", "from .files import write_file", "."),
-        ("steppe.computation", "from steppe.ops.cpu import calls", "steppe.ops.cpu.calls"),
+        (
+            "steppe.acceleration.computation",
+            "from steppe.ops.cpu import calls",
+            "steppe.ops.cpu.calls",
+        ),
         ("steppe.ops.mlp", "from steppe.ops.cpu import calls", "steppe.ops.cpu.calls"),
         ("steppe.ops.cpu.calls", "import steppe.ops.cuda.pack", "steppe.ops.cuda.pack"),
         ("steppe.measures.watch", "import steppe.plugins.base", "steppe.plugins.base"),
         ("steppe.plugins.constrain", "from steppe.measures import density", "steppe.measures.d"),
         ("steppe.training.demo", "from steppe.report import demo_table", "steppe.report"),
-        ("steppe.report", "import steppe.training.data", "steppe.training.data"),
-        ("steppe.blocks", "import transformers.models.opt", "transformers.models.opt"),
-        ("steppe.blocks", "from transformers import OPTModel", "transformers"),
+        ("steppe.report", "import steppe.training.saved", "steppe.training.saved"),
+        ("steppe.blocks.find", "import transformers.models.opt", "transformers.models.opt"),
+        ("steppe.blocks.find", "from transformers import OPTModel", "transformers"),
         ("steppe.cli", "def f():\n    if TYPE_CHECKING:\n        import transformers", "transf"),
         ("steppe.ops.bitmask", "import triton.language as tl", "triton.language"),
         ("steppe.sharding", "from torch.distributed import tensor", "torch.distributed.tensor"),

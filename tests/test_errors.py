@@ -15,9 +15,9 @@ from typer.main import get_command
 
 import steppe
 from steppe import errors
-from steppe.commands import app
+from steppe.commands.app import app
+from steppe.commands.flags import FLAGS, in_flags
 from steppe.errors import DataError, OutputError, SteppeError
-from steppe.flags import FLAGS, in_flags
 from steppe.training import recipe
 
 SOURCE = Path(steppe.__file__).parent

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import steppe
-from steppe.commands import run
-from training.data_makers import words_tokenizer
+from data.data_makers import words_tokenizer
+from steppe.commands.app import run
 from training.recipe_worker import write_text
 
 ROOT = Path(__file__).parents[1]

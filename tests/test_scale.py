@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 import steppe
 from pages import load_page
-from steppe.blocks import find_blocks
+from steppe.blocks.find import find_blocks
 from steppe.measures.tally import Tally
 from steppe.measures.watch import watch
 

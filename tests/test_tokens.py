@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import models
-from steppe.blocks import MLPBlock, find_blocks
+from steppe.blocks.find import MLPBlock, find_blocks
 from steppe.errors import TokenPositionError
 from steppe.tokens import IGNORED_LABEL, DecoderLabels, TokenContext, listen
 

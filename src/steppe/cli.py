@@ -13,7 +13,7 @@ def main() -> None:
     """Run the command line, and exit with its code."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup has it ignored
         signal.signal(signal.SIGINT, end_at_once)
-    from steppe.commands import run
+    from steppe.commands.app import run
 
     sys.exit(run())
 

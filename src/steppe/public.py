@@ -1,13 +1,14 @@
 """The public names of steppe, each from where it is defined."""
 
+from steppe.acceleration.accelerate import accelerate_, restore_
+from steppe.acceleration.explanation import BlockExplanation, Explanation, explain
 from steppe.activations import Rectifier, SShapedSquaredReLU
-from steppe.blocks import MLPBlock, find_blocks
+from steppe.blocks.find import MLPBlock, find_blocks
+from steppe.blocks.patterns import BlockPattern
 from steppe.checkpoints import load_pretrained
 from steppe.errors import IncompleteCoverageWarning, SteppeError, WiringError
-from steppe.explanation import BlockExplanation, Explanation, explain
 from steppe.measures import BlockCurvature, BlockReport, Monitor, Report, measure, watch
 from steppe.ops.cpu.library import Kernels, kernels
-from steppe.patterns import BlockPattern
 from steppe.plugins import (
     ActivationPenalty,
     JumpingSquaredReLU,
@@ -23,7 +24,6 @@ from steppe.plugins import (
     project_,
     sparsify_,
 )
-from steppe.runtime import accelerate_, restore_
 
 __all__ = [
     "ActivationPenalty",

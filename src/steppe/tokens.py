@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steppe.blocks import MLPBlock, decoders, forward_parameters
+from steppe.blocks.experts import Rows, current_rows
+from steppe.blocks.find import MLPBlock, decoders, forward_parameters
 from steppe.errors import TokenPositionError
-from steppe.experts import Rows, current_rows
 from steppe.per_thread import PerThread
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 
 IGNORED_LABEL = -100  # what Hugging Face's losses skip
 # Of stacks that pad their input on the right: Longformer and LED, BigBird, Reformer.

@@ -35,10 +35,10 @@ from transformers.quantizers import auto
 
 import models
 import steppe
+from data.data_makers import words_tokenizer
 from steppe.errors import CheckpointError, SparsificationError
 from steppe.plugins.sparsify import require_sparsification
 from steppe.record import METHOD, METHOD_MARK, RECORD_KEY, WEIGHTS_MARK
-from training.data_makers import words_tokenizer
 
 PLUGINS: dict[str, list[steppe.Plugin]] = {
     "activation": [steppe.JumpingSquaredReLU()],

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import models
+from steppe.checkpoints.loading import load_checkpoint
 from steppe.checkpoints.weights import Weights, find, read_json
 from steppe.errors import CheckpointError
-from steppe.training.loading import load_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

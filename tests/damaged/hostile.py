@@ -17,7 +17,7 @@ import pyarrow
 from pyarrow import parquet
 
 from damaged.targets import WHOLE, Target, read_data, read_images, write
-from steppe.training.idx import load_idx_folder
+from steppe.data.idx import load_idx_folder
 from steppe.training.recipe import read_recipe
 
 _MEMBER = 1 << 21  # bytes that are packed once and then repeated

@@ -23,19 +23,19 @@ from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import steppe
+from data.data_makers import TEXT, words_tokenizer, write_images
 from models import gpt2, vit
+from steppe.checkpoints.held_out import measure_checkpoints
+from steppe.checkpoints.loading import load_checkpoint
+from steppe.data.idx import load_idx_folder
+from steppe.data.image_data import load_image_data
+from steppe.data.sources import Source, open_rows, open_splits
 from steppe.measures.measure import measure
 from steppe.ops.cpu import remembered
 from steppe.report import find_runs, write_report
 from steppe.runs import RUN_FILE, Run, write_run
-from steppe.training.held_out import measure_checkpoints
-from steppe.training.idx import load_idx_folder
-from steppe.training.image_data import load_image_data
-from steppe.training.loading import load_checkpoint
 from steppe.training.recipe import RECIPES, read_recipe
 from steppe.training.saved import MANIFEST, last_whole_checkpoint, seal_checkpoint
-from steppe.training.sources import Source, open_rows, open_splits
-from training.data_makers import TEXT, words_tokenizer, write_images
 
 BYTES, TREE, FILE, WHOLE = "bytes", "tree", "file", "whole"
 """Kinds of damage: to the bytes, to the values within, to what the file is, or none."""

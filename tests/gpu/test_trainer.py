@@ -14,8 +14,8 @@ pytest.importorskip("accelerate")
 import models  # noqa: E402
 import steppe  # noqa: E402
 from gpu_models import ARMS  # noqa: E402
+from steppe.data.embedded import TensorDataset  # noqa: E402
 from steppe.training import SteppeCallback  # noqa: E402
-from steppe.training.data import TensorDataset  # noqa: E402
 
 
 def train(folder: Path, device: str, dtype: str, **options: Any) -> tuple[Any, SteppeCallback]:

@@ -25,10 +25,10 @@ from steppe import (
     find_blocks,
     sparsify_,
 )
+from steppe.blocks.linear import linear_weight
+from steppe.blocks.patterns import BlockPattern
 from steppe.errors import EmptyLoaderError, LossError, MissingExtraError, UnfitBlockError
-from steppe.linear import linear_weight
 from steppe.measures.curvature import BlockCurvature, hessian_curvature, samples_of
-from steppe.patterns import BlockPattern
 
 Loss = Callable[[nn.Module, Any], Tensor]
 LAYERS = ("up", "gate", "down")

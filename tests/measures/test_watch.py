@@ -31,7 +31,7 @@ from steppe import (
 )
 from steppe.errors import BlocksNotFoundError
 from steppe.measures.density import count_
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 
 pytestmark = [
     # Deprecated in Transformers 5, but the only name that the oldest supported version has.

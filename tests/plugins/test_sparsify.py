@@ -27,12 +27,12 @@ from steppe import (
     RisingThreshold,
     ZerothBias,
 )
-from steppe.blocks import MLPBlock
+from steppe.blocks.find import MLPBlock
 from steppe.errors import SparsificationError, UnfitBlockError
 from steppe.plugins.base import Constraint
 from steppe.plugins.rising_threshold import threshold_of
 from steppe.plugins.sparsify import Sparsification, sparsification_of
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **models.LANGUAGE_MODELS,

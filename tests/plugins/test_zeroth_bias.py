@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import models
 import steppe
 from steppe import ZerothBias
-from steppe.blocks import MLPBlock
+from steppe.blocks.find import MLPBlock
+from steppe.blocks.linear import linear_weight
 from steppe.errors import TokenPositionError
-from steppe.linear import linear_weight
 
 B, T = 3, 7
 MAX_TOKENS = 16

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from steppe.data.tokenizer import train_tokenizer
 from steppe.training.recipe import read_recipe
 from steppe.training.run_recipe import run_recipe
-from steppe.training.tokenizer import train_tokenizer
 
 COMMON = (
     *("--bf16", "false", "--use_cpu", "true", "--report_to", "none", "--max_steps", "3"),

@@ -39,10 +39,10 @@ from steppe import (
     watch,
 )
 from steppe.errors import NonFiniteLossError, ScheduleError
-from steppe.first_pass import stop_looking
 from steppe.plugins.sparsify import require_sparsification
 from steppe.runs import RUN_FILE, read_run
 from steppe.training import SteppeCallback
+from steppe.wiring.first_pass import stop_looking
 
 pytestmark = [
     # Deprecated in Transformers 5, but the only name that the oldest supported version has.

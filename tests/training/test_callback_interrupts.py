@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import models
 from steppe import ActivationPenalty, ZerothBias, sparsify_
 from steppe.errors import ScheduleError
-from steppe.first_pass import stop_looking
 from steppe.training import SteppeCallback
+from steppe.wiring.first_pass import stop_looking
 
 EVENTS = (
     "on_train_begin",

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from steppe.data.embedded import load_digits_split, load_pydoc_split
 from steppe.errors import NonFiniteLossError
 from steppe.training import demo
-from steppe.training.data import load_digits_split, load_pydoc_split
 
 
 def test_digits_are_all_there_once() -> None:

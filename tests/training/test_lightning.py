@@ -32,10 +32,10 @@ from steppe import (
     watch,
 )
 from steppe.errors import MissingExtraError, NonFiniteLossError, ScheduleError
-from steppe.first_pass import stop_looking
 from steppe.plugins.sparsify import require_sparsification
 from steppe.runs import read_run
 from steppe.training.lightning import LightningCallback
+from steppe.wiring.first_pass import stop_looking
 
 pytestmark = [
     # Advice on loaders and loggers.

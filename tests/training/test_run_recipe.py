@@ -18,14 +18,14 @@ from transformers import (
 )
 
 from steppe import load_pretrained, restore_, sparsify_
-from steppe.blocks import find_blocks
+from steppe.blocks.find import find_blocks
+from steppe.checkpoints.held_out import measure_checkpoints
+from steppe.data.sources import Source
 from steppe.errors import CheckpointError, DataError, OutOfMemoryError, RecipeError
 from steppe.plugins import JumpingSquaredReLU
-from steppe.training.held_out import measure_checkpoints
 from steppe.training.recipe import read_recipe
 from steppe.training.recipe_model import build_model, norm_parameter_names
 from steppe.training.run_recipe import run_recipe
-from steppe.training.sources import Source
 from training.recipe_worker import tiny_text_recipe, write_text
 
 TINY_VIT = {

@@ -13,8 +13,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import models
 from steppe import JumpingSquaredReLU, RestrictedNorm, ZerothBias, sparsify_
+from steppe.data.embedded import TensorDataset
 from steppe.training import SteppeCallback
-from steppe.training.data import TensorDataset
 
 BATCH = 4  # of all processes together
 

@@ -16,17 +16,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks import coverage, owner_name, unwrap
+from steppe.blocks.find import coverage, owner_name, unwrap
+from steppe.blocks.pattern_values import fault_in
+from steppe.blocks.patterns import BlockPattern
 from steppe.checkpoints.weights import Weights, find, read_json
 from steppe.errors import CheckpointError, SteppeError
-from steppe.pattern_notes import Noted, forget_patterns_, note_record_
-from steppe.pattern_values import fault_in
-from steppe.patterns import BlockPattern
 from steppe.plugins.base import Plugin, plugin_from_settings
 from steppe.plugins.sparsify import PLUGINS, advance_, sparsification_of, sparsify_
 from steppe.plugins.zeroth_bias import PARAMETER_NAME, ZerothBias
 from steppe.record import RECORD_KEY, RECORD_VERSION, erase_records
 from steppe.schema import fault_of
+from steppe.surgery.pattern_notes import Noted, forget_patterns_, note_record_
 
 _CONFIG = "config.json"
 ADAPTER_RECORD = "steppe_config.json"  # beside an adapter of PEFT

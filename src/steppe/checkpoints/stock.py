@@ -19,11 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from wrapt import wrap_function_wrapper
 
-from steppe.blocks import matches
+from steppe.blocks.experts import ExpertLayer
+from steppe.blocks.find import matches
 from steppe.checkpoints.load import Record, apply_record_, current_own, parse_record
 from steppe.checkpoints.weights import Weights
 from steppe.errors import CheckpointError
-from steppe.experts import ExpertLayer
 from steppe.record import METHOD, RECORD_KEY, WEIGHTS_MARK, with_marks
 
 _IGNORED = "_keys_to_ignore_on_load_unexpected"

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from steppe.blocks import MLPBlock
+from steppe.blocks.find import MLPBlock
+from steppe.blocks.linear import linear_weight
 from steppe.errors import EmptyLoaderError, LossError, MissingExtraError, UnfitBlockError
-from steppe.linear import linear_weight
 from steppe.sharding import is_sharded
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 
 NAN = float("nan")
 _LAYERS = ("up", "gate", "down")
@@ -145,7 +145,7 @@ def hessian_curvature(
     doi:10.1162/neco.1994.6.1.147.
 
     Example:
-        >>> from steppe.blocks import find_blocks
+        >>> from steppe.blocks.find import find_blocks
         >>> layer = nn.TransformerEncoderLayer(8, 2, 32)
         >>> def half_squares(model, batch):  # its Hessian is the identity
         ...     return sum(w.square().sum() for w in model.parameters()) / 2

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks import unwrap
-from steppe.surgery import Journal
+from steppe.blocks.find import unwrap
+from steppe.surgery.journal import Journal
 from steppe.tokens import Generation, current_generation
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steppe.blocks import forward_parameters, shifts_labels, stock_model, unwrap
+from steppe.blocks.find import forward_parameters, shifts_labels, stock_model, unwrap
 from steppe.errors import LossError
 from steppe.measures.flatness import new_loss_probe, tap_loss
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 from steppe.tokens import IGNORED_LABEL, arguments_by_name
 
 Reduction = Literal["mean", "sum"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from steppe.blocks import MLPBlock, blocks_for, shifts_labels, unwrap
+from steppe.blocks.find import MLPBlock, blocks_for, shifts_labels, unwrap
+from steppe.blocks.patterns import BlockPattern
 from steppe.errors import DeviceError, EmptyLoaderError, LossError, NonFiniteLossError
 from steppe.measures.curvature import hessian_curvature, samples_of
 from steppe.measures.losses import (
@@ -28,9 +29,8 @@ from steppe.measures.losses import (
 )
 from steppe.measures.report import Report
 from steppe.measures.watch import Monitor
-from steppe.pattern_notes import note_patterns_
-from steppe.patterns import BlockPattern
-from steppe.routing import run_dense
+from steppe.routing.route import run_dense
+from steppe.surgery.pattern_notes import note_patterns_
 
 Loss = Callable[[Any, Any], Tensor]
 

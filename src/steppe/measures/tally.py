@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from steppe.blocks import MLPBlock
+from steppe.blocks.find import MLPBlock
 from steppe.measures.density import COUNTERS, SAMPLE_COUNTERS
 from steppe.measures.flatness import COLUMNS, GRADIENT_COLUMNS
 from steppe.measures.report import (

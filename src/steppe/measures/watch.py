@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from steppe.activations import Activation, is_relu
-from steppe.blocks import Blocks, MLPBlock, blocks_for, unwrap
+from steppe.blocks.find import Blocks, MLPBlock, blocks_for, unwrap
+from steppe.blocks.linear import linear_weight
+from steppe.blocks.patterns import BlockPattern
 from steppe.errors import LossError
-from steppe.first_pass import Look, is_to_be_seen, looking, names_of
-from steppe.linear import linear_weight
 from steppe.measures.density import (
     COUNTERS,
     SAMPLE_COUNTERS,
@@ -30,12 +30,12 @@ from steppe.measures.generation import follow_generation
 from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, scaled, sum_over
-from steppe.pattern_notes import note_patterns_
-from steppe.patterns import BlockPattern
 from steppe.per_thread import PerThread
-from steppe.routing import observers_of
-from steppe.surgery import Journal
+from steppe.routing.route import observers_of
+from steppe.surgery.journal import Journal
+from steppe.surgery.pattern_notes import note_patterns_
 from steppe.tokens import TokenContext, attach, current_generation, listen
+from steppe.wiring.first_pass import Look, is_to_be_seen, looking, names_of
 
 
 class Monitor:

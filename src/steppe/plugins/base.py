@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from steppe.blocks import MLPBlock
+from steppe.blocks.find import MLPBlock
 from steppe.errors import CheckpointError
 from steppe.schema import fault_of
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 
 
 class Constraint:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe.blocks import unwrap
+from steppe.blocks.find import unwrap
 from steppe.errors import ScheduleError
 from steppe.plugins.sparsify import (
     added_parameters,
@@ -17,7 +17,7 @@ from steppe.plugins.sparsify import (
     project_,
     require_sparsification,
 )
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 
 _PATIENCE = 8  # SAM changes the weights twice a step, and others now and then
 

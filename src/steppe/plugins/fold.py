@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks import MLPBlock, find_blocks, unwrap
+from steppe.blocks.find import MLPBlock, find_blocks, unwrap
+from steppe.blocks.fused import Half
+from steppe.blocks.linear import linear_weight
 from steppe.errors import SparsificationError
-from steppe.fused import Half
-from steppe.linear import linear_weight
 from steppe.plugins.rising_threshold import Rising, Threshold, activated_bias
 from steppe.plugins.sparsify import sparsification_of, take_out_
 from steppe.record import config_of

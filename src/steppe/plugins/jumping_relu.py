@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from steppe.activations import Activation, Rectifier, derivative, evaluate, is_relu
-from steppe.blocks import MLPBlock
+from steppe.blocks.find import MLPBlock
+from steppe.blocks.linear import linear_weight
 from steppe.errors import UnfitBlockError
-from steppe.linear import linear_weight
 from steppe.ops.rectifier import rectifier, rectifier_derivative
 from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 
 JUMPING_SQUARED_RELU = (1.0, 0.5)  # α, β of ((p+1)² − 1)/2
 

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks import MLPBlock, Slot
+from steppe.blocks.find import MLPBlock, Slot
+from steppe.blocks.linear import linear_weight
 from steppe.errors import LossError, ScheduleError, SparsificationError
-from steppe.linear import linear_weight
 from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 from steppe.tokens import TokenContext, attach, listen
 
 _MARK = "_steppe_penalty"  # on the second layer of a block that has one

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks import MLPBlock
+from steppe.blocks.find import MLPBlock
+from steppe.blocks.norms import NormScale, scale_of
 from steppe.errors import UnfitBlockError
-from steppe.norms import NormScale, scale_of
 from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
 from steppe.sharding import local_rows
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from steppe.blocks import MLPBlock, Slot
+from steppe.blocks.find import MLPBlock, Slot
+from steppe.blocks.linear import is_adapted, linear_weight
 from steppe.errors import UnfitBlockError
-from steppe.linear import is_adapted, linear_weight
 from steppe.plugins.base import Constraint, Plugin, ramp_progress
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 from steppe.tokens import TokenContext, attach, listen
 
 MODULE_NAME = "threshold"

@@ -8,11 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks import MLPBlock, Slot, blocks_for, unwrap
+from steppe.blocks.find import MLPBlock, Slot, blocks_for, unwrap
+from steppe.blocks.patterns import BlockPattern
 from steppe.errors import SparsificationError
-from steppe.first_pass import look_later, stop_looking
-from steppe.pattern_notes import entries_of, forget_patterns_, note_patterns_, noted
-from steppe.patterns import BlockPattern
 from steppe.plugins.base import Constraint, Plugin
 from steppe.plugins.jumping_relu import JumpingSquaredReLU
 from steppe.plugins.penalty import ActivationPenalty
@@ -28,8 +26,10 @@ from steppe.record import (
     own_configs,
     unapplied,
 )
-from steppe.routing import route_of
-from steppe.surgery import Journal, forget_compiled_code
+from steppe.routing.route import route_of
+from steppe.surgery.journal import Journal, forget_compiled_code
+from steppe.surgery.pattern_notes import entries_of, forget_patterns_, note_patterns_, noted
+from steppe.wiring.first_pass import look_later, stop_looking
 
 _PART_OF = "_steppe_part_of"  # on a block's second layer: the class that `sparsify_` was given
 PLUGINS: tuple[type[Plugin], ...] = (

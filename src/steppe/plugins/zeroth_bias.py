@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steppe.blocks import MLPBlock, Slot, max_tokens_of
+from steppe.blocks.find import MLPBlock, Slot, max_tokens_of
+from steppe.blocks.linear import is_adapted, linear_weight
+from steppe.blocks.norms import scale_of
 from steppe.errors import TokenPositionError, UnfitBlockError
-from steppe.linear import is_adapted, linear_weight
-from steppe.norms import scale_of
 from steppe.plugins.base import Constraint, Plugin
 from steppe.sharding import is_sharded, local_rows
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 from steppe.tokens import TokenContext, attach, listen
 
 PARAMETER_NAME = "zeroth_bias"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from steppe.blocks import Coverage, MLPBlock
+from steppe.blocks.find import Coverage, MLPBlock
 from steppe.tables import FittingTable
 
 
@@ -12,7 +12,7 @@ def blocks_table(found: Coverage) -> FittingTable:
     """The blocks of a model, one line for those that are alike and follow each other.
 
     Args:
-        found: of `steppe.blocks.coverage`.
+        found: of `steppe.blocks.find.coverage`.
     """
     table = FittingTable()
     table.add_texts("block")

@@ -90,7 +90,7 @@ def curve_table(run: Run) -> FittingTable:
     """The held-out measures of several checkpoints, one row a checkpoint, averaged over the blocks.
 
     Args:
-        run: of `steppe.training.held_out.measure_checkpoints`.
+        run: of `steppe.checkpoints.held_out.measure_checkpoints`.
 
     Returns:
         A table of 100 columns or less; densities are pooled over the entries of all blocks, the

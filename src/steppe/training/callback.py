@@ -20,11 +20,11 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
-from steppe.blocks import MLPBlock
+from steppe.blocks.find import MLPBlock
+from steppe.blocks.patterns import BlockPattern
 from steppe.errors import NonFiniteLossError, ScheduleError
 from steppe.files import prepare_folder
 from steppe.measures.tally import Tally
-from steppe.patterns import BlockPattern
 from steppe.plugins.penalty import penalties_of
 from steppe.plugins.sparsify import (
     advance_,
@@ -32,7 +32,7 @@ from steppe.plugins.sparsify import (
     sparsification_of,
 )
 from steppe.runs import RUN_FILE, Run, write_run
-from steppe.surgery import Journal
+from steppe.surgery.journal import Journal
 from steppe.tokens import arguments_by_name
 from steppe.training.history import HEADLINE, History, means_of
 from steppe.training.interception import AroundCallback, attend, resumed_from

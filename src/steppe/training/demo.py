@@ -39,8 +39,9 @@ from transformers import (
     set_seed,
 )
 
-from steppe.bench import PREFILL, TRAINING, time_model
-from steppe.blocks import find_blocks
+from steppe.bench.block import PREFILL, TRAINING, time_model
+from steppe.blocks.find import find_blocks
+from steppe.data.embedded import BYTES, Split, load_digits_split, load_pydoc_split
 from steppe.errors import NonFiniteLossError
 from steppe.files import prepare_file, write_folder, write_json, writing_to
 from steppe.measures import measure
@@ -53,7 +54,6 @@ from steppe.plugins import (
 )
 from steppe.runs import RUN_FILE, write_run
 from steppe.training.callback import SteppeCallback
-from steppe.training.data import BYTES, Split, load_digits_split, load_pydoc_split
 
 ARMS = ("vanilla", "control", "steppe", "threshold")
 _NORMS_SPARED = ("control", "threshold")
@@ -105,8 +105,8 @@ class ArmRun:
         training_density_per_block: training density per block.
         seconds: training time.
         history: ``[step, density]`` of the counted training steps.
-        speed: rows of `steppe.bench.time_model`: a training step of the trained blocks on a batch
-            of held-out data, and inference.
+        speed: rows of `steppe.bench.block.time_model`: a training step of the trained blocks on
+            a batch of held-out data, and inference.
     """
 
     seed: int

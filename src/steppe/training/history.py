@@ -12,15 +12,15 @@ from torch import distributed as dist
 from torch import nn
 
 from steppe.activations import name_of
-from steppe.blocks import Blocks, MLPBlock, find_blocks, unwrap
+from steppe.blocks.find import Blocks, MLPBlock, find_blocks, unwrap
+from steppe.blocks.patterns import BlockPattern
 from steppe.errors import ScheduleError
 from steppe.measures.report import Report, report_from_dict
 from steppe.measures.tally import Tally, sum_over
 from steppe.measures.watch import Monitor
-from steppe.pattern_notes import note_patterns_
-from steppe.patterns import BlockPattern
 from steppe.plugins.sparsify import sparsification_of
 from steppe.runs import Run, measures_of, versions
+from steppe.surgery.pattern_notes import note_patterns_
 
 # Means over the blocks that each log gets, beside the densities.
 _MEASURES = (

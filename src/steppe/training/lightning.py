@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks import MLPBlock, find_blocks
+from steppe.blocks.find import MLPBlock, find_blocks
+from steppe.blocks.patterns import BlockPattern
 from steppe.errors import MissingExtraError, NonFiniteLossError, ScheduleError
 from steppe.files import prepare_folder
-from steppe.patterns import BlockPattern
 from steppe.plugins.constrain import Constrained, constrain_
 from steppe.plugins.penalty import penalties_of
 from steppe.plugins.sparsify import sparsification_of

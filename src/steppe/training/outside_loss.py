@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from steppe.blocks import shifts_labels
+from steppe.blocks.find import shifts_labels
 from steppe.measures.losses import sample_scale
 from steppe.measures.watch import Monitor
 

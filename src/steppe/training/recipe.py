@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from steppe.blocks.pattern_values import pattern_from_text
+from steppe.blocks.patterns import BlockPattern
 from steppe.errors import PatternError, RecipeError
 from steppe.files import expanded
-from steppe.pattern_values import pattern_from_text
-from steppe.patterns import BlockPattern
 from steppe.training.recipe_values import wrong_values
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from steppe.blocks import find_blocks
+from steppe.blocks.find import find_blocks
+from steppe.checkpoints.loading import load_checkpoint
 from steppe.errors import CheckpointError, RecipeError
-from steppe.pattern_notes import note_patterns_
 from steppe.plugins import (
     ActivationPenalty,
     JumpingSquaredReLU,
@@ -29,7 +29,7 @@ from steppe.plugins import (
     ZerothBias,
 )
 from steppe.plugins.sparsify import sparsification_of
-from steppe.training.loading import load_checkpoint
+from steppe.surgery.pattern_notes import note_patterns_
 from steppe.training.recipe import CAUSAL, IMAGES, SPANS, Recipe, model_settings, patterns_of
 
 _MODELS: dict[str, Any] = {

@@ -24,6 +24,11 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from steppe.data.augmentation import Augmentation, BatchAugmenter, normalise
+from steppe.data.draws import DrawSampler
+from steppe.data.image_data import load_image_data
+from steppe.data.sources import first_line, reading
+from steppe.data.text_data import TextSettings, load_text_data, require_shards
 from steppe.errors import (
     CheckpointError,
     DataError,
@@ -37,10 +42,7 @@ from steppe.measures import measure
 from steppe.measures.measure import call_model
 from steppe.plugins import sparsify_
 from steppe.runs import RUN_FILE, versions, write_run
-from steppe.training.augmentation import Augmentation, BatchAugmenter, normalise
 from steppe.training.callback import SteppeCallback
-from steppe.training.draws import DrawSampler
-from steppe.training.image_data import load_image_data
 from steppe.training.quality import (
     image_quality,
     keep_correct,
@@ -65,8 +67,6 @@ from steppe.training.recipe_model import (
     plugins_of,
 )
 from steppe.training.saved import has_checkpoints, last_whole_checkpoint
-from steppe.training.sources import first_line, reading
-from steppe.training.text_data import TextSettings, load_text_data, require_shards
 from steppe.training.trainer import Prepare, RecipeTrainer, SoftCrossEntropy
 
 SUMMARY_VERSION = 1

@@ -1,0 +1,1 @@
+"""`accelerate_`: the MLP blocks of a model on the sparse kernels."""

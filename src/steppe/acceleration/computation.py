@@ -1,0 +1,309 @@
+"""Computes a routed block from its input: on the kernels, or says why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from steppe.acceleration.sigma import sigma_of
+from steppe.blocks.find import MLPBlock
+from steppe.blocks.linear import PartOfLinear, held_by, linear_weight
+from steppe.ops.backend import backend_of
+from steppe.ops.mlp import mlp, support
+from steppe.ops.outcome import noted
+from steppe.ops.plan import BlockKernels, Limits, Plan, Saved
+from steppe.ops.reference import Weights
+from steppe.plugins.penalty import is_penalized
+from steppe.plugins.rising_threshold import activated_bias, threshold_of
+from steppe.routing.route import Route
+from steppe.surgery.swapping import plain_class
+
+_PLAIN = (Tensor, nn.Parameter)
+_TOO_LITTLE = "these are too few tokens for so small a block"
+
+
+def _never(x: Tensor) -> bool:
+    return False
+
+
+def _nothing(x: Tensor) -> Tensor | None:
+    return None
+
+
+class Computation:
+    """Computes a block from its input, on the kernels of the device that the input is on.
+
+    Args:
+        block: the block.
+        max_density: as of `accelerate_`.
+        max_candidates: likewise.
+
+    Attributes:
+        is_again: whether a call is a decoding step like the last one, of which all was looked at
+            but for foreign hooks.
+        run_again: the output of such a call; None where it did not end as the last one.
+    """
+
+    def __init__(
+        self, block: MLPBlock, max_density: float | None, max_candidates: float | None
+    ) -> None:
+        self.block = block
+        self.limits = Limits(max_density, max_candidates)
+        self.is_again: Callable[[Tensor], bool] = _never
+        self.run_again: Callable[[Tensor], Tensor | None] = _nothing
+        self._sigma = sigma_of(block)
+        self._is_transposed = [is_conv1d(layer) for layer in block.layers]
+        self._shape = block.d_model, block.d_hidden
+        self._held = [held_by(layer) for layer in block.layers]
+        self._places = [place for held in self._held for place in held]
+        self._kernels: BlockKernels | None = None
+        self._device = ""  # that the kernels are of
+
+    def take_stock(self, route: Route) -> None:
+        """Tell a route of the calls like the last one that were made since it was told."""
+        repeated = None if self._kernels is None else self._kernels.take_repeated()
+        if repeated is not None:
+            route.note(*repeated)
+
+    def has_too_little(self, x: Tensor) -> str:
+        """Why a call has too little to do for a detour; empty if it has enough or was asked for."""
+        backend = backend_of(x)
+        if backend is None:
+            return f"there are no kernels for {x.device.type}"
+        if self.limits.max_density is not None:
+            return ""
+        rows = x.numel() // self._shape[0]
+        return _TOO_LITTLE if backend.has_too_little(rows, self._shape) else ""
+
+    def plan_and_count(self, x: Tensor, traced: bool) -> Plan:
+        """How a call runs; counts it as one. A compiled op decides when it is called."""
+        device = x.device.type
+        is_cast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_cast else x.dtype
+        reason = self._cannot(x, dtype, is_cast, traced)
+        if not reason and is_penalized(self.block):
+            reason = "its loss has a penalty on the activations themselves"
+        if reason or traced:
+            return Plan(reason)
+        trains = torch.is_grad_enabled() and (
+            x.requires_grad
+            or any(
+                (part := parameters.get(name)) is not None and part.requires_grad
+                for parameters, name in self._places
+            )
+        )
+        kernels = self._kernels_for(x)
+        assert kernels is not None  # `_cannot` has said so
+        return kernels.plan_and_count(x.numel() // self.block.d_model, dtype, trains)
+
+    def trial(self, x: Tensor) -> Plan:
+        """The plan of a call in a trial: sparse at any density."""
+        backend = backend_of(x)
+        assert backend is not None  # a trial is made where there are kernels
+        rows = x.numel() // self.block.d_model
+        asked = self.limits._replace(max_density=1.0)
+        trains = torch.is_grad_enabled()
+        return backend.limits(rows, self.block.d_model, x.dtype, trains, asked)
+
+    def unfit(self) -> str:
+        """Why there are no kernels for the block now, whatever its input; empty if there are."""
+        backend = backend_of(linear_weight(self.block.down))
+        reason = "" if backend is None else backend.reason()
+        return reason or self._sigma.unfit()
+
+    def forget(self) -> None:
+        """Free what the kernels keep between calls."""
+        if self._kernels is not None:
+            self._kernels.forget()
+        for weight in map(linear_weight, self.block.layers):
+            backend = backend_of(weight)
+            if backend is not None:
+                backend.forget(weight)
+
+    def layer_parameters(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the parameters of the block's layers are."""
+        return self._places
+
+    def layer_tensors(self) -> list[Tensor | None]:
+        """What the layers compute with, which a parametrization makes anew each time.
+
+        Of a layer that is a part of a larger one that is the whole of it.
+        """
+        tensors: list[Tensor | None] = []
+        layers: list[Any] = self.block.layers
+        for layer, held in zip(layers, self._held, strict=True):
+            if isinstance(layer, PartOfLinear):
+                tensors += [getattr(layer.whole, name, None) for _, name in held]
+            else:
+                tensors += [layer.weight, layer.bias]
+        return tensors
+
+    def _kernels_for(self, x: Tensor) -> BlockKernels | None:
+        """The block's kernels on a tensor's device, or None."""
+        if self._device != x.device.type:
+            if self._kernels is not None:
+                self._kernels.forget()
+            self._device, backend = x.device.type, backend_of(x)
+            self._kernels = None
+            self.is_again, self.run_again = _never, _nothing
+            if backend is not None:
+                self._kernels = backend.block(self._shape, self.limits)
+                self.is_again, self.run_again = self._kernels.is_again, self._kernels.run_again
+        return self._kernels
+
+    def _cannot(self, x: Tensor, dtype: torch.dtype, is_cast: bool, traced: bool) -> str:
+        """Why the kernels cannot take a call; empty if they can.
+
+        Args:
+            x: the block's input.
+            dtype: that it is computed in.
+            is_cast: whether autocast casts to that.
+            traced: whether torch.compile traces the call, which may be with tensors of its own.
+        """
+        if type(x) not in _PLAIN and not traced:
+            return f"its input is a {type(x).__name__}"
+        backend = backend_of(x)
+        if backend is None or dtype not in backend.dtypes:
+            return f"there are no kernels for {dtype}"
+        for (parameters, name), *_ in self._held:
+            weight = parameters.get(name)
+            if weight is None:  # a parametrization makes it
+                continue
+            if type(weight) not in _PLAIN and not traced:
+                return f"a weight is a {type(weight).__name__}"
+            if weight.dtype != dtype and not is_cast:
+                return f"its input is of {dtype}, a weight of {weight.dtype}"
+        return "" if traced else backend.reason() or self._sigma.unfit() or _transformed()
+
+    def __call__(self, route: Route, x: Tensor, plan: Plan | None) -> Tensor:
+        """The block's output, and its support for whoever watches."""
+        if plan is not None and self._decodes(route, x):
+            assert self._kernels is not None
+            may_repeat = (
+                not (self.block.dropout or route.dropout or threshold_of(self.block))
+                and self._sigma.is_fixed
+            )
+            coefficients = self._sigma.coefficients()
+            z = self._kernels.decode(x, self, coefficients, plan, may_repeat)
+            if z is not None:
+                route.note(noted())
+                return z
+        return self._compute(route, x, plan)
+
+    def _decodes(self, route: Route, x: Tensor) -> bool:
+        """Whether a call has few tokens, and nothing else to it."""
+        block, backend = route.block, backend_of(x)
+        return (
+            backend is not None
+            and not torch.is_grad_enabled()
+            and x.numel() <= backend.decode_rows * block.d_model
+            and not route.observers
+            and not route.trial
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
+            and type(x) is Tensor
+            and x.is_contiguous()
+            and not torch.is_autocast_enabled(x.device.type)
+            and not route.drops()
+            and (not block.activated.training or threshold_of(block) is None)
+        )
+
+    def bias_sources(self) -> list[Tensor]:
+        """What the bias of the activated layer is made of, if it is not that layer's own."""
+        threshold = threshold_of(self.block)
+        sources = [] if threshold is None else [threshold.multiple, threshold.deviation]
+        if not sources and not self._sigma.shift:
+            return []
+        bias = _bias(self.block.activated)
+        return sources if bias is None else [*sources, bias]
+
+    def _compute(self, route: Route, x: Tensor, plan: Plan | None) -> Tensor:
+        """A block from its input, and its support for whoever watches."""
+        block = route.block
+        # A trial runs without hooks, by which the block's own modules have the threshold.
+        weights = self._weights(with_threshold=not route.trial)
+        alpha, beta, mix = self._sigma.coefficients()
+        dropout = route.drops()
+        flat = x.reshape(-1, block.d_model)
+        tensors: list[Any] = [flat, *weights]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        threshold = threshold_of(block)
+        if threshold is not None and block.activated.training and not route.trial:
+            threshold.see_x(flat, weights.activated, _bias(block.activated))
+        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if plan is not None and not trains and self._kernels is not None and _is_plain(x):
+            first, *others = tensors
+            coefficients = alpha, beta, mix
+            saved = self._kernels.mlp(first, Weights(*others), coefficients, dropout, plan)
+        else:
+            limits = self.limits
+            if plan is not None and trains:  # all is made anew, so the plan holds as it is
+                limits = Limits(plan.max_density, plan.max_candidates)
+            saved = Saved(*mlp(*tensors, alpha, beta, mix, dropout, trains, *limits))
+        if plan is not None:
+            route.note(noted())
+        if route.observers and not route.trial:
+            listed = [t.detach() for t in (saved.r, saved.up, saved.indices, saved.offsets)]
+            active, slopes = support(*listed, len(flat), block.d_hidden, alpha, beta, mix)
+            shape = (*x.shape[:-1], block.d_hidden)
+            for observer in route.observers:
+                observer.see_support(x, active.view(shape), slopes.view(shape))
+        return saved.z.view(*x.shape[:-1], block.d_model)
+
+    def weights(self) -> Weights:
+        """What the kernels decode with now."""
+        return self._weights(with_threshold=True)
+
+    def _weights(self, with_threshold: bool) -> Weights:
+        """The block's parameters as the op takes them, each ``[F, D]``."""
+        block, shift = self.block, self._sigma.shift
+        layers = zip(block.layers, self._is_transposed, strict=True)
+        matrices = [
+            w.T if turned else w for w, turned in ((linear_weight(a), b) for a, b in layers)
+        ]
+        up = None if block.gate is None else block.up
+        weight = matrices[0]
+        bias = activated_bias(block) if with_threshold else _bias(block.activated)
+        if shift:
+            bias = weight.new_full((len(weight),), -shift) if bias is None else bias - shift
+        return Weights(
+            activated=weight,
+            activated_bias=bias,
+            up=None if up is None else matrices[1],
+            up_bias=None if up is None else _bias(up),
+            down=matrices[-1].T,
+            down_bias=_bias(block.down),
+        )
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether a layer is Transformers' Conv1D, a linear layer with its weight ``[in, out]``.
+
+    A subclass with a ``forward`` of its own is not.
+    """
+    definer = next(kind for kind in plain_class(type(layer)).__mro__ if "forward" in vars(kind))
+    return definer.__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "nx")
+
+
+def _transformed() -> str:
+    """Why a call inside a transform of torch.func runs the block's own modules; empty outside."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms the call"
+    if forward_ad._current_level >= 0:
+        return "the call is differentiated in forward mode"
+    return ""
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a call without gradients may go past the dispatcher, a tenth of a decoding step."""
+    return type(x) is Tensor and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
+
+
+def _bias(layer: Any) -> Tensor | None:
+    bias: Tensor | None = layer.bias
+    return bias

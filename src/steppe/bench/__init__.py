@@ -1,0 +1,1 @@
+"""How fast an MLP block is on the sparse kernels and dense."""

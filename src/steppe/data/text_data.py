@@ -1,0 +1,239 @@
+"""Text to train on, in windows of equal length: files, ``save_to_disk``, or the hub's."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from steppe.data.columns import text_column
+from steppe.data.draws import Draw, as_draw
+from steppe.data.sources import HELD_OUT, Rows, Source, open_splits
+from steppe.data.span_corruption import SpanCorruption, corruption_of
+from steppe.data.text_batches import load_tokenizer
+from steppe.data.tokenizer import load_or_train_tokenizer
+from steppe.errors import DataError
+
+Item: TypeAlias = dict[str, Tensor]
+_ROWS = 10_000  # that are packed into windows together; the tokens left over are dropped
+_HELD_OUT_SHARE = 0.05  # where the data has no held-out split
+_TRAINING_ROWS = 200_000  # of text that a tokenizer is trained on
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Windows of text in two disjoint parts.
+
+    Attributes:
+        train: items by `Draw` or index, or a stream: ``input_ids`` and ``labels``, int64.
+        held_out: the same, nothing random about it.
+        tokenizer: of Transformers.
+        notes: what was assumed of the data, for the user.
+    """
+
+    train: Any
+    held_out: Any
+    tokenizer: Any
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How a text becomes windows.
+
+    Attributes:
+        length: tokens of the input.
+        corrupted: T5's span corruption; else next tokens are predicted.
+        streaming: read as it is asked for.
+        tokenizer: folder or hub id; None trains one.
+        vocab_size: of the one that is trained.
+        cache: where those are kept.
+        text_column: by default ``text``, or the only one of strings.
+        held_out_split: by default the validation or test split, or the end of the only one.
+        held_out_samples: the first so many windows of it; 0 for all.
+    """
+
+    length: int
+    corrupted: bool = False
+    streaming: bool = False
+    tokenizer: str | None = None
+    vocab_size: int = 8192
+    cache: Path = Path("~/.cache/steppe")
+    text_column: str | None = None
+    held_out_split: str | None = None
+    held_out_samples: int = 0
+
+
+def load_text_data(data: str, settings: TextSettings) -> TextData:
+    """Windows of text by name.
+
+    Args:
+        data: a file or folder of plain text, JSON lines or parquet, one written by
+            ``Dataset.save_to_disk``, or a hub id, ``id:config``.
+        settings: how it becomes windows.
+
+    Raises:
+        DataError: the data is not there, cannot be read, or is too short.
+        OutputError: the tokenizer cannot be kept.
+    """
+    splits = open_splits(data, settings.streaming)
+    if "train" not in splits and len(splits) > 1:
+        raise DataError(f"{data}: expected a split 'train', it has {', '.join(splits)}")
+    name = "train" if "train" in splits else next(iter(splits))
+    rows = Rows(splits[name], Source(data, text_column=settings.text_column), name, is_local=True)
+    column = text_column(rows)
+    tokenizer = _tokenizer(data, splits[name], column, settings)
+    corruption = corruption_of(tokenizer) if settings.corrupted else None
+    raw = corruption.raw_length(settings.length) if corruption else settings.length
+    # Lines of plain text belong together; rows of all else are texts of their own.
+    is_plain = getattr(splits[name].info, "builder_name", None) == "text"
+    end = None if is_plain else tokenizer.eos_token_id
+    pack = partial(_pack, tokenizer=tokenizer, column=column, length=raw, end=end)
+    windows = {key: _packed(split, pack) for key, split in splits.items()}
+    held_out_name = settings.held_out_split or next((n for n in HELD_OUT if n in splits), None)
+    if held_out_name is not None and held_out_name not in splits:
+        raise DataError(
+            f"{data}: expected a split {held_out_name!r}, it has {', '.join(splits)}",
+            {"held_out_split": "NAME"},
+        )
+    train = windows[name]
+    notes: tuple[str, ...] = ()
+    if held_out_name is not None:
+        held_out = windows[held_out_name]
+        number = settings.held_out_samples
+        if settings.streaming:
+            held_out = datasets.Dataset.from_list(list(islice(held_out, number or None)))
+    elif settings.streaming:
+        raise DataError(
+            f"{data}: a stream needs a split 'validation' or 'test', it has {', '.join(splits)}."
+            " Name files so (validation-0.jsonl), or read it whole",
+            {"streaming": False},
+        )
+    else:
+        first = len(train) - max(1, round(len(train) * _HELD_OUT_SHARE))
+        _require_windows(data, len(train), raw, least=2)
+        held_out = train.select(range(first, len(train)))
+        train = train.select(range(first))
+        notes = (f"{data}: no held-out split; its last twentieth is held out",)
+    if settings.held_out_samples:
+        held_out = held_out.select(range(min(settings.held_out_samples, len(held_out))))
+    _require_windows(data, len(held_out), raw)
+    if settings.streaming:
+        return TextData(
+            train.map(partial(_streamed, corruption=corruption)).with_format("torch"),
+            _Windows(held_out, corruption),
+            tokenizer,
+        )
+    _require_windows(data, len(train), raw)
+    return TextData(_Windows(train, corruption), _Windows(held_out, corruption), tokenizer, notes)
+
+
+def require_shards(train: Any, processes: int) -> None:
+    """Refuse a stream that cannot be shared out by files.
+
+    Args:
+        train: of `TextData`.
+        processes: that train.
+
+    Raises:
+        DataError: it has fewer files than there are processes.
+    """
+    if isinstance(train, datasets.IterableDataset) and train.n_shards < processes:
+        raise DataError(
+            f"the stream has {train.n_shards} files for {processes} processes, expected at least"
+            f" one each. Split the files, start {train.n_shards} processes, or read it whole",
+            {"streaming": False},
+        )
+
+
+class _Windows(Dataset[Item]):
+    """Windows by number, with spans taken out as a draw's seed wants them."""
+
+    def __init__(self, rows: Any, corruption: SpanCorruption | None) -> None:
+        self._rows = rows.with_format("torch")
+        self._corruption = corruption
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, key: Draw | int) -> Item:
+        draw = as_draw(key)
+        return _item(self._rows[draw.sample]["input_ids"], draw.seed, self._corruption)
+
+
+def _item(ids: Tensor, seed: int, corruption: SpanCorruption | None) -> Item:
+    """What the model takes for one window."""
+    if corruption is None:
+        return {"input_ids": ids, "labels": ids}
+    input_ids, labels = corruption(ids, torch.Generator().manual_seed(seed))
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def _streamed(row: Mapping[str, Any], corruption: SpanCorruption | None) -> Mapping[str, Any]:
+    """The same of a stream, whose windows have no number: the text itself tells the seed."""
+    ids = torch.tensor(row["input_ids"])
+    item = _item(ids, zlib.crc32(ids.numpy().tobytes()), corruption)
+    return {key: value.tolist() for key, value in item.items()}
+
+
+def _packed(split: Any, pack: Any) -> Any:
+    """Windows of a split, made once and kept, or made as they are asked for."""
+    columns = list(split.column_names or split.features or ())
+    return split.map(pack, batched=True, batch_size=_ROWS, remove_columns=columns)
+
+
+def _pack(
+    rows: Mapping[str, list[str]], tokenizer: Any, column: str, length: int, end: int | None
+) -> dict[str, list[list[int]]]:
+    """Windows of the tokens of some texts, one text after the other."""
+    texts = [text for text in rows[column] if text]
+    told = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    after = [] if end is None else [end]
+    ids = list(chain.from_iterable(chain(own, after) for own in told))
+    return {"input_ids": [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]}
+
+
+def _tokenizer(data: str, split: Any, column: str, settings: TextSettings) -> Any:
+    """The tokenizer that was named, or one of the text's own."""
+    if settings.tokenizer:
+        return load_tokenizer(settings.tokenizer)
+    path = Path(data).expanduser()
+    kept = {
+        "data": str(path.resolve()) if path.exists() else data,
+        "files": sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(path)),
+        "column": column,
+        "vocab_size": settings.vocab_size,
+        "corrupted": settings.corrupted,
+    }
+    name = hashlib.sha256(repr(kept).encode()).hexdigest()[:16]
+    folder = settings.cache.expanduser() / "tokenizers" / name
+    texts = _texts(split, column)
+    return load_or_train_tokenizer(folder, texts, settings.vocab_size, settings.corrupted)
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
+
+
+def _texts(split: Any, column: str) -> Iterator[str]:
+    return (row[column] for row in islice(split, _TRAINING_ROWS) if row[column])
+
+
+def _require_windows(data: str, number: int, length: int, least: int = 1) -> None:
+    """Refuse a text that is too short."""
+    if number < least:
+        raise DataError(
+            f"{data}: expected text for at least {least} windows of {length} tokens, got {number}."
+            " More text, or shorter windows",
+            {"length": 64},
+        )

@@ -1,0 +1,1 @@
+"""A block's input, led around its own modules to where the block is computed at once."""

@@ -1,0 +1,1 @@
+"""Reversible in-place edits of a model."""

@@ -1,0 +1,395 @@
+"""Journalled, reversible in-place edits of a model.
+
+Every edit goes through a `Journal`, which can take all of them back in reverse order. Nothing here
+copies or replaces a Parameter: an optimizer that holds them goes on.
+
+Some edits are part of the model (a plug-in's), others belong to whoever made them (a monitor's, a
+route's around a block): those go through ``Journal(transient=True)``, and no copy of the model has
+them, whether by ``copy.deepcopy``, ``torch.save`` or a process that is spawned. The class of each
+module that such a journal edits is swapped for a subclass of the same name, which says how to copy
+it: as an object of its own class, with the edits taken back.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from steppe.blocks.experts import ExpertLayer, ListedTokens
+from steppe.blocks.find import MLPBlock, Slot, find_nested_tensor_encoders
+from steppe.blocks.fused import Half
+from steppe.blocks.inline import INLINE, Inline
+from steppe.surgery.swapping import (
+    OwnHook,
+    Reviver,
+    Swap,
+    Swapped,
+    pull_swap,
+    push_swap,
+    swapped_of,
+)
+
+_HOLDS = "_steppe_holds"  # on a module: attribute → (number of holders, old value)
+
+
+class _Value(Enum):
+    """In place of a value that there is none of; the same one in every copy."""
+
+    ABSENT = auto()
+
+
+class _Edit(ABC):
+    """One change that can be taken back."""
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Take the change back."""
+
+
+@dataclass(eq=False)
+class _SlotEdit(_Edit):
+    """A change of one attribute of a module."""
+
+    slot: Slot
+
+    def undo(self) -> None:
+        """Take the change back, and a copy need not do so any more."""
+        self.undo_on(self.slot.module)
+        swapped = swapped_of(self.slot.module)
+        if swapped is not None and self in swapped.edits:
+            swapped.edits.remove(self)
+
+    @abstractmethod
+    def undo_on(self, module: nn.Module) -> None:
+        """Take the change back on a module that has the attributes of the slot's."""
+
+
+@dataclass(eq=False)
+class _AttributeEdit(_SlotEdit):
+    old: object
+
+    def undo_on(self, module: nn.Module) -> None:
+        _set(Slot(module, self.slot.name), self.old)
+
+
+@dataclass(eq=False)
+class _AddedEdit(_SlotEdit):
+    def undo_on(self, module: nn.Module) -> None:
+        delattr(module, self.slot.name)
+
+
+@dataclass(eq=False)
+class _ParameterEdit(_AddedEdit):
+    """A new parameter."""
+
+
+@dataclass
+class _ItemEdit(_Edit):
+    items: list[Any]
+    item: object
+
+    def undo(self) -> None:
+        self.items.remove(self.item)
+
+
+@dataclass
+class _HookEdit(_Edit):
+    handle: RemovableHandle
+
+    def undo(self) -> None:
+        self.handle.remove()
+
+
+@dataclass
+class _FreezeEdit(_Edit):
+    parameter: nn.Parameter
+    required_grad: bool
+
+    def undo(self) -> None:
+        self.parameter.requires_grad_(self.required_grad)
+
+
+@dataclass(eq=False)
+class _HoldEdit(_SlotEdit):
+    def undo_on(self, module: nn.Module) -> None:
+        name = self.slot.name
+        holds = dict(module.__dict__[_HOLDS])  # a new one: the module's view shares the old one
+        holders, old = holds.pop(name)
+        if holders > 1:
+            holds[name] = (holders - 1, old)
+        elif old is _Value.ABSENT:
+            delattr(module, name)
+        else:
+            setattr(module, name, old)
+        if holds:
+            module.__dict__[_HOLDS] = holds
+        else:
+            del module.__dict__[_HOLDS]
+
+
+@dataclass
+class _ClassEdit(_Edit):
+    module: nn.Module
+    swap: Swap
+
+    def undo(self) -> None:
+        pull_swap(self.module, self.swap)
+
+
+@dataclass
+class _ReviverEdit(_Edit):
+    swapped: Swapped
+
+    def undo(self) -> None:
+        self.swapped.reviver = None
+
+
+class Journal:
+    """The edits made to a model, in order.
+
+    Args:
+        transient: no copy of the model has the edits of attributes, classes and hooks.
+    """
+
+    def __init__(self, transient: bool = False) -> None:
+        self._edits: list[_Edit] = []
+        self._transient = transient
+        self._swapped: set[nn.Module] = set()  # by this journal
+
+    def set_attribute(self, slot: Slot, value: object) -> None:
+        """Give an attribute another value; a module may take the place of a function."""
+        edit = _AttributeEdit(slot, getattr(slot.module, slot.name))
+        self._note(edit)
+        _set(slot, value)
+
+    def add_attribute(self, slot: Slot, value: object) -> None:
+        """Give a module an attribute that it does not have; no Parameter, buffer or module."""
+        setattr(slot.module, slot.name, value)
+        self._note(_AddedEdit(slot))
+
+    def append(self, items: list[Any], item: object) -> None:
+        """Put an object at the end of a list."""
+        items.append(item)
+        self._edits.append(_ItemEdit(items, item))
+
+    def hold_attribute(self, slot: Slot, value: object) -> None:
+        """Give an attribute another value for as long as any journal wants it so.
+
+        It may be one that the module itself does not have. All must want the same value; the last
+        one to let go brings the old one back.
+        """
+        holds = slot.module.__dict__.get(_HOLDS, {})
+        holders, old = holds.get(slot.name, (0, slot.module.__dict__.get(slot.name, _Value.ABSENT)))
+        setattr(slot.module, slot.name, value)
+        slot.module.__dict__[_HOLDS] = {**holds, slot.name: (holders + 1, old)}
+        self._note(_HoldEdit(slot))
+
+    def hold_nested_tensors_off(self, model: nn.Module) -> None:
+        """Keep ``nn.TransformerEncoder`` from nested tensors, on which layers with hooks fail."""
+        for encoder in find_nested_tensor_encoders(model):
+            self.hold_attribute(Slot(encoder, "use_nested_tensor"), False)
+
+    def hold_parts(self, blocks: Sequence[MLPBlock]) -> None:
+        """Let layers that are parts of larger ones, and experts, run as layers of blocks.
+
+        Args:
+            blocks: of which those that have such layers matter.
+
+        Raises:
+            UnfitBlockError: a module with experts computes something else.
+        """
+        self._hold_experts(blocks)
+        for block in blocks:
+            inline = block.act_slot.module
+            if isinstance(inline, Inline):
+                inline.train(inline.mlp.training)
+                self.hold_attribute(Slot(inline.mlp, INLINE), inline)
+                self.hold_attribute(Slot(inline.mlp, "forward"), inline.written_out)
+            gate, up = block.gate, block.up
+            if not isinstance(gate, Half) or not isinstance(up, Half):
+                continue
+            fused = up.whole
+            for name, half in (("gate", gate), ("up", up)):
+                half.train(fused.training)
+                self.hold_attribute(Slot(fused, name), half)
+            self.hold_attribute(Slot(fused, "forward"), up.halves.forward)
+
+    def _hold_experts(self, blocks: Sequence[MLPBlock]) -> None:
+        """Let experts run as blocks, and know which tokens each gets.
+
+        Those whose weights lie in one tensor come below the module that has it, and it calls them.
+
+        Args:
+            blocks: of which those that are such experts matter.
+
+        Raises:
+            UnfitBlockError: the module computes something else.
+        """
+        layers = [block.down for block in blocks if isinstance(block.down, ExpertLayer)]
+        for experts in {id(layer.experts): layer.experts for layer in layers}.values():
+            module = experts.module
+            if "forward" not in module.__dict__:
+                experts.require_agreement()
+            for number, expert in enumerate(experts.each):
+                expert.train(module.training)
+                self.hold_attribute(Slot(module, str(number)), expert)
+            self.hold_attribute(Slot(module, "forward"), experts.forward)
+        tokens: dict[nn.Module, ListedTokens] = {}
+        for block in blocks:
+            router = block.routed_in
+            if router is None or isinstance(block.down, ExpertLayer):
+                continue
+            if router not in tokens:
+                tokens[router] = listed = ListedTokens()
+                self.add_forward_pre_hook(router, listed.enter, with_kwargs=True)
+                self.add_forward_hook(router, listed.leave, always=True)
+            for layer in block.layers[:-1]:
+                self.add_forward_pre_hook(layer, tokens[router].look_up)
+
+    def added_parameters(self) -> list[Slot]:
+        """Where the registered parameters are."""
+        return [edit.slot for edit in self._edits if isinstance(edit, _ParameterEdit)]
+
+    def added_tensors(self) -> list[Slot]:
+        """Where parameters, and modules that may hold tensors, were put."""
+        slots = [edit.slot for edit in self._edits if isinstance(edit, _AddedEdit | _AttributeEdit)]
+        return [
+            slot
+            for slot in slots
+            if isinstance(getattr(slot.module, slot.name), nn.Parameter | nn.Module)
+        ]
+
+    def add_parameter(self, slot: Slot, parameter: nn.Parameter) -> None:
+        """Register a new parameter beside the existing ones."""
+        slot.module.register_parameter(slot.name, parameter)
+        self._note(_ParameterEdit(slot))
+
+    def add_module(self, slot: Slot, module: nn.Module) -> None:
+        """Register a new module beside the existing ones."""
+        slot.module.register_module(slot.name, module)
+        self._note(_AddedEdit(slot))
+
+    def add_forward_pre_hook(
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        with_kwargs: bool = False,
+        first: bool = False,
+    ) -> None:
+        """Register a forward pre-hook; with `first` it comes before those that are there."""
+        own = OwnHook(hook, self._transient)
+        handle = module.register_forward_pre_hook(own, prepend=first, with_kwargs=with_kwargs)
+        self._note_hook(module, own, handle)
+
+    def add_forward_hook(
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        with_kwargs: bool = False,
+        always: bool = False,
+    ) -> None:
+        """Register a forward hook; with `always` it is called also where the forward raises."""
+        own = OwnHook(hook, self._transient)
+        handle = module.register_forward_hook(own, with_kwargs=with_kwargs, always_call=always)
+        self._note_hook(module, own, handle)
+
+    def freeze(self, parameter: nn.Parameter) -> None:
+        """Take a parameter out of training.
+
+        Its gradient goes: an optimizer with momentum would move it even by zeros.
+        """
+        self._edits.append(_FreezeEdit(parameter, parameter.requires_grad))
+        parameter.grad = None
+        parameter.requires_grad_(False)
+
+    def swap_class(self, module: nn.Module, behaviour: type[nn.Module] | None) -> None:
+        """Give a module another behaviour; its parameters, hooks and name stay.
+
+        Its new class is the same one every time: a subclass of `behaviour` and of its own class,
+        under the name of its own class. Copies of the module are of its own class.
+
+        Others may put a class of their own on top (FSDP2, ``torch.nn.utils.parametrize``), which
+        stays when the swap is taken back, and with it the behaviour: it must act as the module's
+        own class once there is nothing left for it to do.
+
+        torch.compile does not guard on hooks and would run its old code, but it guards on types:
+        with another class it traces the hooks, and with the old one back it runs the old code.
+
+        Args:
+            module: the module.
+            behaviour: overrides methods and calls ``super()``; None for another class and nothing
+                more.
+        """
+        self._edits.append(_ClassEdit(module, push_swap(module, behaviour)))
+        self._swapped.add(module)
+
+    def revive(self, module: nn.Module, reviver: Reviver) -> None:
+        """Have every copy of a module handed to a function as soon as it is complete.
+
+        A copy has none of the transient edits; this is how to make some of them again. A module
+        that says itself how it is copied (by ``__reduce__``) is copied without.
+
+        Args:
+            module: a module, the root as a rule: when it is complete, so are all modules below.
+            reviver: is copied along; called with the module's copy, at the end of
+                ``copy.deepcopy`` or of unpickling it. Not called for ``copy.copy``, whose
+                submodules are the same.
+        """
+        swapped = self._swap_once(module)
+        swapped.reviver = reviver
+        self._edits.append(_ReviverEdit(swapped))
+
+    def followed_by(self, later: Journal) -> Journal:
+        """A journal of these edits and then those of another."""
+        joined = Journal(self._transient)
+        joined._edits = self._edits + later._edits
+        joined._swapped = self._swapped | later._swapped
+        return joined
+
+    def undo(self) -> None:
+        """Take all edits back, last one first."""
+        while self._edits:
+            self._edits.pop().undo()
+        self._swapped.clear()
+
+    def _swap_once(self, module: nn.Module) -> Swapped:
+        """See to it that the journal has swapped a module's class."""
+        if module not in self._swapped:
+            self.swap_class(module, None)
+        swapped = swapped_of(module)
+        assert swapped is not None
+        return swapped
+
+    def _note(self, edit: _SlotEdit) -> None:
+        """Take an edit down, and let copies take it back if it is transient."""
+        if self._transient:
+            self._swap_once(edit.slot.module).edits.append(edit)
+        self._edits.append(edit)
+
+    def _note_hook(self, module: nn.Module, hook: OwnHook, handle: RemovableHandle) -> None:
+        """Take a hook down; the class takes transient ones out of copies of the module."""
+        hook.handle = handle
+        if self._transient:
+            self._swap_once(module)
+        self._edits.append(_HookEdit(handle))
+
+
+def _set(slot: Slot, value: object) -> None:
+    """Setattr that lets a plain function follow a module, which nn.Module refuses."""
+    if not isinstance(value, nn.Module):
+        slot.module._modules.pop(slot.name, None)
+    setattr(slot.module, slot.name, value)
+
+
+def forget_compiled_code() -> None:
+    """Make torch.compile look again: it does not notice hooks added after the first call."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

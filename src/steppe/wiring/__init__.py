@@ -1,0 +1,1 @@
+"""Whether a block computes what its pattern says."""
