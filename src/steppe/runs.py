@@ -49,7 +49,7 @@ class Run:
         versions: of the packages and of Python, by name.
         steps: optimizer steps at which training batches were measured.
         training: one report per measured step.
-        held_out_steps: optimizer steps whose weights were measured on held-out data.
+        held_out_steps: optimizer steps after which the weights were measured on held-out data.
         held_out: one report per such step.
         logs: of the Trainer, one dictionary per log, each with ``step``.
         quality: held-out quality at the end by its name (``accuracy``, ``loss``, …).

@@ -1,10 +1,8 @@
-"""Runs recipes in processes of their own, which a test may kill."""
+"""Runs recipes in processes of their own."""
 
 from __future__ import annotations
 
-import os
 import pydoc_data.topics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +65,8 @@ def allow_fsdp_on_cpu() -> None:
     PartialState.__init__ = init_as_if_on_gpus
 
 
-if __name__ == "__main__":
-    if "--fsdp" in sys.argv:
+def work(data: Path, cache: Path, out: Path, *flags: str) -> None:
+    """One of several processes."""
+    if "--fsdp" in flags:
         allow_fsdp_on_cpu()
-    run_tiny_text(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
-    os._exit(0)
+    run_tiny_text(data, cache, out, *flags)

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import multiprocessing
 
 from training import trainer_worker
+from training.processes import run_together
 
 pytestmark = pytest.mark.distributed
 WORLD = 2
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def approximately(value: Any) -> Any:
@@ -32,7 +25,7 @@ def approximately(value: Any) -> Any:
 
 
 def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
-    multiprocessing.spawn(trainer_worker.work, (tmp_path, free_port(), WORLD), nprocs=WORLD)
+    run_together(trainer_worker.work, WORLD, tmp_path, WORLD)
     by_rank = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
     assert by_rank[0] == by_rank[1]
     alone = trainer_worker.train(tmp_path / "alone", world=1)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from training import recipe_worker
+from training.processes import run_together
 
-WORKER = Path(recipe_worker.__file__)
 FSDP2 = (
     '{"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"],'
     ' "state_dict_type": "FULL_STATE_DICT"}'
@@ -37,32 +33,13 @@ SAME = (
 )
 
 
-def run(place: Path, out: str, processes: int, *flags: str) -> Path:
-    """Run the tiny recipe in processes of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = (
-        *("-m", "torch.distributed.run", "--nproc_per_node", str(processes)),
-        *("--master_addr", "127.0.0.1", "--master_port", str(port)),
-    )
-    words = [str(place / "data"), str(place / "cache"), str(place / out), *SAME, *flags]
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else ()), str(WORKER), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return place / out
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("distributed")
-    recipe_worker.write_text(place / "data")
-    return run(place, "alone", 1, "--per_device_train_batch_size", "8")
+    data = recipe_worker.write_text(place / "data")
+    flags = (*SAME, "--per_device_train_batch_size", "8")
+    recipe_worker.run_tiny_text(data, place / "cache", place / "alone", *flags)
+    return place / "alone"
 
 
 def counts_of(out: Path) -> list[dict]:
@@ -73,7 +50,10 @@ def counts_of(out: Path) -> list[dict]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_are_as_one(alone: Path, way: str) -> None:
-    together = run(alone.parent, way, 2, *WAYS[way])
+    place, together = alone.parent, alone.parent / way
+    run_together(
+        recipe_worker.work, 2, place / "data", place / "cache", together, *SAME, *WAYS[way]
+    )
     expected = load_file(alone / "model" / "model.safetensors")
     got = load_file(together / "model" / "model.safetensors")
     assert expected.keys() <= got.keys()  # FSDP keeps a tied weight twice

@@ -7,6 +7,7 @@ import pydoc_data.topics
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from steppe.training.recipe import Recipe, read_recipe
@@ -38,6 +39,14 @@ def trained(place: Path, out: Path, *flags: str) -> dict:
     return {**summary, "weights": load_file(Path(summary["model"]) / "model.safetensors")}
 
 
+@pytest.fixture(scope="module")
+def plain(place: Path) -> dict:
+    """A run without any of the options."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    return trained(place, place / "plain")
+
+
 def stream_recipe(place: Path, out: Path, *flags: str) -> Recipe:
     return read_recipe(
         "t5-base-c4",
@@ -57,8 +66,7 @@ def difference(one: dict, other: dict) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
-def test_gradient_checkpointing_changes_nothing(place: Path, tmp_path: Path) -> None:
-    plain = trained(place, tmp_path / "plain")
+def test_gradient_checkpointing_changes_nothing(place: Path, plain: dict, tmp_path: Path) -> None:
     saving = trained(place, tmp_path / "saving", "--gradient_checkpointing", "true")
     assert difference(plain["weights"], saving["weights"]) < 1e-6
     assert saving["training_density"] == pytest.approx(plain["training_density"], abs=1e-6)
@@ -78,8 +86,7 @@ def test_accumulated_batches_are_as_one(place: Path, tmp_path: Path) -> None:
     assert four["training_density"] == pytest.approx(one["training_density"], abs=1e-5)
 
 
-def test_mixed_precision_is_near(place: Path, tmp_path: Path) -> None:
-    plain = trained(place, tmp_path / "plain")
+def test_mixed_precision_is_near(place: Path, plain: dict, tmp_path: Path) -> None:
     mixed = trained(place, tmp_path / "mixed", "--bf16", "true")
     assert 0 < difference(plain["weights"], mixed["weights"]) < 0.02
     assert mixed["density"] == pytest.approx(plain["density"], abs=0.02)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from steppe.errors import CheckpointError, OutputError, RecipeError
 from steppe.training import resuming
 from steppe.training.run_recipe import run_recipe
+from training.processes import forked
 from training.recipe_worker import run_tiny_text, tiny_text_flags, tiny_text_recipe, write_text
 
 KILLS = 20
@@ -28,12 +29,7 @@ KILLS = 20
 @pytest.fixture(scope="module")
 def processes() -> multiprocessing.context.BaseContext:
     """Processes that start in a moment: what they import is imported once."""
-    context = multiprocessing.get_context("forkserver")
-    # Of installed packages: Python 3.11 looks for them without the test's sys.path.
-    context.set_forkserver_preload(
-        ["steppe.training.run_recipe", "transformers.models.gpt2.modeling_gpt2"]
-    )
-    return context
+    return forked()
 
 
 @pytest.fixture(scope="module")

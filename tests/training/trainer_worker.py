@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +52,9 @@ def train(folder: Path, world: int) -> dict[str, Any]:
     }
 
 
-def work(rank: int, folder: Path, port: int, world: int) -> None:
-    """One process, as torchrun would start it."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def work(folder: Path, world: int) -> None:
+    """One of several processes."""
     result = train(folder / "run", world)
+    rank = dist.get_rank()
     (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()

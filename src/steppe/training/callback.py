@@ -146,7 +146,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         self._folder = str(args.output_dir)
         if state.is_hyper_param_search:  # not a recipe's, which writes its checkpoints elsewhere
             self._folder = str(Trainer._get_output_dir(trainer, trainer._trial))
-        # Where a run starts anew, the state holds what this object had from the last one.
+        # In a new run, the state still holds this object's attributes of the last one.
         self._begin(model, self._kept_by(state) if state.global_step > 0 else {})
         self._penalized = None
         if penalties_of(model):

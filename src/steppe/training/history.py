@@ -104,7 +104,7 @@ class History:
             raise ScheduleError(
                 f"{type(self).__name__}: the run that goes on has measured {min(counts)} blocks,"
                 f" and {len(self._monitor.names)} are to be measured now. Give the same `where` and"
-                " `patterns` as before, or begin anew in another folder"
+                " `patterns` as before, or start again in another folder"
             )
         self._measured = self._monitor.names
 

@@ -1,4 +1,4 @@
-"""Recipes: YAML files, each key of which is also a flag."""
+"""Recipes: YAML files with flags in place of some of their values."""
 
 from __future__ import annotations
 

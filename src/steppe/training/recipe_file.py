@@ -52,7 +52,7 @@ def shown(text: object) -> str:
     """The first 300 characters of a message or a value that is not ours.
 
     Args:
-        text: an error, of which one without a message is named by its type, or a value.
+        text: a value, or an error; the type names an error without a message.
     """
     empty = type(text).__name__ if isinstance(text, Exception) else ""
     return str(text)[:_SHOWN] or empty

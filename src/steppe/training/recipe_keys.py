@@ -16,10 +16,10 @@ from steppe.training.recipe_arguments import ArmArguments, DataArguments, ModelA
 from steppe.training.recipe_file import read_values
 
 _SECTIONS = (
-    ("what is trained", ModelArguments),
-    ("what it is trained on", DataArguments),
-    ("what steppe does", ArmArguments),
-    ("how: the arguments of transformers' Trainer", TrainingArguments),
+    ("the model", ModelArguments),
+    ("the data", DataArguments),
+    ("the part of steppe", ArmArguments),
+    ("the arguments of transformers' Trainer", TrainingArguments),
 )
 
 

@@ -68,7 +68,7 @@ class RecipeParser(HfArgumentParser):
             raise
         except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' checks
             raise RecipeError(f"{self.where}: {shown(error)}") from None
-        except Exception as error:  # it computes with what it is given
+        except Exception as error:  # it computes with the values
             raise RecipeError(f"{self.where}: a value is out of range ({shown(error)})") from None
         if left:
             raise RecipeError(

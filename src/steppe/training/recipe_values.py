@@ -17,7 +17,7 @@ class Range:
 
     Attributes:
         expected: the same in words.
-        holds: tells whether a value is one of them; False for NaN.
+        holds: is true of these values alone; False for NaN.
     """
 
     expected: str
@@ -28,8 +28,8 @@ def _at_least(least: int) -> Range:
     return Range(f"at least {least}", lambda value: least <= value < math.inf)
 
 
-def _between(least: float, most: float, what: str = "") -> Range:
-    return Range(f"{what}{least} … {most}", lambda value: least <= value <= most)
+def _between(least: float, most: float, unit: str = "") -> Range:
+    return Range(f"{unit}{least} … {most}", lambda value: least <= value <= most)
 
 
 _SHARE = _between(0, 1, "a share in ")
@@ -90,7 +90,7 @@ RANGES: Mapping[str, Range] = {
 
 
 def wrong_values(values: Mapping[str, Any]) -> dict[str, str]:
-    """The keys whose values are out of their range.
+    """The keys with a value out of range.
 
     Args:
         values: of a recipe, by key.

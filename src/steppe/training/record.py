@@ -51,7 +51,7 @@ def record_of(
     """The record of a run.
 
     Args:
-        name: what tables and charts call the run.
+        name: of the run in tables and charts.
         model: to name its class, its activations and its plug-ins.
         blocks: of the model, those that were measured.
         history: one entry per measured training step, as `History` keeps them.

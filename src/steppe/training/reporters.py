@@ -1,4 +1,4 @@
-"""The metrics of a run's logs: what the Trainer's log, W&B, TensorBoard and the console get."""
+"""The metrics of a run's logs: for the Trainer's log, W&B, TensorBoard and the console."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def last_whole_checkpoint(run: Path, settings: dict[str, object]) -> Path | None
         return folder
     if found:
         raise CheckpointError(
-            f"{run}: none of its {len(found)} checkpoints is whole. Begin anew",
+            f"{run}: none of its {len(found)} checkpoints is whole. Start again",
             {"resume": False},
         )
     return None
@@ -128,7 +128,7 @@ def complete_weights_(trainer: Trainer, checkpoint: str | None) -> None:
 
     Args:
         trainer: has loaded a checkpoint.
-        checkpoint: the folder; None where the run starts anew.
+        checkpoint: the folder; None for a new run.
 
     Raises:
         CheckpointError: the checkpoint does not hold the tensors that are missing.
@@ -221,8 +221,8 @@ def _require_same(folder: Path, manifest: _Manifest, settings: dict[str, object]
     if other:
         shown = ", ".join(f"{key}: {kept.get(key)!r}, now {settings[key]!r}" for key in other[:3])
         raise CheckpointError(
-            f"{folder}: was made with other settings ({shown}). Go on with the same ones, or begin"
-            " anew in another folder",
+            f"{folder}: was made with other settings ({shown}). Go on with the same ones, or start"
+            " again in another folder",
             {"output_dir": "FOLDER"},
         )
 

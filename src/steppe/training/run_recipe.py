@@ -71,7 +71,7 @@ def run_recipe(
         DataError: the data is not there, damaged, or does not fit.
         CheckpointError: the vanilla checkpoint is none, or no checkpoint of the run is whole.
         RecipeError: the run's folder has checkpoints already, and the recipe does not resume.
-        OutOfMemoryError: a step does not fit; the message says what to change.
+        OutOfMemoryError: a step does not fit; the message has settings for it.
         OutputError: the folder cannot be written, or is full.
         NonFiniteLossError: the loss became NaN or infinite.
 
@@ -141,7 +141,7 @@ def _checkpoint_to_resume(recipe: Recipe, folder: Path, settings: dict[str, obje
         return last_whole_checkpoint(folder, settings)
     if has_checkpoints(folder):
         raise RecipeError(
-            f"{folder}: has checkpoints of an earlier run. Go on with it, or begin anew in another"
+            f"{folder}: has checkpoints of an earlier run. Go on with it, or start again in another"
             " folder",
             {"resume": True},
             {"output_dir": "FOLDER"},

@@ -30,7 +30,7 @@ Prepare = Callable[[dict[str, Any], bool], dict[str, Any]]
 
 
 class RecipeTrainer(Trainer):
-    """A Trainer whose checkpoints are whole or not there, with the recipe's decay and batches.
+    """A Trainer with a recipe's decay and batches, and checkpoints that are whole or not there.
 
     Args:
         not_decayed: parameters without weight decay; all others have it, as in the paper.
@@ -151,7 +151,7 @@ class RecipeTrainer(Trainer):
 
 
 class SoftCrossEntropy:
-    """The loss of a classifier whose labels may be mixed.
+    """The cross-entropy of a classifier with labels that may be mixed.
 
     Args:
         smoothing: label smoothing, in training only.
