@@ -21,7 +21,8 @@ from steppe.blocks.find import find_blocks, shifts_labels
 from steppe.blocks.patterns import BlockPattern
 from steppe.checkpoints.loading import load_checkpoint, load_config
 from steppe.data.batches import Batch, Batches, load_batches
-from steppe.data.sources import Source, first_line
+from steppe.data.read_errors import first_line
+from steppe.data.sources import Source
 from steppe.errors import CheckpointError, DeviceError
 from steppe.measures.losses import terms_of
 from steppe.measures.measure import call_model, measure

@@ -23,7 +23,7 @@ from transformers import (
 from steppe.blocks.patterns import BlockPattern
 from steppe.checkpoints import load_pretrained
 from steppe.checkpoints.weights import Weights
-from steppe.data.sources import first_line
+from steppe.data.read_errors import first_line
 from steppe.errors import CheckpointError, MissingExtraError, SteppeError
 from steppe.record import RECORD_KEY
 from steppe.surgery.pattern_notes import note_patterns_
