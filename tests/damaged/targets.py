@@ -26,7 +26,7 @@ import steppe
 from data.data_makers import TEXT, words_tokenizer, write_images
 from models import gpt2, vit
 from steppe.checkpoints.held_out import measure_checkpoints
-from steppe.checkpoints.loading import load_checkpoint
+from steppe.checkpoints.load_by_config import load_checkpoint
 from steppe.data.idx import load_idx_folder
 from steppe.data.image_data import load_image_data
 from steppe.data.rows import open_rows
