@@ -292,7 +292,7 @@ def test_the_single_ops_can_be_differentiated_twice() -> None:
         return products.spmm(*products.compact(p), 6, matrix)
 
     def gradient(left: Tensor, right: Tensor) -> Tensor:
-        values = products.sampled(index, offsets, left, right)
+        values = products.sddmm(index, offsets, left, right)
         return products.spmm_t(values, index, offsets, left, 70)
 
     for function, inputs in ((product, (p, matrix)), (gradient, (left, matrix))):
@@ -312,7 +312,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         (products.compact, (p,)),
         (products.spmm, (values.requires_grad_(), index, offsets, 6, matrix)),
         (products.spmm_t, (values, index, offsets, left, 70)),
-        (products.sampled, (index, offsets, left, matrix)),
+        (products.sddmm, (index, offsets, left, matrix)),
         (products.scatter, (values, index, offsets, 6, 70)),
         (products.gather, (p, index, offsets)),
         (mlp_op.mlp, block),
