@@ -13,10 +13,10 @@ checkpointing repeats has to take the same way as the first one.
 
 There is one `BackOff` for each question, kept where its answer belongs. For the density of a block:
 one for each threshold, in its `steppe.ops.cpu.block.CpuBlock`. For the candidates of a weight: one
-for decoding and one for more tokens, beside the weight's screen in the cache of copies, so that they
-start over when the weight changes. State changes in `limit_and_count` and `record` alone, each at
-most once in a call: `CpuBlock.plan_and_count` counts for the density, `screen_limit_and_count` and
-`_find_and_record` for a screen.
+for decoding and one for more tokens, beside the weight's screen in the cache of copies, so that
+they start over when the weight changes. State changes in `limit_and_count` and `record` alone, each
+at most once in a call: `CpuBlock.plan_and_count` counts for the density, `screen_limit_and_count`
+and `_find_and_record` for a screen.
 """
 
 from __future__ import annotations
