@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steppe.ops import mlp as mlp_op
-from steppe.ops import products
 from steppe.ops.cpu import calls
 from steppe.ops.cpu import native_ops as native_ops  # registers the kernels
 from steppe.ops.cpu.decode import FewBlock
@@ -303,42 +302,17 @@ def test_gradcheck_of_the_block(gated: bool) -> None:
     assert torch.autograd.gradcheck(block, inputs)
 
 
-def test_the_single_ops_can_be_differentiated_twice() -> None:
-    p = torch.randn(6, 70, dtype=torch.float64, requires_grad=True)
-    matrix = torch.randn(70, 3, dtype=torch.float64, requires_grad=True)
-    left = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    _, index, offsets = products.compact(p.detach())
-
-    def product(p: Tensor, matrix: Tensor) -> Tensor:
-        return products.spmm(*products.compact(p), 6, matrix)
-
-    def gradient(left: Tensor, right: Tensor) -> Tensor:
-        values = products.sddmm(index, offsets, left, right)
-        return products.spmm_t(values, index, offsets, left, 70)
-
-    for function, inputs in ((product, (p, matrix)), (gradient, (left, matrix))):
-        assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype: torch.dtype) -> None:
-    p = torch.randn(6, 70, dtype=dtype, requires_grad=True)
-    matrix = torch.randn(70, 3, dtype=dtype, requires_grad=True)
-    left = torch.randn(6, 3, dtype=dtype, requires_grad=True)
-    values, index, offsets = (t.detach() for t in products.compact(p))
+    x = torch.randn(6, 3, dtype=dtype, requires_grad=True)
     weights = weights_for(3, 70, True, dtype)
-    block = (left, *weights, 1.0, 0.5, torch.tensor(0.5), 0.0, True, 1.0, 0.0)
-    for op, arguments in (
-        (products.compact, (p,)),
-        (products.spmm, (values.requires_grad_(), index, offsets, 6, matrix)),
-        (products.spmm_t, (values, index, offsets, left, 70)),
-        (products.sddmm, (index, offsets, left, matrix)),
-        (products.scatter, (values, index, offsets, 6, 70)),
-        (products.gather, (p, index, offsets)),
-        (mlp_op.mlp, block),
-    ):
-        torch.library.opcheck(op, arguments)
+    rule = 1.0, 0.5, torch.tensor(0.5)
+    torch.library.opcheck(mlp_op.mlp, (x, *weights, *rule, 0.0, True, 1.0, 0.0))
+    _, *saved = (part.detach() for part in mlp_op.mlp(x, *weights, *rule, 0.5, True, 1.0, 0.0))
+    torch.library.opcheck(mlp_op.support, (saved, 6, 70, *rule))
+    torch.library.opcheck(mlp_op.dropout_mask, (saved, 6, 70))
+    backward = (torch.randn(6, 3, dtype=dtype), x.detach(), *weights, *rule, 0.5, saved, [True] * 7)
+    torch.library.opcheck(mlp_op.mlp_backward, backward)
 
 
 def test_the_block_compiles_into_one_graph() -> None:
