@@ -21,9 +21,11 @@ from steppe.blocks.pattern_values import fault_in
 from steppe.blocks.patterns import BlockPattern
 from steppe.checkpoints.weights import Weights, find, read_json
 from steppe.errors import CheckpointError, SteppeError
-from steppe.plugins.base import Plugin, plugin_from_settings
-from steppe.plugins.sparsify import PLUGINS, advance_, sparsification_of, sparsify_
-from steppe.plugins.zeroth_bias import PARAMETER_NAME, ZerothBias
+from steppe.plugins.applied import sparsification_of
+from steppe.plugins.base import Plugin
+from steppe.plugins.constrain import advance_
+from steppe.plugins.registry import kinds_with, plugin_from_settings
+from steppe.plugins.sparsify import sparsify_
 from steppe.record import RECORD_KEY, RECORD_VERSION, erase_records
 from steppe.schema import fault_of
 from steppe.surgery.pattern_notes import Noted, forget_patterns_, note_record_
@@ -166,7 +168,7 @@ def apply_record_(
     before = set(root.state_dict())
     to_model = _renaming(root, record, own.patterns, weights.place)
     try:
-        _refuse_longer_biases(root, record, weights)
+        _refuse_other_lengths(root, record, weights)
         for plugin, names in record.applied:
             _sparsify_blocks(root, plugin, {to_model(name) for name in names}, own.patterns)
     except SteppeError as error:
@@ -249,12 +251,7 @@ def parse_record(record: Any, path: str, own: Own) -> Record:
             raise CheckpointError(
                 f"{path}: a pattern in the record under {RECORD_KEY!r} is damaged ({fault})"
             )
-    kinds = (*PLUGINS, *own.plugins)
-    for kind in own.plugins:
-        if [one.key for one in kinds].count(kind.key) > 1:
-            raise ValueError(
-                f"{kind.__name__}: another plug-in has the key {kind.key!r}. Give it its own."
-            )
+    kinds = kinds_with(own.plugins)
     applied = [(plugin_from_settings(entry, kinds), names) for entry, names in plugins]
     return Record(applied, progress, patterns)
 
@@ -289,21 +286,17 @@ def _read_record(folder: str, own: Own) -> Record:
     return parse_record(record, str(path), own)
 
 
-def _refuse_longer_biases(root: nn.Module, record: Record, weights: Weights) -> None:
-    """Refuse a record of longer zeroth biases than were saved, before memory is taken for them."""
-    asked = {
-        plugin.resolve(root, ()).max_tokens
-        for plugin, _ in record.applied
-        if isinstance(plugin, ZerothBias)
-    }
-    names = [name for name in weights.files if name.endswith(f".{PARAMETER_NAME}")]
-    saved = {length for name in names for length in weights.shape_of(name)[:1]} if asked else set()
-    if not asked <= saved:
-        raise CheckpointError(
-            f"{PARAMETER_NAME} has {(asked - saved).pop()} positions by the record, and in the"
-            f" weights {', '.join(map(str, saved)) or 'none'}. The files are of different"
-            " checkpoints."
-        )
+def _refuse_other_lengths(root: nn.Module, record: Record, weights: Weights) -> None:
+    """Refuse a record of longer tensors than were saved, before memory is taken for them."""
+    asked = [item for plugin, _ in record.applied for item in plugin.added_lengths(root).items()]
+    for tensor, length in asked:
+        names = [name for name in weights.files if name.endswith(f".{tensor}")]
+        saved = {length for name in names for length in weights.shape_of(name)[:1]}
+        if length not in saved:
+            raise CheckpointError(
+                f"{tensor} has {length} positions by the record, and in the weights"
+                f" {', '.join(map(str, saved)) or 'none'}. The files are of different checkpoints."
+            )
 
 
 def _renaming(
