@@ -1,7 +1,7 @@
 """The changes to training, the paper's and ours, each one file, and the verbs for them."""
 
 from steppe.plugins.applied import added_parameters, restore_
-from steppe.plugins.base import BiasShift, Constraint, Plugin
+from steppe.plugins.base import BiasShift, Constraint, LossTerm, Plugin
 from steppe.plugins.constrain import Constrained, advance_, constrain_, project_
 from steppe.plugins.fold import fold_
 from steppe.plugins.jumping_relu import JumpingSquaredReLU
@@ -19,6 +19,7 @@ __all__ = [
     "Constrained",
     "Constraint",
     "JumpingSquaredReLU",
+    "LossTerm",
     "Plugin",
     "RestrictedNorm",
     "RisingThreshold",

@@ -23,6 +23,7 @@ from steppe.blocks.linear import linear_weight
 from steppe.surgery.journal import Journal
 
 _NEEDS_HIDDEN = "_steppe_needs_hidden"  # on a block's second layer: by mode, the reasons
+_LOSS_TERMS = "_steppe_loss_terms"  # on a block's second layer
 _NO_SHIFTS: tuple[BiasShift, ...] = ()
 
 
@@ -51,6 +52,30 @@ class Constraint:
 
         Statistics of the step's batches are taken up here, too: in every process, at once.
         """
+
+
+class LossTerm(Constraint):
+    """A constraint that adds a term to the loss of each training step."""
+
+    def join(self, block: MLPBlock, journal: Journal) -> None:
+        """Note the term on a block, so that `penalize` and the callbacks find it.
+
+        Args:
+            block: a block that the term is of.
+            journal: takes it back.
+        """
+        terms = block.down.__dict__.get(_LOSS_TERMS) or []
+        journal.hold_attribute(Slot(block.down, _LOSS_TERMS), terms)
+        journal.append(terms, self)
+
+    def add_to(self, loss: Tensor, share: float = 1.0) -> Tensor:
+        """The loss with the term of the last forward pass, which is then used up.
+
+        Args:
+            loss: scalar.
+            share: this pass's share of the batch, if the loss is of the whole batch.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -236,6 +261,14 @@ def shifted_bias(layer: Any, shifts: Sequence[BiasShift]) -> Tensor | None:
         shift = one.shift(linear_weight(layer).dtype)
         bias = -shift if bias is None else bias - shift
     return bias
+
+
+def loss_terms_of(model: nn.Module) -> list[LossTerm]:
+    """The terms that plug-ins add to a model's loss, each once."""
+    terms: list[LossTerm] = []
+    for module in model.modules():
+        terms += module.__dict__.get(_LOSS_TERMS, [])
+    return list({id(term): term for term in terms}.values())
 
 
 def mark_needs(plugin: Plugin, blocks: Sequence[MLPBlock], journal: Journal) -> None:

@@ -11,14 +11,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks.find import MLPBlock, Slot
+from steppe.blocks.find import MLPBlock
 from steppe.blocks.linear import linear_weight
 from steppe.errors import LossError, ScheduleError, SparsificationError
-from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
+from steppe.plugins.base import (
+    Constraint,
+    LossTerm,
+    Plugin,
+    loss_terms_of,
+    ramp_progress,
+    require_share,
+)
 from steppe.surgery.journal import Journal
 from steppe.tokens import TokenContext, attach, listen
-
-_MARK = "_steppe_penalty"  # on the second layer of a block that has one
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,13 @@ class ActivationPenalty(Plugin):
         journal.add_forward_pre_hook(model, penalty.begin)
         attach(journal, hooks)
         for block, context in zip(blocks, contexts, strict=True):
-            journal.add_attribute(Slot(block.down, _MARK), penalty)
+            penalty.join(block, journal)
             receiver = block.down if block.dropout is None else block.dropout
             journal.add_forward_pre_hook(receiver, partial(penalty.see_a, block, context))
         return [penalty]
 
 
-class Penalty(Constraint):
+class Penalty(LossTerm):
     """The penalty of all blocks together.
 
     Args:
@@ -262,11 +267,6 @@ def penalize(loss: Tensor, model: nn.Module) -> Tensor:
     return loss
 
 
-def penalties_of(model: nn.Module) -> list[Penalty]:
-    """The penalties of a model's blocks: one for each time that `sparsify_` put one in."""
-    found = {
-        id(penalty): penalty
-        for module in model.modules()
-        if isinstance(penalty := module.__dict__.get(_MARK), Penalty)
-    }
-    return list(found.values())
+def penalties_of(model: nn.Module) -> list[LossTerm]:
+    """The terms that plug-ins add to a model's loss, `ActivationPenalty` and others."""
+    return loss_terms_of(model)
