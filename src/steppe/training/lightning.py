@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from steppe.blocks.find import MLPBlock, find_blocks
 from steppe.blocks.patterns import BlockPattern
 from steppe.errors import MissingExtraError
+from steppe.plugins.applied import sparsification_of
 from steppe.plugins.constrain import Constrained
 from steppe.plugins.penalty import penalties_of
-from steppe.plugins.sparsify import sparsification_of
 from steppe.record import APPLIED
 from steppe.runs import Run
 from steppe.training.history import History

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from steppe.data.augmentation import Augmentation, BatchAugmenter, normalise
-from steppe.data.embedded import BYTES, load_digits_split, load_pydoc_split
+from steppe.data.embedded import BYTES, EMBEDDED, load_digits_split, load_pydoc_split
 from steppe.data.image_data import load_image_data
-from steppe.data.sources import EMBEDDED
 from steppe.data.text_data import TextSettings, load_text_data, require_shards
 from steppe.errors import CheckpointError, DataError, RecipeError
 from steppe.training.quality import (

@@ -13,7 +13,7 @@ from steppe.activations import name_of
 from steppe.blocks.find import Blocks, unwrap
 from steppe.files import prepare_folder
 from steppe.measures.report import Report, report_from_dict
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import sparsification_of
 from steppe.runs import RUN_FILE, Run, versions, write_run
 from steppe.training.reporters import of_the_model
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from steppe.bench.block import PREFILL, TRAINING, time_model
 from steppe.data.draws import DrawSampler
-from steppe.data.sources import first_line, reading
+from steppe.data.read_errors import first_line, reading
 from steppe.errors import NonFiniteLossError, OutOfMemoryError, RecipeError, SteppeError
 from steppe.files import prepare_file, write_json
 from steppe.measures import measure

@@ -9,13 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from steppe.errors import ScheduleError
-from steppe.plugins.constrain import Constrained, constrain_
-from steppe.plugins.sparsify import (
-    advance_,
-    project_,
-    require_sparsification,
-    sparsification_of,
-)
+from steppe.plugins.applied import require_sparsification, sparsification_of
+from steppe.plugins.constrain import Constrained, advance_, constrain_, project_
 
 
 def advance_to_(model: nn.Module, step: int, total_steps: int) -> None:
