@@ -27,12 +27,8 @@ from steppe.checkpoints.load import apply_record_
 from steppe.checkpoints.saved_record import ADAPTER_RECORD, current_own, parse_record
 from steppe.checkpoints.weights import Weights, find, read_json
 from steppe.errors import CheckpointError, SparsificationError
-from steppe.plugins.sparsify import (
-    added_parameters,
-    advance_,
-    changed_tensors,
-    sparsification_of,
-)
+from steppe.plugins.applied import added_parameters, changed_tensors, sparsification_of
+from steppe.plugins.constrain import advance_
 from steppe.record import RECORD_KEY
 from steppe.sharding import full
 

@@ -26,7 +26,7 @@ from steppe.errors import CheckpointError, DeviceError
 from steppe.measures.losses import terms_of
 from steppe.measures.measure import call_model, measure
 from steppe.measures.report import Report
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import sparsification_of
 from steppe.runs import Run, versions
 
 Labels = Literal["data", "model"]

@@ -26,9 +26,10 @@ from steppe.checkpoints.saved_record import (
 from steppe.checkpoints.tensor_names import renaming_of, saved_names
 from steppe.checkpoints.weights import Weights, find
 from steppe.errors import CheckpointError, SteppeError
+from steppe.plugins.applied import sparsification_of
 from steppe.plugins.base import Plugin
-from steppe.plugins.sparsify import advance_, sparsification_of, sparsify_
-from steppe.plugins.zeroth_bias import PARAMETER_NAME, ZerothBias
+from steppe.plugins.constrain import advance_
+from steppe.plugins.sparsify import sparsify_
 from steppe.record import erase_records
 
 
@@ -101,7 +102,7 @@ def apply_record_(
     before = set(root.state_dict())
     to_model = renaming_of(root, record, own.patterns, weights.place)
     try:
-        _refuse_longer_biases(root, record, weights)
+        _refuse_other_lengths(root, record, weights)
         for plugin, names in record.applied:
             _sparsify_blocks(root, plugin, {to_model(name) for name in names}, own.patterns)
     except SteppeError as error:
@@ -146,21 +147,17 @@ def load_weights_(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def _refuse_longer_biases(root: nn.Module, record: Record, weights: Weights) -> None:
-    """Refuse a record of longer zeroth biases than were saved, before memory is taken for them."""
-    asked = {
-        plugin.resolve(root, ()).max_tokens
-        for plugin, _ in record.applied
-        if isinstance(plugin, ZerothBias)
-    }
-    names = [name for name in weights.files if name.endswith(f".{PARAMETER_NAME}")]
-    saved = {length for name in names for length in weights.shape_of(name)[:1]} if asked else set()
-    if not asked <= saved:
-        raise CheckpointError(
-            f"{PARAMETER_NAME} has {(asked - saved).pop()} positions by the record, and in the"
-            f" weights {', '.join(map(str, saved)) or 'none'}. The files are of different"
-            " checkpoints."
-        )
+def _refuse_other_lengths(root: nn.Module, record: Record, weights: Weights) -> None:
+    """Refuse a record of longer tensors than were saved, before memory is taken for them."""
+    asked = [item for plugin, _ in record.applied for item in plugin.added_lengths(root).items()]
+    for tensor, length in asked:
+        names = [name for name in weights.files if name.endswith(f".{tensor}")]
+        saved = {length for name in names for length in weights.shape_of(name)[:1]}
+        if length not in saved:
+            raise CheckpointError(
+                f"{tensor} has {length} positions by the record, and in the weights"
+                f" {', '.join(map(str, saved)) or 'none'}. The files are of different checkpoints."
+            )
 
 
 def _sparsify_blocks(

@@ -12,8 +12,8 @@ from steppe.blocks.pattern_values import fault_in
 from steppe.blocks.patterns import BlockPattern
 from steppe.checkpoints.weights import find, read_json
 from steppe.errors import CheckpointError
-from steppe.plugins.base import Plugin, plugin_from_settings
-from steppe.plugins.sparsify import PLUGINS
+from steppe.plugins.base import Plugin
+from steppe.plugins.registry import kinds_with, plugin_from_settings
 from steppe.record import RECORD_KEY, RECORD_VERSION
 from steppe.schema import fault_of
 from steppe.surgery.pattern_notes import Noted
@@ -145,12 +145,7 @@ def parse_record(record: Any, path: str, own: Own) -> Record:
         raise _damaged(path, "no plug-in")
     patterns = _with_blocks(values.get("patterns", []), path)
     _check_patterns(patterns, path)
-    kinds = (*PLUGINS, *own.plugins)
-    for kind in own.plugins:
-        if [one.key for one in kinds].count(kind.key) > 1:
-            raise ValueError(
-                f"{kind.__name__}: another plug-in has the key {kind.key!r}. Give it its own."
-            )
+    kinds = kinds_with(own.plugins)
     applied = [(plugin_from_settings(entry, kinds), names) for entry, names in plugins]
     return Record(applied, progress, patterns)
 

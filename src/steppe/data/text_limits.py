@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 from steppe.blocks.find import max_tokens_of
 from steppe.data.embedded import BYTES
 from steppe.errors import DataError
-from steppe.plugins.sparsify import sparsification_of
-from steppe.plugins.zeroth_bias import ZerothBias
+from steppe.plugins.applied import sparsification_of
 
 DEFAULT_LENGTH = 512
 """Tokens per sample where neither the user nor the model says how many."""
@@ -30,9 +29,7 @@ def tokens_per_window(model: PreTrainedModel, asked: int | None, tokenizer: Any 
     """
     limits = [max_tokens_of(model), getattr(tokenizer, "model_max_length", None)]
     sparsification = sparsification_of(model)
-    for applied in [] if sparsification is None else sparsification.applied:
-        plugin = applied.plugin
-        limits.append(plugin.max_tokens if isinstance(plugin, ZerothBias) else None)
+    limits.append(None if sparsification is None else sparsification.longest_sequence)
     numbers = [limit for limit in limits if isinstance(limit, int | float)]
     known = [int(limit) for limit in numbers if 0 < limit < _NO_LIMIT]
     if asked is not None and known and asked > min(known):

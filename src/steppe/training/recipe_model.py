@@ -28,7 +28,7 @@ from steppe.plugins import (
     RisingThreshold,
     ZerothBias,
 )
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import sparsification_of
 from steppe.surgery.pattern_notes import note_patterns_
 from steppe.training.recipe import CAUSAL, IMAGES, SPANS, Recipe, model_settings, patterns_of
 
