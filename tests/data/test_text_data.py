@@ -111,7 +111,7 @@ def test_more_processes_than_files_are_refused(shards: Path, cache: Path) -> Non
         ({"vocab_size": 100}, r"at least 257, got 100: vocab_size=257"),
         ({"held_out_split": "dev"}, r"expected a split 'dev', it has full"),
         ({"text_column": "body"}, r"'body'"),
-        ({"tokenizer": "./nowhere"}, r"nowhere"),
+        ({"tokenizer": "./nowhere"}, r"nowhere.*tokenizer=FOLDER_OR_HUB_ID"),
     ],
 )
 def test_what_cannot_be_is_told(plain: Path, cache: Path, given, message: str) -> None:

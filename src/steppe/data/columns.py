@@ -57,7 +57,7 @@ def text_column(rows: Rows) -> str:
 
 
 def pair_columns(rows: Rows) -> tuple[str, str]:
-    """The columns of the input and the target: those asked for, or one of `PAIRS`.
+    """Names of the columns of the input and the target: those asked for, or one of `PAIRS`.
 
     Args:
         rows: the data.
@@ -82,7 +82,7 @@ def pair_columns(rows: Rows) -> tuple[str, str]:
 
 
 def image_column(rows: Rows) -> str:
-    """The column of the images: the only one of that type, else ``image`` or ``img``.
+    """Name of the column of the images: the only one of that type, else ``image`` or ``img``.
 
     Args:
         rows: the data.
@@ -186,7 +186,7 @@ class Classes:
 
 
 def label_column(rows: Rows) -> str:
-    """The column of the classes: the one asked for, ``label``, ``labels``, or the only typed one.
+    """Name of the column of the classes: as asked, ``label``, ``labels``, or the only typed one.
 
     Args:
         rows: the data.

@@ -17,7 +17,7 @@ from steppe.data.opened import Opened, Opener
 from steppe.errors import DataError
 
 MAX_BYTES = 1 << 30
-"""Of the images or classes in one file: 1 GiB; they are kept in memory."""
+"""Bytes of the images or classes in one file, at most: 1 GiB; they are kept in memory."""
 _BLOCK = 1 << 24  # bytes
 _SHOWN = 4
 _UINT8 = 0x08  # the type code of unsigned bytes

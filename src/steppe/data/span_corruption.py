@@ -22,7 +22,7 @@ class SpanCorruption:
     Attributes:
         sentinels: their ids, in the order in which they are used.
         end: id that ends input and answer.
-        density: share of the tokens that is taken out.
+        density: share of the tokens that is taken out, in 0 … 1.
         mean_span: mean length of a span that is taken out, in tokens.
     """
 
@@ -32,13 +32,13 @@ class SpanCorruption:
     mean_span: float = 3.0
 
     def raw_length(self, length: int) -> int:
-        """How many tokens of text make an input of a length, so that nothing is padded.
+        """Number of tokens of text that fill an input of a length, so that nothing is padded.
 
         Args:
             length: of the corrupted input, its end included.
 
         Raises:
-            DataError: so short an input has no span, or a longer one than sentinels.
+            DataError: the input is too short for a span, or has more spans than sentinels.
         """
         raw = max(2, length - 2)
         while self._input_length(raw + 1) <= length:
@@ -57,7 +57,7 @@ class SpanCorruption:
         return raw
 
     def __call__(self, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Input and answer of one text; their lengths depend on the text's alone.
+        """Input and answer of one text; their lengths depend only on the text's length.
 
         Args:
             ids: int64 ``[L]``, without sentinels.

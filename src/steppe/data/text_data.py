@@ -194,7 +194,7 @@ def _first(windows: Any, number: int) -> Any:
 def _tokenizer(data: str, split: Any, column: str, settings: TextSettings) -> Any:
     """The tokenizer that was named, or one that is trained on the text."""
     if settings.tokenizer:
-        return load_tokenizer(settings.tokenizer)
+        return load_tokenizer(settings.tokenizer, "tokenizer")
     path = Path(data).expanduser()
     kept = {
         "data": str(path.resolve()) if path.exists() else data,

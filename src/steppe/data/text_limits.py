@@ -1,4 +1,4 @@
-"""How many tokens a model takes, and how many it knows."""
+"""Limits of a language model: the tokens of a sample, and the size of the vocabulary."""
 
 from __future__ import annotations
 

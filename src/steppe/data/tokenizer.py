@@ -20,11 +20,12 @@ _T5_SPECIAL = ["<pad>", "</s>", "<unk>"]  # ids 0, 1, 2
 _logger = logging.getLogger(__name__)
 
 
-def load_tokenizer(place: str) -> Any:
+def load_tokenizer(place: str, option: str = "processor") -> Any:
     """The tokenizer of a checkpoint; code that comes with it is never run.
 
     Args:
         place: a folder or a hub id.
+        option: where the user names another one, for errors.
 
     Raises:
         DataError: there is none, or it cannot be read.
@@ -36,14 +37,14 @@ def load_tokenizer(place: str) -> Any:
         raise DataError(
             f"{place}: its tokenizer cannot be loaded ({first_line(error)}). Save it beside the"
             " weights, or name one",
-            {"processor": "FOLDER_OR_HUB_ID"},
+            {option: "FOLDER_OR_HUB_ID"},
         ) from None
     # Transformers makes an empty tokenizer of a folder that has none.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise DataError(
             f"{place}: has no tokenizer. Save it beside the weights with"
             " tokenizer.save_pretrained, or name one",
-            {"processor": "FOLDER_OR_HUB_ID"},
+            {option: "FOLDER_OR_HUB_ID"},
         )
     return tokenizer
 
