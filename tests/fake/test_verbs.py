@@ -19,7 +19,7 @@ from steppe.measures.density import count_
 from steppe.ops import mlp as mlp_op
 from steppe.ops import reference
 from steppe.ops.outcome import OWN_MODULES
-from steppe.plugins.rising_threshold import add_moments_, add_product_moments_
+from steppe.plugins.moments import add_moments_, add_product_moments_
 
 Batch = dict[str, Tensor]
 STEPPE = [steppe.ZerothBias, steppe.RestrictedNorm, steppe.JumpingSquaredReLU]
