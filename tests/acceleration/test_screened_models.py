@@ -19,7 +19,7 @@ import models
 import steppe
 from steppe.ops.cpu import copies, native_ops, screen
 from steppe.ops.cpu.block import CpuBlock
-from steppe.ops.cpu.decode import FewCall
+from steppe.ops.cpu.decode import DecodeCall
 from steppe.ops.cpu.library import kernels
 
 native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
@@ -76,9 +76,9 @@ def screen_(model: nn.Module) -> nn.Module:
 def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The share of candidates of each screened call, of many rows and of few."""
     SEEN.clear()
-    run, run_again = FewCall.run, CpuBlock.run_again
+    run, run_again = DecodeCall.run, CpuBlock.run_again
 
-    def see(call: FewCall | None) -> None:
+    def see(call: DecodeCall | None) -> None:
         share = math.nan if call is None else call.outcome().candidates
         if not math.isnan(share):
             SEEN.append(share)
@@ -89,7 +89,7 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             SEEN.append(found.share)
         return found
 
-    def running(call: FewCall, *arguments: Any) -> Any:
+    def running(call: DecodeCall, *arguments: Any) -> Any:
         done = run(call, *arguments)
         see(None if done is None else call)
         return done
@@ -100,7 +100,7 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return z
 
     monkeypatch.setattr(native_ops, "find_candidates", finding)
-    monkeypatch.setattr(FewCall, "run", running)
+    monkeypatch.setattr(DecodeCall, "run", running)
     monkeypatch.setattr(CpuBlock, "run_again", running_again)
     return SEEN
 
@@ -381,7 +381,7 @@ def test_restore_frees_the_screens(tokens: int) -> None:
     kept = [
         weakref.ref(entry.copy.screen.integers)
         for entry in copies._entries.values()
-        if isinstance(entry.copy, copies.KeptScreen)
+        if isinstance(entry.copy, copies.CachedScreen)
     ]
     assert len(kept) == 2
     gc.collect()
@@ -479,4 +479,4 @@ def test_zero_is_never_screened_and_nothing_is_kept_for_it(shares: list[float]) 
             model(input_ids=models.token_ids(1, tokens))
     train(model, 2)
     assert shares == []
-    assert not any(isinstance(e.copy, copies.KeptScreen) for e in copies._entries.values())
+    assert not any(isinstance(e.copy, copies.CachedScreen) for e in copies._entries.values())

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steppe.ops.cpu.calls import DECODE_ROWS
-from steppe.ops.cpu.decode import FewBlock
+from steppe.ops.cpu.decode import DecodeBlock
 from steppe.ops.reference import Weights
 from steppe.ops.screening import rotate
 
@@ -230,7 +230,7 @@ def back(rotated: Tensor) -> Tensor:
 
 def of_few_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """r ``[T, F]`` as a block computes it for few rows at a time, unscreened."""
-    block = FewBlock(Weights(weight, bias, None, None, weight, None), screens=False, stays=False)
+    block = DecodeBlock(Weights(weight, bias, None, None, weight, None), screens=False, stays=False)
     parts = []
     for rows in x.contiguous().split(DECODE_ROWS):
         r, z = rows.new_empty(len(rows), len(weight)), torch.empty_like(rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ops.screening_cases import of_few_rows
 from steppe.ops.cpu.calls import DECODE_ROWS
-from steppe.ops.cpu.decode import FewBlock
+from steppe.ops.cpu.decode import DecodeBlock
 from steppe.ops.cpu.library import kernels
 from steppe.ops.cpu.screen import find_candidates, screen_of
 from steppe.ops.reference import Weights
@@ -147,7 +147,7 @@ def test_no_unit_of_few_rows_is_missed(
     threads = screening_threads()
     for x, weight, bias in blocks(draw, 64 * DECODE_ROWS, seed=2):
         x, weight, bias = (part.to(dtype) for part in (x, weight, bias))
-        block = FewBlock(Weights(weight, bias, None, None, weight, None), True, stays=True)
+        block = DecodeBlock(Weights(weight, bias, None, None, weight, None), True, stays=True)
         nan = torch.full_like(weight, torch.nan)
         # Multiplied with NaN, all candidates stay listed.
         block._structure.w, block._structure.w_stride = nan.data_ptr(), weight.shape[1]

@@ -15,7 +15,7 @@ from torch import Tensor
 from steppe.ops import mlp as mlp_op
 from steppe.ops.cpu import calls
 from steppe.ops.cpu import native_ops as native_ops  # registers the kernels
-from steppe.ops.cpu.decode import FewBlock
+from steppe.ops.cpu.decode import DecodeBlock
 from steppe.ops.cpu.library import kernels
 from steppe.ops.reference import Rule, Weights, densify
 from steppe.ops.reference import mlp as dense_mlp
@@ -203,7 +203,7 @@ def test_results_are_the_same_bits_for_any_number_of_threads(rows: int, dtype: t
         if rows <= calls.DECODE_ROWS:
             x = torch.linspace(-1, 1, rows * 130).view(rows, 130).to(dtype)
             z, r, up = (x.new_empty(rows, width) for width in (130, 777, 777))
-            few = FewBlock(weights, screens=False, stays=False)
+            few = DecodeBlock(weights, screens=False, stays=False)
             assert few.run(x, (1.0, 0.5), 1.0, 0.0, (z, r, up))
             results[-1] += (z, r, up)
     for other in results[1:]:
@@ -324,10 +324,10 @@ def test_the_block_compiles_into_one_graph() -> None:
         assert torch.allclose(one, other, atol=1e-12)
 
 
-def few_block(up: Tensor | None = None, up_bias: Tensor | None = None) -> FewBlock:
+def few_block(up: Tensor | None = None, up_bias: Tensor | None = None) -> DecodeBlock:
     matrix = torch.zeros(70, 5)
     weights = Weights(matrix, None, matrix if up is None else up, up_bias, matrix, None)
-    return FewBlock(weights, screens=False, stays=False)
+    return DecodeBlock(weights, screens=False, stays=False)
 
 
 @native

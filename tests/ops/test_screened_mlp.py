@@ -354,7 +354,7 @@ def test_the_largest_integers_at_the_largest_width_fit() -> None:
         for _ in range(2):
             r = run(x[:3], block, 1.0, trains=False)[1]
         assert r.tolist() == [1.0 if bias > -8192 else 0.0, 0.0] * 3
-        assert copies.kept_screen(weight).few.share == (0.5 if bias > -8192 else 0.0)
+        assert copies.cached_screen(weight).few.share == (0.5 if bias > -8192 else 0.0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The one door between a model and the kernels: which backend computes on a tensor's device.
+"""The one door between a model and the kernels: the backend of a tensor's device.
 
 A new device is a package beside `steppe.ops.cpu` and a line here.
 """
@@ -14,5 +14,5 @@ _BACKENDS: dict[str, Backend] = {CPU.name: CPU}
 
 
 def backend_of(tensor: Tensor) -> Backend | None:
-    """What a tensor's device offers, or None if there are no kernels for it."""
+    """The backend of a tensor's device, or None if there are no kernels for it."""
     return _BACKENDS.get(tensor.device.type)

@@ -29,9 +29,9 @@ class Packed(NamedTuple):
             those past the last column are 0.
         starts: int64 ``[T + 1]``; the values of row t are those from ``starts[t]`` up to
             ``starts[t + 1]``, and ``starts[T]`` is the number of active entries, kept or not.
-        values: ``[capacity]``, the active entries of p, row by row. A row of which not every value
-            fits is not kept, so the rows that are kept are the first ones (`kept_rows`). What
-            stands behind the last kept value is undefined.
+        values: ``[capacity]``, the active entries of p, row by row. A row is kept if all its
+            values fit, so the rows that are kept are the first ones (`kept_rows`). Values behind
+            the last kept one are undefined.
     """
 
     words: Tensor
@@ -40,7 +40,7 @@ class Packed(NamedTuple):
 
 
 def act_pack(p: Tensor, coefficients: Tensor, capacity: int) -> tuple[Tensor, Packed]:
-    """σ(p) = α r + β r², r = max(p, 0), and what the backward pass needs of p.
+    """σ(p) = α r + β r² with r = max(p, 0), and a pack of p for the backward pass.
 
     Args:
         p: ``[T, F]``, floating point, contiguous.
@@ -80,7 +80,7 @@ def unpack_grad(grad_a: Tensor, packed: Packed, coefficients: Tensor) -> tuple[T
     Args:
         grad_a: ∂ℓ/∂a, ``[T, F]``, dtype of the values, contiguous.
         packed: as `act_pack` gave it.
-        coefficients: likewise.
+        coefficients: α and β, as for `act_pack`.
 
     Returns:
         ∂ℓ/∂p and a, ``[T, F]`` each, in grad_a's dtype.
@@ -187,7 +187,7 @@ def _activation(r: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _slope(r: Tensor, coefficients: Tensor) -> Tensor:
-    """σ′ from r ≠ 0, likewise."""
+    """σ′ from r ≠ 0; without 0 · ∞ where β is 0."""
     alpha, beta = coefficients
     return torch.where(beta == 0, alpha, alpha + 2.0 * beta * r)
 

@@ -14,9 +14,8 @@ Who owns what:
 - The bodies below are the reference, and run where no backend is registered. They compute densely
   and save r, `up` and the dropout mask of all T · F entries: lengths that are known beforehand.
 
-`saved` is five tensors and not a list, since for an output that is a list PyTorch flattens and
-rebuilds arguments and results in each call, which doubles the time that autograd takes for an op.
-A backend that needs fewer leaves the others empty.
+`saved` is five tensors and not a list: for an output that is a list, autograd flattens and rebuilds
+all arguments and results in Python in each call. A backend that needs fewer leaves others empty.
 """
 
 from __future__ import annotations
@@ -206,14 +205,14 @@ def dense_backward(
 def differentiable_gradients(
     grad_z: Tensor, x: Tensor, weights: Weights, rule: Rule, kept: Tensor
 ) -> tuple[Tensor, Weights]:
-    """`mlp_backward` of a block that is computed again, dense, so that autograd sees all of it.
+    """`mlp_backward` of a block that is recomputed, dense, so that autograd sees all of it.
 
     Args:
         grad_z: ``[T, D]``.
         x: ``[T, D]``.
         weights: of the block.
         rule: activation and dropout.
-        kept: which entries dropout has kept, bool ``[T · F]``; empty without dropout.
+        kept: the entries that dropout has kept, bool ``[T · F]``; empty without dropout.
 
     Returns:
         The gradients of x and of the weights; None where there is no weight.
@@ -233,7 +232,7 @@ def rule_of(alpha: float, beta: float, mix: Tensor | None, dropout: float) -> Ru
 def only_needed(
     grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> Seven:
-    """Gradients laid out as their inputs are, empty where none is needed.
+    """Gradients in the memory layout of their inputs, empty where none is needed.
 
     An optimizer, or DDP, would copy a gradient of another layout.
     """

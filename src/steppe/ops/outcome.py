@@ -1,4 +1,4 @@
-"""How a block ran: what the ops and the routing tell `steppe.explain`."""
+"""How a block ran: the record that the ops and the routing make for `steppe.explain`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Outcome(NamedTuple):
             too many entries were active), or ``own modules`` (dense, as without steppe).
         rows: tokens of the call.
         density: share of the entries of r that are active; NaN where they were not counted.
-        candidates: share of the entries that screening could not tell to be zero; NaN without it.
+        candidates: share of the entries that screening left as candidates; NaN without it.
         trains: whether a backward pass could follow.
-        is_few: whether it was computed in one call for few rows.
+        is_few: whether it was decoding: few tokens, in one native call.
         reason: why it was not sparse; empty if it was.
-        is_too_dense: whether that was because of how many entries are active.
+        is_too_dense: whether that was because too many entries are active.
     """
 
     how: str
@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
 
 
 class _Last(threading.local):
-    """Of each thread."""
+    """The last outcome of each thread."""
 
     outcome: Outcome | None = None
 
@@ -43,7 +43,7 @@ _last = _Last()
 
 
 def note(outcome: Outcome) -> None:
-    """Take down how the op ran that this thread is in."""
+    """Record how the op of this thread ran."""
     _last.outcome = outcome
 
 

@@ -1,4 +1,7 @@
-"""What a backend offers for MLP blocks: a plan for each call, and the kernels that follow it."""
+"""The interface of a backend: a plan for each call of a block, and kernels that follow it.
+
+steppe/ops/backend.py chooses the backend; `steppe.ops.mlp` says which ops it registers kernels for.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from torch import Tensor
 from steppe.ops.outcome import Outcome
 from steppe.ops.reference import Weights
 
-Coefficients = tuple[float, float, Tensor | None]  # α, β, and what β is multiplied by
+Coefficients = tuple[float, float, Tensor | None]  # α, β, and the factor of β or None
 
 
 class Limits(NamedTuple):
-    """Up to which shares the sparse kernels run, as the user wants it; None: as measured.
+    """The largest shares at which the sparse kernels run; None for those measured.
 
     Attributes:
-        max_density: of the entries that may be active.
-        max_candidates: of the entries that the screen may leave; 0 for no screen.
+        max_density: share of active entries, in [0, 1].
+        max_candidates: share of entries that the screen leaves as candidates; 0 for no screen.
     """
 
     max_density: float | None = None
@@ -33,7 +36,7 @@ class Plan(NamedTuple):
         reason: why the block's own modules run; empty if the kernels do.
         max_density: the sparse kernels run up to this density, in [0, 1].
         max_candidates: the first product is screened up to this share of candidates; 0 for never.
-        is_measured: whether `max_density` is the machine's and not the user's.
+        is_measured: whether `max_density` is measured, and not given by the user.
         screen_is_measured: whether `max_candidates` is.
     """
 
@@ -45,35 +48,35 @@ class Plan(NamedTuple):
 
 
 class BlockSource(Protocol):
-    """What a backend asks of a block whose weights it lays out for decoding."""
+    """A block as a backend sees it that lays its weights out for decoding."""
 
     def layer_parameters(self) -> Sequence[tuple[dict[str, Any], str]]:
-        """Where the parameters of its layers are: the dict that holds each, and its name there."""
+        """The dict that holds each parameter of its layers, and the parameter's name there."""
 
     def layer_tensors(self) -> Sequence[Tensor | None]:
-        """What the layers compute with now, in the same order."""
+        """The tensors that the layers compute with now, in the same order."""
 
     def bias_sources(self) -> list[Tensor]:
-        """What the bias of the activated layer is made of, where it is not the layer's own."""
+        """The tensors that the activated bias is computed from; empty if it is the layer's own."""
 
     def weights(self) -> Weights:
-        """What the kernels compute with now."""
+        """The weights that the kernels compute with now."""
 
 
 class BlockKernels(Protocol):
     """The calls of one block on one device."""
 
     def is_again(self, x: Tensor) -> bool:
-        """Whether a call is a decoding step like the last one, of which all was looked at."""
+        """Whether a call is a decoding step like the last one, which was checked in full."""
 
     def run_again(self, x: Tensor) -> Tensor | None:
-        """The output of such a call; None where it did not end as the last one."""
+        """The output of such a call; None if it ended another way than the last one."""
 
     def take_repeated(self) -> tuple[Outcome, int] | None:
-        """How the calls of `run_again` ran since this was asked, and their number; None for 0."""
+        """How the calls of `run_again` ran since the last time, and their number; None for 0."""
 
     def plan_and_count(self, rows: int, dtype: torch.dtype, trains: bool) -> Plan:
-        """The plan of a call; counts it as one, while the block waits for its next try."""
+        """The plan of a call, which counts in the back-off of a block that was too dense."""
 
     def decode(
         self,
@@ -90,11 +93,11 @@ class BlockKernels(Protocol):
             source: of the weights.
             coefficients: of the activation.
             plan: of the call.
-            may_repeat: whether the next call may be like this one: all that it goes by is looked at
-                in `is_again`.
+            may_repeat: whether the next call may repeat this one, since `is_again` checks all that
+                the result depends on.
 
         Returns:
-            ``[*, D]``; None where the block is not laid out, or has changed.
+            ``[*, D]``; None if the block is not laid out, or has changed.
         """
 
     def mlp(
@@ -108,19 +111,19 @@ class BlockKernels(Protocol):
         """Z and `saved`, see `steppe.ops.mlp`, without gradients and without the dispatcher."""
 
     def forget(self) -> None:
-        """Free what is kept between calls, but for copies of weights."""
+        """Free all that is kept between calls, except cached copies of weights."""
 
 
 class Backend(Protocol):
-    """What a kind of device offers."""
+    """The kernels of a kind of device."""
 
     @property
     def name(self) -> str:
-        """Of the device, as torch has it."""
+        """Type of the device in torch, such as ``cpu``."""
 
     @property
     def dtypes(self) -> Collection[torch.dtype]:
-        """Those that it has kernels for."""
+        """The dtypes that it has kernels for."""
 
     @property
     def decode_rows(self) -> int:
@@ -138,7 +141,7 @@ class Backend(Protocol):
         """
 
     def has_too_little(self, rows: int, shape: tuple[int, int]) -> bool:
-        """Whether so few tokens have too little to do for the way to the kernels to pay.
+        """Whether a call has too little work for the detour to the kernels to pay.
 
         Args:
             rows: number of tokens.
@@ -146,18 +149,18 @@ class Backend(Protocol):
         """
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Read what was measured on this machine for blocks of a dtype."""
+        """Read the thresholds that were measured on this machine for blocks of a dtype."""
 
     def declare_final(self, weight: Tensor) -> None:
         """Take it that nobody writes to a weight past PyTorch's version counter."""
 
     def forget(self, weight: Tensor) -> None:
-        """Free the copies of a weight, which is then no longer final."""
+        """Free the cached copies of a weight, which is then no longer final."""
 
     def limits(
         self, rows: int, width: int, dtype: torch.dtype, trains: bool, asked: Limits
     ) -> Plan:
-        """The limits that hold for such calls; changes and counts nothing."""
+        """The limits that hold for such calls; changes nothing and counts nothing."""
 
     def source(self, dtype: torch.dtype) -> str:
         """Where the measured limits come from."""

@@ -104,12 +104,12 @@ def s_shaped_squared_relu(
     """``s(p − shift_x) + shift_y`` with ``s(q) = relu(q − h)² − relu(−q − h)²``.
 
     Flat between −h and h: with ``shift_y ≠ 0`` the activation is non-zero where its derivative is
-    zero, which tells activation sparsity and derivative sparsity apart.
+    zero, which separates activation sparsity from derivative sparsity.
 
     Args:
         p: pre-activations, any shape, floating point.
         shift_x: shift of the flat part; the paper's study uses −1.6 and 1.6.
-        shift_y: value on the flat part; likewise.
+        shift_y: value on the flat part; the study uses the same two.
         half_width: h, half the width of the flat part.
 
     Returns:

@@ -1,11 +1,12 @@
-"""Every sparse op in plain torch: the definition, and what runs where no kernel does.
+"""Every sparse op in plain torch: the definition, which also runs where there is no kernel.
 
-A matrix ``[T, F]`` that is mostly zero stands as a list of its entries: their `values` ``[nnz]``,
-and its support, `index` and `offsets`. The columns are cut into equal tiles, a multiple of
-`TILE_UNIT` wide; the entries are sorted by tile, then row, then column. `index` ``[nnz]``, int16,
-is the column within its tile; the entries of row t in tile j are those from ``offsets[j · T + t]``
-up to ``offsets[j · T + t + 1]``, int64 ``[tiles · T + 1]``. The width of the tiles follows from how
-many there are. Kernels choose the tiles; every op takes any.
+A matrix ``[T, F]`` that is mostly zero is stored as column-tiled CSR: its entries, `values`
+``[nnz]``, and its support, `index` and `offsets`. The columns are cut into equal tiles, a multiple
+of `TILE_UNIT` wide; the entries are sorted by tile, then row, then column. `index`, int16
+``[nnz]``, is the column within its tile. `offsets`, int64 ``[tiles · T + 1]``, has the row pointers
+of each tile: the entries of row t in tile j are those from ``offsets[j · T + t]`` up to
+``offsets[j · T + t + 1]``. The width of the tiles follows from their number. Kernels choose the
+tiles; every op takes any.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 TILE_UNIT = 64
-MAX_TILE = 32704  # columns; the largest multiple of the unit that int16 can count
+MAX_TILE = 32704  # columns; the largest multiple of the unit below 2¹⁵, for int16
 
 
 def tile_of(offsets: Tensor, rows: int, columns: int) -> int:
@@ -40,7 +41,7 @@ def ceil_div(number: int, by: int) -> int:
 
 
 def compact(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries of ``max(p, 0)`` that are not zero; NaN is kept, as ReLU keeps it.
+    """The CSR of ``max(p, 0)``; NaN is an entry, as ReLU keeps it.
 
     Args:
         p: ``[T, F]``, floating point.
@@ -64,7 +65,7 @@ def compact(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def positions(index: Tensor, offsets: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Where each entry of a list stands.
+    """The row and the column of each entry of a support.
 
     Args:
         index: int16 ``[nnz]``.
@@ -73,16 +74,16 @@ def positions(index: Tensor, offsets: Tensor, rows: int, columns: int) -> tuple[
         columns: F.
 
     Returns:
-        Its row and its column, int64 ``[nnz]`` each.
+        Rows and columns, int64 ``[nnz]`` each.
     """
-    lists = torch.arange(offsets.shape[0] - 1, device=index.device)
-    place = torch.repeat_interleave(lists, offsets.diff(), output_size=index.shape[0])
+    places = torch.arange(offsets.shape[0] - 1, device=index.device)  # j · T + t
+    place = torch.repeat_interleave(places, offsets.diff(), output_size=index.shape[0])
     tile = tile_of(offsets, rows, columns)
     return place % max(rows, 1), place // max(rows, 1) * tile + index
 
 
 def densify(values: Tensor, index: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:
-    """The matrix that a list stands for.
+    """The dense matrix of a CSR.
 
     Args:
         values: ``[nnz]``.
@@ -100,7 +101,7 @@ def densify(values: Tensor, index: Tensor, offsets: Tensor, rows: int, columns: 
 
 
 def spmm(values: Tensor, index: Tensor, offsets: Tensor, rows: int, matrix: Tensor) -> Tensor:
-    """Sparse × dense: ``A M`` with A given as a list.
+    """Sparse × dense: ``A M`` with A as CSR.
 
     Args:
         values: ``[nnz]``.
@@ -116,7 +117,7 @@ def spmm(values: Tensor, index: Tensor, offsets: Tensor, rows: int, matrix: Tens
 
 
 def spmm_t(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, columns: int) -> Tensor:
-    """Transposed sparse × dense, a weight's gradient: ``Aᵀ G`` with A given as a list.
+    """Transposed sparse × dense, the gradient of a weight: ``Aᵀ G`` with A as CSR.
 
     Args:
         values: ``[nnz]``.
@@ -132,7 +133,7 @@ def spmm_t(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, colum
 
 
 def sddmm(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Sampled product: the entries of ``G Mᵀ`` on a support.
+    """Sampled dense × dense (SDDMM): the entries of ``G Mᵀ`` on a support.
 
     Args:
         index: int16 ``[nnz]``.
@@ -155,7 +156,7 @@ class Weights(NamedTuple):
         activated_bias: ``[F]``.
         up: ``[F, D]`` of a gated block, else None.
         up_bias: ``[F]``.
-        down: ``[F, D]``; rows are what a unit adds to the output.
+        down: ``[F, D]``; row i times aᵢ is the share of unit i in the output.
         down_bias: ``[D]``.
     """
 
@@ -168,11 +169,11 @@ class Weights(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What happens between the two products: σ(p) = α r + β r² and dropout.
+    """The function between the two products: σ(p) = α r + β r² and dropout.
 
     Attributes:
         alpha: α ≥ 0.
-        beta: β ≥ 0; a 0-dim tensor on another device than the CPU, where reading it would wait.
+        beta: β ≥ 0; a 0-dim tensor where reading the number would wait for a device.
         dropout: probability that a hidden entry is dropped.
     """
 
@@ -195,7 +196,7 @@ class Rule(NamedTuple):
         return self.alpha if self.is_linear else self.alpha + 2.0 * self.beta * r
 
     def draw_kept(self, like: Tensor) -> Tensor:
-        """Which entries dropout keeps, bool; empty without dropout."""
+        """Draw the entries that dropout keeps, bool; empty without dropout."""
         count = like.numel() if self.dropout else 0
         kept = torch.empty(count, dtype=torch.bool, device=like.device)
         return kept.bernoulli_(1.0 - self.dropout)
@@ -207,14 +208,14 @@ class Rule(NamedTuple):
         return values * kept / (1.0 - self.dropout) if self.dropout < 1 else values * 0.0
 
     def hidden(self, r: Tensor, up: Tensor, kept: Tensor) -> Tensor:
-        """What `down` reads: σ(r), times `up` in a gated block, after dropout."""
+        """The input of `down`: σ(r), times `up` in a gated block, after dropout."""
         a = self.activation(r)
         return self.drop(a * up if up.numel() else a, kept)
 
     def split(
         self, grad_hidden: Tensor, r: Tensor, up: Tensor, kept: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """From the gradient of what `down` reads to those of p and of a gated block's `up`.
+        """The gradients of p and, in a gated block, of `up`, from that of the input of `down`.
 
         They hold where r ≠ 0; elsewhere both are 0.
         """
@@ -246,12 +247,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
 
 
 def transposed_product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
-    """``leftᵀ right``, laid out as a matrix of its shape is, whichever of its dimensions is last.
+    """``leftᵀ right`` in the memory layout of another matrix, row-major or column-major.
 
     Args:
         left: ``[T, F]``.
         right: ``[T, D]``.
-        like: ``[F, D]``.
+        like: ``[F, D]``, the matrix with that layout.
 
     Returns:
         ``[F, D]``.
@@ -268,8 +269,8 @@ def mlp(x: Tensor, weights: Weights, rule: Rule) -> tuple[Tensor, Tensor, Tensor
         rule: activation and dropout.
 
     Returns:
-        z ``[T, D]``; r = max(p, 0) ``[T · F]``; what multiplies σ(r) in a gated block, likewise, or
-        empty; which entries dropout keeps, bool, likewise, or empty.
+        z ``[T, D]``; r = max(p, 0), ``[T · F]``; the factor of σ(r) in a gated block, ``[T · F]``,
+        else empty; the entries that dropout keeps, bool ``[T · F]``, or empty.
     """
     return mlp_from(linear(x, weights.activated, weights.activated_bias), x, weights, rule)
 
@@ -304,9 +305,9 @@ def mlp_backward(
         x: ``[T, D]``.
         weights: of the block.
         rule: activation and dropout.
-        r: ``[T · F]``, as `mlp` gave it.
-        up: likewise.
-        kept: likewise.
+        r: ``[T · F]``, from `mlp`; so the next two.
+        up: the factor of σ(r) in a gated block, else empty.
+        kept: the entries that dropout keeps, or empty.
 
     Returns:
         The gradients of x and of the weights; None where there is no weight.

@@ -1,13 +1,13 @@
-"""Which units of a block can be active at all, told from an int8 product: the definition.
+"""The screen, which bounds p from an int8 product and so rules out inactive units: the definition.
 
-Of ``p = x Kᵀ + b`` only the sign decides whether a unit is active, and most are far from zero. With
-x and K rounded to small integers, the integer product I tells p up to a bound, exactly::
+A unit is active by the sign of ``p = x Kᵀ + b``, and most p are far from zero. With x and K rounded
+to small integers, the integer product I gives p up to a bound, exactly::
 
     p ≤ s_x s_k I + b + ‖x‖ ‖k − k̃‖ + ‖x − x̃‖ ‖k̃‖ + rounding        (Cauchy–Schwarz)
 
-A unit whose right side is not above zero is inactive, whatever way p is summed in float32; the
-others are candidates, whose p is computed in full. docs/screening.md has the proof. The kernel,
-native/screen.h, decides as this does; `steppe.ops.cpu.screen` calls it.
+A unit is inactive if its right side is not above zero, in whatever order p is summed in float32.
+The others are candidates, and their p is computed in full. docs/screening.md has the proof. The
+kernel, native/screen.h, decides as this does; `steppe.ops.cpu.screen` calls it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _GRAIN = 128  # the width is padded with zeros to a multiple of it
 _VECTORS = 16  # parts of a row that the rotation mixes
 _MOST = {8: 127, 16: 127 * 256 + 127}  # integers of a grid: of 16 bits, two digits that are bytes
 _UNIT = 2.0**-24  # half the distance from 1 to the next float32
-_TINY = 2.0**-126  # the least normal float32: what flushing to zero loses at most
+_TINY = 2.0**-126  # the least normal float32: flushing to zero loses at most this
 _OURS = 2.0**-36  # of the float64 arithmetic here and in the kernel, many times over
 # From such norms and biases on a sum of products could overflow on its way.
 _LARGE_INPUT, _LARGE_ROW = 2.0**62, 2.0**63
@@ -124,7 +124,7 @@ def slack(x: Grid, weight: Grid, bias: Tensor | None = None) -> Tensor:
 
 
 def _of_units(weight: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """What a unit's slack has of ‖x‖, of ‖x − x̃‖, and whatever x is; ``[F]`` each."""
+    """The coefficients of ‖x‖ and of ‖x − x̃‖ in a unit's slack, and its constant; ``[F]`` each."""
     width = weight.width
     size = weight.norm + weight.residual  # not below ‖k̃‖
     rounding = (2 * width + 64) * _UNIT + _OURS

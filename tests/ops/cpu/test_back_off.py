@@ -10,7 +10,7 @@ import torch
 from steppe.ops.cpu import back_off as back_off_module
 from steppe.ops.cpu import decode, native_ops, screen
 from steppe.ops.cpu.back_off import MARGIN, BackOff
-from steppe.ops.cpu.copies import kept_screen
+from steppe.ops.cpu.copies import cached_screen
 from steppe.ops.cpu.library import kernels
 from steppe.ops.mlp import mlp
 from steppe.ops.outcome import noted
@@ -64,15 +64,15 @@ def test_decoding_goes_by_the_back_off_of_its_screen(monkeypatch: pytest.MonkeyP
     weight, down = torch.randn(256, 96) / 96**0.5, torch.randn(256, 96)
     quiet, busy = torch.full((256,), -3.0), torch.full((256,), 3.0)
     screened = []
-    run = decode.FewBlock.run
+    run = decode.DecodeBlock.run
 
-    def counting(self: decode.FewBlock, *arguments: object) -> object:
+    def counting(self: decode.DecodeBlock, *arguments: object) -> object:
         done = run(self, *arguments)
         outcome = noted()
         screened.append(outcome is not None and not math.isnan(outcome.candidates))
         return done
 
-    monkeypatch.setattr(decode.FewBlock, "run", counting)
+    monkeypatch.setattr(decode.DecodeBlock, "run", counting)
 
     def call(bias: torch.Tensor, most: float = 0.25) -> None:
         mlp(torch.randn(2, 96), weight, bias, None, None, down, None, *rule, False, 1.0, most)
@@ -80,7 +80,7 @@ def test_decoding_goes_by_the_back_off_of_its_screen(monkeypatch: pytest.MonkeyP
     rule = 1.0, 0.0, None, 0.0
     call(quiet)
     assert screened == [True]
-    back_off = kept_screen(weight).few
+    back_off = cached_screen(weight).few
     assert 0.0 <= back_off.share < 0.25
     call(busy)  # too many are candidates, which only counting them tells
     assert screened[1:] == [True]
@@ -95,7 +95,7 @@ def test_decoding_goes_by_the_back_off_of_its_screen(monkeypatch: pytest.MonkeyP
     assert back_off.held
     call(quiet, most=0.0)
     assert screened[-1:] == [False]
-    assert native_ops.kept_screen(weight).few is back_off
+    assert native_ops.cached_screen(weight).few is back_off
 
 
 @native
@@ -123,7 +123,7 @@ def test_many_rows_in_inference_have_a_back_off_of_their_own(
 
     assert call(quiet) == [(10, True), (320, True)]  # of a weight that is met for the first time
     assert call(quiet) == [(320, True)]
-    back_off = kept_screen(weight).many
+    back_off = cached_screen(weight).many
     assert 0.0 < back_off.share < 0.25
     assert call(busy) == [(320, False)]
     for _ in range(LEAST):
@@ -133,4 +133,4 @@ def test_many_rows_in_inference_have_a_back_off_of_their_own(
         assert call(quiet) == []
     assert call(quiet) == [(10, True), (320, True)]
     assert call(quiet) == [(320, True)]
-    assert math.isnan(kept_screen(weight).few.share)
+    assert math.isnan(cached_screen(weight).few.share)

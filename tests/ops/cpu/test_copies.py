@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steppe.ops.cpu import copies, writes
-from steppe.ops.cpu.copies import declare_final, forget, kept_panels, kept_rows, why_not_kept
+from steppe.ops.cpu.copies import cached_panels, cached_rows, declare_final, forget, why_not_cached
 from steppe.ops.cpu.library import kernels
 
 pytestmark = [
@@ -92,15 +92,15 @@ UNCOUNTED = [through_data, part_through_data, by_numpy, by_pointer, by_the_kerne
 @pytest.mark.parametrize("change", BOTH + UNCOUNTED)
 def test_a_changed_weight_is_packed_again(change: Callable[[Tensor], None]) -> None:
     weight = torch.randn(300, 128)
-    first = kept_panels(weight)
+    first = cached_panels(weight)
     assert first is not None
-    assert kept_panels(weight) is first
+    assert cached_panels(weight) is first
     change(weight)
-    again = kept_panels(weight)
+    again = cached_panels(weight)
     assert again is not None
     assert again is not first
     assert torch.equal(again.data, expected_panels(weight))
-    assert kept_panels(weight) is again
+    assert cached_panels(weight) is again
 
 
 @pytest.mark.parametrize("change", BOTH)
@@ -109,11 +109,11 @@ def test_a_final_weight_is_packed_again_where_pytorch_counts(
 ) -> None:
     weight = torch.randn(300, 128)
     declare_final(weight)
-    first = kept_panels(weight)
+    first = cached_panels(weight)
     assert first is not None
-    assert kept_panels(weight) is first
+    assert cached_panels(weight) is first
     change(weight)
-    again = kept_panels(weight)
+    again = cached_panels(weight)
     if again is not None:  # other data is another storage, which nobody has said is final
         assert torch.equal(again.data, expected_panels(weight))
     assert again is not first
@@ -121,15 +121,15 @@ def test_a_final_weight_is_packed_again_where_pytorch_counts(
 
 def test_nothing_is_kept_where_writes_are_not_seen(unseen: None) -> None:
     weight = torch.randn(300, 128)
-    assert kept_panels(weight) is None
-    assert kept_rows(weight) is weight  # no copy
-    assert kept_rows(weight.T) is None
-    assert "old kernel; accelerate_(model, weights_are_final=True)" in why_not_kept(weight)
+    assert cached_panels(weight) is None
+    assert cached_rows(weight) is weight  # no copy
+    assert cached_rows(weight.T) is None
+    assert "old kernel; accelerate_(model, weights_are_final=True)" in why_not_cached(weight)
     declare_final(weight)
-    assert why_not_kept(weight) == ""
-    assert kept_rows(weight.T) is not None
+    assert why_not_cached(weight) == ""
+    assert cached_rows(weight.T) is not None
     forget(weight)
-    assert kept_rows(weight.T) is None
+    assert cached_rows(weight.T) is None
 
 
 @seen
@@ -139,8 +139,8 @@ def test_memory_that_others_may_write_to_is_not_copied(tmp_path: Path) -> None:
     path = str(tmp_path / "weight")
     of_file = torch.from_file(path, shared=True, size=300 * 128).view(300, 128)
     for weight in (shared, of_file):
-        assert kept_panels(weight) is None
-        assert "others may write" in why_not_kept(weight)
+        assert cached_panels(weight) is None
+        assert "others may write" in why_not_cached(weight)
 
 
 @seen
@@ -150,15 +150,15 @@ def test_a_weight_that_is_mapped_from_a_file_becomes_the_process_own(tmp_path: P
     np.arange(300 * 128, dtype=np.float32).tofile(path)
     weight = torch.from_file(str(path), size=300 * 128).view(300, 128)
     before = weight.clone()
-    rows = kept_rows(weight.T)
+    rows = cached_rows(weight.T)
     assert rows is not None
     assert torch.equal(rows, before.T)
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert torch.equal(weight, before)
-    assert kept_rows(weight.T) is rows
+    assert cached_rows(weight.T) is rows
     weight.numpy()[7, 7] = -1.0
-    again = kept_rows(weight.T)
+    again = cached_rows(weight.T)
     assert again is not None
     assert torch.equal(again, weight.T)
 
@@ -167,11 +167,11 @@ def test_a_weight_that_is_mapped_from_a_file_becomes_the_process_own(tmp_path: P
 def test_views_that_overlap_are_not_both_watched() -> None:
     whole = torch.randn(600, 128)
     first, overlapping, behind = whole[:400], whole[200:], whole[400:]
-    assert kept_panels(first) is not None
-    assert kept_panels(overlapping) is None
-    assert kept_panels(behind) is not None
+    assert cached_panels(first) is not None
+    assert cached_panels(overlapping) is None
+    assert cached_panels(behind) is not None
     whole.numpy()[10] = 0.0
-    panels = kept_panels(first)
+    panels = cached_panels(first)
     assert panels is not None
     assert torch.equal(panels.data, expected_panels(first))
 
@@ -180,10 +180,10 @@ def test_views_that_overlap_are_not_both_watched() -> None:
 def test_one_write_makes_all_copies_of_a_weight_untrue() -> None:
     """Though the first copy that is made again begins to watch anew."""
     weight = torch.randn(300, 128)
-    kept_panels(weight), kept_rows(weight.T), copies.kept_screen(weight)
+    cached_panels(weight), cached_rows(weight.T), copies.cached_screen(weight)
     weight.data[7, 7] = 9.0
-    panels = kept_panels(weight)
-    rows = kept_rows(weight.T)
+    panels = cached_panels(weight)
+    rows = cached_rows(weight.T)
     assert panels is not None
     assert rows is not None
     assert torch.equal(panels.data, expected_panels(weight))
@@ -199,7 +199,7 @@ def test_no_write_is_missed_wherever_it_is(data: st.DataObject) -> None:
     start = data.draw(st.integers(0, 64))
     weight = room[start : start + rows * columns].view(rows, columns).T
     for _ in range(3):
-        kept = kept_rows(weight)
+        kept = cached_rows(weight)
         assert kept is not None
         assert torch.equal(kept, weight)
         row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
@@ -210,9 +210,9 @@ def test_no_write_is_missed_wherever_it_is(data: st.DataObject) -> None:
 def test_no_copy_is_left_of_memory_that_a_weight_had() -> None:
     weight = torch.randn(300, 128)
     for _ in range(3):
-        kept_panels(weight)
+        cached_panels(weight)
         new_memory(weight)
-    kept_panels(weight)
+    cached_panels(weight)
     assert len(copies._entries) == 1
 
 
@@ -220,13 +220,13 @@ def test_no_copy_is_left_of_memory_that_a_weight_had() -> None:
 def test_a_watch_goes_with_its_weight() -> None:
     weights = [torch.randn(300, 128) for _ in range(3)]
     for weight in weights:
-        kept_panels(weight)
+        cached_panels(weight)
     addresses = {weight.data_ptr() for weight in weights}
     assert addresses <= {start for start, _ in writes._watches}
     forget(weights.pop())
     del weight, weights
     last = torch.randn(300, 128)
-    kept_panels(last)
+    cached_panels(last)
     assert addresses & {start for start, _ in writes._watches} <= {last.data_ptr()}
 
 
@@ -235,17 +235,17 @@ def test_a_watch_goes_with_its_weight() -> None:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_sees_its_own_writes() -> None:
     weight = torch.randn(300, 128)
-    rows = kept_rows(weight.T)
+    rows = cached_rows(weight.T)
     child = os.fork()
     if child == 0:
-        again = kept_rows(weight.T)
+        again = cached_rows(weight.T)
         fine = again is not None and torch.equal(again, weight.T)
         weight.numpy()[3, 3] = 9.0
-        again = kept_rows(weight.T)
+        again = cached_rows(weight.T)
         os._exit(0 if fine and again is not None and torch.equal(again, weight.T) else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert kept_rows(weight.T) is rows  # the parent's weight is as it was
+    assert cached_rows(weight.T) is rows  # the parent's weight is as it was
     weight.numpy()[3, 3] = 9.0
-    again = kept_rows(weight.T)
+    again = cached_rows(weight.T)
     assert again is not None
     assert torch.equal(again, weight.T)

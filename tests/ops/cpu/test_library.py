@@ -78,7 +78,7 @@ for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
                 assert (screened_z - z).norm() <= limit * z.norm()
                 assert z.norm() > 0
         mlp(*block, False, 1.0, 1.0)  # a weight is screened for few rows when it is met again
-        share = native_ops.kept_screen(weight).few.share
+        share = native_ops.cached_screen(weight).few.share
         expected = screening.candidates(screening.quantise(x[:7], 16), grid, bias)
         assert abs(share - expected.double().mean()) <= (2e-3 if dtype == torch.bfloat16 else 0)
 """

@@ -27,7 +27,7 @@ from ops.screening_cases import (
 from steppe.errors import KernelError
 from steppe.ops.cpu import calls, screen
 from steppe.ops.cpu.calls import DECODE_ROWS
-from steppe.ops.cpu.decode import FewBlock
+from steppe.ops.cpu.decode import DecodeBlock
 from steppe.ops.cpu.library import kernels
 from steppe.ops.cpu.screen import Screen, compact_product, find_candidates, screen_of
 from steppe.ops.outcome import noted
@@ -60,7 +60,7 @@ def of_few(x: Tensor, weight: Tensor, bias: Tensor | None, screen: Screen | None
     """
     hidden, width = weight.shape
     zeros = weight.new_zeros(hidden, width)
-    block = FewBlock(Weights(weight, bias, None, None, zeros, None), screens=True, stays=True)
+    block = DecodeBlock(Weights(weight, bias, None, None, zeros, None), screens=True, stays=True)
     nan, bytes_of = torch.full_like(zeros, math.nan), screen
     block._structure.w, block._structure.w_stride = nan.data_ptr(), width
     if bytes_of is not None:

@@ -1,4 +1,4 @@
-"""What the CPU offers for MLP blocks."""
+"""The backend of the CPU: the native kernels for MLP blocks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CpuBackend:
         return CpuBlock(shape, limits)
 
     def has_too_little(self, rows: int, shape: tuple[int, int]) -> bool:
-        """Whether so few tokens have too little to do."""
+        """Whether a call has too little work for the detour to pay."""
         return not dispatch.pays(rows, *shape)
 
     def prepare(self, dtype: torch.dtype) -> None:
@@ -38,7 +38,7 @@ class CpuBackend:
         use_remembered(dtype)
 
     def declare_final(self, weight: Tensor) -> None:
-        """Keep copies of a weight whatever memory it has, until they are forgotten."""
+        """Cache copies of a weight wherever its memory is, until they are forgotten."""
         copies.declare_final(weight)
 
     def forget(self, weight: Tensor) -> None:

@@ -21,8 +21,8 @@ from torch.autograd import forward_ad
 from steppe.ops.cpu import native_ops
 from steppe.ops.cpu.back_off import BackOff
 from steppe.ops.cpu.calls import DECODE_ROWS
-from steppe.ops.cpu.copies import marks_of, why_not_kept
-from steppe.ops.cpu.decode import FewBlock, FewCall, why_not_laid_out
+from steppe.ops.cpu.copies import marks_of, why_not_cached
+from steppe.ops.cpu.decode import DecodeBlock, DecodeCall, why_not_laid_out
 from steppe.ops.cpu.dispatch import generation
 from steppe.ops.cpu.memory import scratch
 from steppe.ops.cpu.product_kernels import runs
@@ -36,8 +36,8 @@ from steppe.ops.reference import Rule, Weights, mlp_from
 class _Step(NamedTuple):
     """A decoding step that ran sparse, and what has to be the same for the next one."""
 
-    call: FewCall
-    few: FewBlock
+    call: DecodeCall
+    few: DecodeBlock
     dtype: torch.dtype
     shape: torch.Size  # of the input
     back_offs: tuple[BackOff, BackOff]  # of the block's density, and of its screen
@@ -54,9 +54,9 @@ class CpuBlock:
 
     def __init__(self, shape: tuple[int, int], limits: Limits) -> None:
         self._shape, self._limits = shape, limits
-        self._few: FewBlock | None = None
+        self._few: DecodeBlock | None = None
         self._last: _Step | None = None
-        self._repeated: FewCall | None = None  # the last call that may be repeated
+        self._repeated: DecodeCall | None = None  # the last call that may be repeated
         self._unkept = ""  # why the block cannot be laid out for decoding
         self._parameters: list[tuple[dict[str, Any], str, Tensor | None]] = []
         self._back_offs: defaultdict[float, BackOff] = defaultdict(BackOff)  # by threshold
@@ -153,7 +153,7 @@ class CpuBlock:
             beta *= read_scalar(mix)
         self._last = None
         share = few.screen_limit_and_count(plan.max_candidates)
-        call = FewCall(few, rows, (alpha, beta), plan.max_density, share)
+        call = DecodeCall(few, rows, (alpha, beta), plan.max_density, share)
         z = torch.empty_like(x)
         r = scratch("r", (rows, hidden), x)
         up_values = r if few.weights.up is None else scratch("up", (rows, hidden), x)
@@ -204,7 +204,7 @@ class CpuBlock:
                 return False
         return bool(self._parameters)
 
-    def _lay_out(self, x: Tensor, source: BlockSource) -> FewBlock | None:
+    def _lay_out(self, x: Tensor, source: BlockSource) -> DecodeBlock | None:
         """The block laid out for decoding, if its parameters are those of the last call."""
         if not self._are_the_same():
             self._unkept = ""
@@ -213,7 +213,7 @@ class CpuBlock:
             ]
             return None
         sources = source.bias_sources()
-        self._unkept = next(filter(None, map(why_not_kept, sources)), "")
+        self._unkept = next(filter(None, map(why_not_cached, sources)), "")
         if self._unkept:
             return None
         mark = marks_of(sources)  # before the bias is computed from them
@@ -230,4 +230,4 @@ class CpuBlock:
         self._unkept = why_not_laid_out(weights)
         if self._unkept:
             return None
-        return FewBlock(weights, screens=limit > 0.0, stays=True, derived=(sources, mark))
+        return DecodeBlock(weights, screens=limit > 0.0, stays=True, derived=(sources, mark))

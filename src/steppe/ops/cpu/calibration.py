@@ -22,8 +22,8 @@ from steppe.errors import KernelError, OutputError
 from steppe.ops.cpu import dispatch, remembered
 from steppe.ops.cpu import native_ops as native_ops  # registers the kernels that are measured
 from steppe.ops.cpu.calls import DTYPES
-from steppe.ops.cpu.copies import declare_final, kept_screen
-from steppe.ops.cpu.decode import FewBlock
+from steppe.ops.cpu.copies import cached_screen, declare_final
+from steppe.ops.cpu.decode import DecodeBlock
 from steppe.ops.cpu.library import kernels
 from steppe.ops.cpu.memory import scratch
 from steppe.ops.cpu.screen import find_candidates, screen_of
@@ -283,7 +283,7 @@ class _Block:
         self.up_bias = torch.zeros(hidden, dtype=dtype)
         self.down = (torch.randn(width, hidden) / hidden**0.5).to(dtype)
         self.grad = torch.randn(rows, width).to(dtype)
-        self._few: FewBlock | None = None
+        self._few: DecodeBlock | None = None
 
     def set_density(self, density: float) -> None:
         """Of Gaussian pre-activations, by one constant bias."""
@@ -310,7 +310,7 @@ class _Block:
         if self._few is None:
             rows = self.down.T.contiguous()
             weights = Weights(self.up, self.up_bias, None, None, rows, None)
-            self._few = FewBlock(weights, screens=not kernels().unscreened, stays=True)
+            self._few = DecodeBlock(weights, screens=not kernels().unscreened, stays=True)
         z, r = torch.empty_like(self.x), scratch("r", (len(self.x), len(self.up)), self.x)
         outputs = z, r, r
         if self._few.run(self.x, (1.0, 0.0), max_density, max_candidates, outputs):
@@ -359,7 +359,7 @@ class _Blocks:
     def candidates(self) -> float:
         """The share of candidates; of few rows it is what the last call has counted."""
         first = self.blocks[0]
-        kept = kept_screen(first.up) if self.is_few else None
+        kept = cached_screen(first.up) if self.is_few else None
         if kept is not None:
             return kept.few.share
         with torch.no_grad():

@@ -1,8 +1,11 @@
-"""Copies of weights in the layout that a kernel reads, kept for inference.
+"""The cache of weights in the layouts that kernels read, for inference.
 
-A copy is served only while the weight is the one it was made from, the same storage at the same
-address and version, and nothing was written to its memory since. Where writes cannot be seen, see
-`steppe.ops.cpu.writes`, copies are kept of weights alone that the user has said are final.
+A copy is valid only while the weight is the one that it was made from. PyTorch's version counter
+does not tell: ``.data``, NumPy and raw pointers change a weight past it, and the dense model would
+compute with the new values. So an entry is valid while three things hold: the storage, which the
+cache refers to weakly, is at the same address; the version is the same; and the system's page
+protection has seen no write to its memory (`steppe.ops.cpu.writes`). Where writes cannot be seen,
+only weights are cached that the user has declared final.
 """
 
 from __future__ import annotations
@@ -29,11 +32,11 @@ from steppe.ops.cpu.writes import (
     watch_of,
 )
 
-_Copy = TypeVar("_Copy", Panels, Tensor, "KeptScreen")
+_Copy = TypeVar("_Copy", Panels, Tensor, "CachedScreen")
 _Key = tuple[object, ...]
 
 
-class KeptScreen(NamedTuple):
+class CachedScreen(NamedTuple):
     """The screen of a weight, and when to try it again.
 
     Attributes:
@@ -49,46 +52,46 @@ class KeptScreen(NamedTuple):
 
 @dataclass
 class _Entry:
-    """A copy, and what tells whether it is still true."""
+    """A copy, and the state of its weight when it was made."""
 
     storage: StorageWeakRef
     address: int
     version: int
     mark: Mark | None  # None: the weight is final
-    copy: Panels | Tensor | KeptScreen
+    copy: Panels | Tensor | CachedScreen
 
 
 _entries: dict[_Key, _Entry] = {}
 _final: dict[int, StorageWeakRef] = {}  # by the storage's ``_cdata``
-_met: dict[int, StorageWeakRef] = {}  # likewise: storages of weights that were asked for
+_met: dict[int, StorageWeakRef] = {}  # by the same: storages of weights that were asked for
 _lock = threading.Lock()
 
 
-def kept_panels(weight: Tensor) -> Panels | None:
-    """The panels of a weight ``[N, D]``; None where no copy may be kept."""
-    return _kept("panels", weight, pack)
+def cached_panels(weight: Tensor) -> Panels | None:
+    """The panels of a weight ``[N, D]``; None where it cannot be cached."""
+    return _cached("panels", weight, pack)
 
 
-def kept_rows(weight: Tensor) -> Tensor | None:
+def cached_rows(weight: Tensor) -> Tensor | None:
     """A weight ``[N, D]`` with its rows contiguous; itself if they are."""
-    return weight if rows_are_contiguous(weight) else _kept("rows", weight, _make_rows)
+    return weight if rows_are_contiguous(weight) else _cached("rows", weight, _make_rows)
 
 
 def _make_rows(weight: Tensor) -> Tensor:
     return lasting(weight.shape, weight.dtype).copy_(weight.detach())
 
 
-def kept_screen(weight: Tensor) -> KeptScreen | None:
-    """The screen of a weight ``[F, D]``; None where no copy may be kept."""
-    return _kept("screen", weight, _make_screen)
+def cached_screen(weight: Tensor) -> CachedScreen | None:
+    """The screen of a weight ``[F, D]``; None where it cannot be cached."""
+    return _cached("screen", weight, _make_screen)
 
 
-def _make_screen(weight: Tensor) -> KeptScreen:
-    return KeptScreen(screen_of(weight), BackOff(), BackOff())
+def _make_screen(weight: Tensor) -> CachedScreen:
+    return CachedScreen(screen_of(weight), BackOff(), BackOff())
 
 
 def declare_final(weight: Tensor) -> None:
-    """Take it that nobody writes to a weight past PyTorch's version counter, until `forget`."""
+    """Trust that nobody writes to a weight past PyTorch's version counter, until `forget`."""
     storage = weight.untyped_storage()
     with _lock:
         for dead in [key for key, reference in _final.items() if reference.expired()]:
@@ -118,15 +121,15 @@ def is_new(weight: Tensor) -> bool:
     return True
 
 
-def keeps(weight: Tensor) -> bool:
-    """Whether copies of a weight are worth it, and may be kept: not of one that is met first."""
+def is_cacheable(weight: Tensor) -> bool:
+    """Whether a weight can be cached, and pays: not one that is met for the first time."""
     if is_watched(weight) and _is_dense(weight):
         return True
-    return not is_new(weight) and not why_not_kept(weight)
+    return not is_new(weight) and not why_not_cached(weight)
 
 
-def why_not_kept(weight: Tensor) -> str:
-    """Why nothing that is made of a weight may be kept; empty if it may."""
+def why_not_cached(weight: Tensor) -> str:
+    """Why a weight cannot be cached; empty if it can."""
     if not _is_dense(weight):
         return "a weight has gaps in memory"
     if is_final(weight) or watch_of(weight) is not None:
@@ -137,10 +140,10 @@ def why_not_kept(weight: Tensor) -> str:
 
 
 def marks_of(weights: Sequence[Tensor]) -> Mark:
-    """What is made of some weights after this is to be checked by; final ones are not.
+    """The state of some weights, by which copies made after this are checked.
 
     Args:
-        weights: each of which `why_not_kept` has nothing against.
+        weights: cacheable, see `why_not_cached`; final ones are not checked.
     """
     watches = [watch_of(weight) for weight in weights if not is_final(weight)]
     return mark_of([watch for watch in watches if watch is not None])
@@ -157,7 +160,7 @@ def forget(weight: Tensor) -> None:
     stop_watching(weight)
 
 
-def _kept(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy | None:
+def _cached(layout: str, weight: Tensor, make: Callable[[Tensor], _Copy]) -> _Copy | None:
     if not _is_dense(weight):
         return None
     storage = weight.untyped_storage()

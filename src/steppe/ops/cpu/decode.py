@@ -1,4 +1,9 @@
-"""A whole block on few rows, in one call: its weights are laid out and checked once."""
+"""Decoding: a whole block on a few tokens in one native call, its weights laid out once.
+
+Reading the weights from memory is all that takes time, so each is read once, and of the second one
+only the rows of active units. Before each call the native function checks that no copy is stale;
+Python checks addresses and versions (`DecodeBlock.holds`).
+"""
 
 from __future__ import annotations
 
@@ -18,12 +23,12 @@ from steppe.ops.cpu.calls import (
     rows_are_contiguous,
 )
 from steppe.ops.cpu.copies import (
-    KeptScreen,
+    CachedScreen,
+    cached_rows,
+    cached_screen,
     is_final,
-    kept_rows,
-    kept_screen,
     marks_of,
-    why_not_kept,
+    why_not_cached,
 )
 from steppe.ops.cpu.library import library
 from steppe.ops.cpu.memory import prefer_large_pages
@@ -59,26 +64,26 @@ class _CallStructure(ctypes.Structure):
     )
 
 
-class FewCall:
-    """A call of a `FewBlock`, as it may be made again and again.
+class DecodeCall:
+    """A call of a `DecodeBlock`, which may be repeated with another input.
 
     Args:
         few: the block.
         rows: T.
         coefficients: α and β of the activation.
         max_density: of the entries of r.
-        max_candidates: up to which share of candidates screening pays; 0 for no screening.
+        max_candidates: the share of candidates up to which it is screened; 0 for no screen.
 
     Attributes:
-        reference: what `function` takes first.
+        reference: first argument of `function`.
         function: computes the block, see ``steppe_decode_mlp`` in steppe_native.h.
-        told: what it gave last, by which `outcome` goes; `usual` gives it.
-        times: how often it was usual, since that was last set to 0.
+        told: result of the last call, from which `outcome` is made.
+        times: number of repeated calls that ended as usual, since it was last set to 0.
     """
 
     def __init__(
         self,
-        few: FewBlock,
+        few: DecodeBlock,
         rows: int,
         coefficients: tuple[float, float],
         max_density: float,
@@ -98,18 +103,18 @@ class FewCall:
         )
         self.reference = ctypes.byref(self._structure)
         self.function = library().steppe_decode_mlp
-        # Of a usual call: either no candidates are counted, or not more than so many.
+        # A usual result is below: no candidates were counted, or at most as many as the limit.
         self.end = (self._most_candidates + 2 if self._most_candidates else 1) << 32
         self.told, self.times = 0, 0
 
     def run(self, x: Tensor, outputs: tuple[Tensor, Tensor, Tensor]) -> bool | None:
-        """Compute the block, see `FewBlock.run`, and take down what came of it."""
+        """Compute the block, see `DecodeBlock.run`, and record how it ran."""
         z, r, up_values = outputs
         self.told = told = self.function(
             self.reference, x.data_ptr(), r.data_ptr(), up_values.data_ptr(), z.data_ptr()
         )
         if told == _NO_MEMORY:
-            raise MemoryError("decode_mlp: no memory for the list")
+            raise MemoryError("decode_mlp: no memory for the entries")
         if told == _CHANGED:
             return None
         note(self.outcome())
@@ -121,7 +126,7 @@ class FewCall:
         return bool(told >= 0)
 
     def outcome(self) -> Outcome:
-        """How it ran last."""
+        """How the last call ran."""
         if self.told < 0:
             reason = f"more than {self._max_density:.0%} of the entries are active"
             return Outcome(DENSE, self._rows, is_few=True, reason=reason, is_too_dense=True)
@@ -131,31 +136,31 @@ class FewCall:
         return Outcome(how, self._rows, active / max(self._entries, 1), share, is_few=True)
 
     def _candidates(self) -> int:
-        """How many there were; -1 if they were not counted."""
+        """Number of candidates in the last call; -1 if they were not counted."""
         return int(_TOO_MANY - self.told if self.told < 0 else self.told >> 32) - 1
 
 
-class FewBlock:
-    """A block as it is computed for at most `DECODE_ROWS` rows, without dropout and gradients.
+class DecodeBlock:
+    """A block laid out for at most `DECODE_ROWS` tokens, without dropout and gradients.
 
     Args:
         weights: of the block; all of one dtype that the kernels take.
         screens: whether to screen the first product where it pays.
-        stays: whether it is for more than one call, so that changes of the weights must be noticed.
-        derived: what the weights that are no parameters, nor views of some, were made of, and what
-            that is to be checked by, taken before.
+        stays: whether it serves more than one call, so that changes of weights must be noticed.
+        derived: the tensors that computed weights, such as a bias with a threshold, were made of,
+            and their state before that.
 
     Raises:
-        KernelError: of a weight whose rows are not contiguous no copy may be kept.
+        KernelError: the rows of a weight are not contiguous, and it cannot be cached.
 
     Attributes:
-        weights: the same.
+        weights: as given.
         hidden: F.
         width: D.
         back_off: of the screen; None for a block that is not screened.
-        address: of what the native function reads.
-        addresses: the weights that may be given other memory, and where they were.
-        versions: those whose writes PyTorch's counter alone tells, and its state.
+        address: of the structure that the native function reads.
+        addresses: the weights that may be given other memory, and their addresses.
+        versions: the final weights, and their PyTorch version.
     """
 
     def __init__(
@@ -178,7 +183,7 @@ class FewBlock:
         for weight, rows in zip(weights, laid_out, strict=True):
             if stays and rows is weight and weight is not None and weight.ndim == 2:
                 prefer_large_pages(weight)
-        screen = kept_screen(weights.activated) if screens else None
+        screen = cached_screen(weights.activated) if screens else None
         self.back_off = None if screen is None else screen.few
         self._structure = _structure_of(laid_out, screen, mark)
         self._keeps_alive = laid_out, screen, mark
@@ -219,13 +224,13 @@ class FewBlock:
             x: ``[*, D]``, contiguous, of the weights' dtype, at most `DECODE_ROWS` rows.
             coefficients: α and β of the activation.
             max_density: of the entries of r.
-            max_candidates: up to which share of candidates screening pays.
-            outputs: z as x, r ``[T, F]`` and, of a gated block, what multiplies σ(r) ``[T, F]``, to
-                be written to.
+            max_candidates: the share of candidates up to which screening pays.
+            outputs: to be written to: z, shape of x; r ``[T, F]``; in a gated block the factor of
+                σ(r), ``[T, F]``.
 
         Returns:
-            True; False where more are active, and r alone is written; None where the weights have
-            changed, and nothing is.
+            True; False if more are active, and only r is written; None if the weights have changed,
+            and nothing is written.
         """
         rows = x.numel() // self.width
         if rows > DECODE_ROWS or x.dtype != self.weights.down.dtype or not x.is_contiguous():
@@ -234,7 +239,7 @@ class FewBlock:
                 f" got {tuple(x.shape)} of {x.dtype}"
             )
         screened = self.screen_limit_and_count(max_candidates)
-        return FewCall(self, rows, coefficients, max_density, screened).run(x, outputs)
+        return DecodeCall(self, rows, coefficients, max_density, screened).run(x, outputs)
 
     def screen_limit_and_count(self, max_candidates: float) -> float:
         """The largest share of candidates for this call, which counts in the back-off; 0 for none.
@@ -247,7 +252,7 @@ class FewBlock:
         return self.back_off.limit_and_count(max_candidates)
 
 
-def _structure_of(laid_out: Weights, screen: KeptScreen | None, mark: Mark) -> _Structure:
+def _structure_of(laid_out: Weights, screen: CachedScreen | None, mark: Mark) -> _Structure:
     """The block as the native function reads it; all three have to live as long."""
     activated, activated_bias, up, up_bias, down, down_bias = laid_out
     hidden, width = down.shape
@@ -272,7 +277,7 @@ def _structure_of(laid_out: Weights, screen: KeptScreen | None, mark: Mark) -> _
 
 
 def why_not_laid_out(weights: Weights) -> str:
-    """Why a block cannot be laid out for few rows: that takes copies of weights that are not kept.
+    """Why a block cannot be laid out for decoding: a weight has to be copied, and cannot be cached.
 
     Args:
         weights: of the block.
@@ -280,13 +285,13 @@ def why_not_laid_out(weights: Weights) -> str:
     Returns:
         A clause; empty if it can be.
     """
-    reasons = [why_not_kept(weight) for weight in _copied(weights, screens=False)]
+    reasons = [why_not_cached(weight) for weight in _copied(weights, screens=False)]
     return next(filter(None, reasons), "")
 
 
 def _rows_of(weight: Tensor) -> Tensor:
     """A weight with its rows contiguous."""
-    rows = kept_rows(weight)
+    rows = cached_rows(weight)
     if rows is None:
         refuse(f"contiguous rows, or a weight that may be copied, got strides {weight.stride()}")
     return rows

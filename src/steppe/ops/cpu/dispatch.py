@@ -1,7 +1,7 @@
 """When the sparse kernels are faster, and the screen: thresholds by machine, dtype and threads.
 
-Densities go by the width of the block too: the narrower, the more of the time goes into lists. The
-thresholds are those that `steppe calibrate` has measured on this machine, see
+Densities go by the width of the block too: the narrower, the more of the time goes into making the
+CSR. The thresholds are those that `steppe calibrate` has measured on this machine, see
 `steppe.ops.cpu.calibration`, else the built-in ones of `steppe.ops.cpu.thresholds`.
 """
 
@@ -35,17 +35,17 @@ _READERS = 16
 _measured: dict[tuple[torch.dtype, int], dict[int, Tables]] = {}
 _screened: dict[tuple[torch.dtype, int], Tables] = {}
 _files: dict[tuple[torch.dtype, int], Path] = {}
-_found: dict[tuple[object, ...], float] = {}  # what was looked up in these
+_found: dict[tuple[object, ...], float] = {}  # a cache of look-ups in these
 _MOST_FOUND = 4096
 _generation = 0
 
 
 def pays(rows: int, d_model: int, d_hidden: int) -> bool:
-    """Whether a block has so much to do that calling an op costs little beside it.
+    """Whether a call has so much work that calling an op costs little beside it.
 
-    With t threads dense products take a t-th of the time at best, while what Python does in a call
-    takes what it took: for the same share of the time there has to be t times the work. Few rows
-    wait for the weights to be read from memory, which gets faster up to `_READERS` threads.
+    With t threads dense products take a t-th of the time at best, but the Python of a call takes as
+    long as before: for the same share of the time there has to be t times the work. Decoding waits
+    for the weights to be read from memory, which gets faster up to `_READERS` threads.
 
     Args:
         rows: tokens of the call.
@@ -59,7 +59,7 @@ def pays(rows: int, d_model: int, d_hidden: int) -> bool:
 
 
 def max_density_for(rows: int, width: int, dtype: torch.dtype, trains: bool) -> float:
-    """The most of the entries that may be active for the sparse kernels to pay.
+    """The largest density at which the sparse kernels pay.
 
     Args:
         rows: tokens of the call.
@@ -80,7 +80,7 @@ def max_density_for(rows: int, width: int, dtype: torch.dtype, trains: bool) -> 
 
 
 def max_candidates_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
-    """The most of the entries that may be candidates for the screen to pay.
+    """The largest share of candidates at which the screen pays.
 
     Args:
         rows: tokens of the call.
@@ -102,12 +102,12 @@ def max_candidates_for(rows: int, dtype: torch.dtype, trains: bool) -> float:
 
 
 def generation() -> int:
-    """How often the thresholds were changed so far."""
+    """How often the thresholds have changed so far."""
     return _generation
 
 
 def _remember(key: tuple[object, ...], found: float) -> float:
-    """What was looked up, kept for the next call with as many rows: looking takes 5 µs."""
+    """Cache a look-up, which takes 5 µs, for the next call with as many rows."""
     if len(_found) >= _MOST_FOUND:
         _found.clear()
     _found[key] = found
@@ -152,7 +152,7 @@ def source(dtype: torch.dtype, threads: int) -> str:
 
 
 def _family(dtype: torch.dtype) -> str:
-    """Which of the built-in tables hold on this machine."""
+    """The name of the built-in tables that hold on this machine."""
     described = _processor()
     is_zen4 = "vendor_id: AuthenticAMD" in described and "cpu family: 25" in described
     return family_of(dtype, kernels().isa, "amx_bf16" in described, is_zen4)
@@ -160,7 +160,7 @@ def _family(dtype: torch.dtype) -> str:
 
 @cache
 def _processor() -> frozenset[str]:
-    """What the system tells of the first processor: its lines, and each flag."""
+    """The lines of ``/proc/cpuinfo`` about the first processor, and each of its flags."""
     information = Path("/proc/cpuinfo")
     if not information.is_file():
         return frozenset()

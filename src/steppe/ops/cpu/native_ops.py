@@ -13,8 +13,8 @@ from steppe.ops import reference
 from steppe.ops.cpu import calls, memory
 from steppe.ops.cpu.back_off import MARGIN
 from steppe.ops.cpu.calls import DECODE_ROWS, Support
-from steppe.ops.cpu.copies import keeps, kept_panels, kept_screen
-from steppe.ops.cpu.decode import FewBlock, why_not_laid_out
+from steppe.ops.cpu.copies import cached_panels, cached_screen, is_cacheable
+from steppe.ops.cpu.decode import DecodeBlock, why_not_laid_out
 from steppe.ops.cpu.dispatch import max_candidates_for, max_density_for
 from steppe.ops.cpu.gradients import sparse_gradients
 from steppe.ops.cpu.product_kernels import runs
@@ -125,7 +125,7 @@ def compute(
     rows, columns = x.shape[0], weights.down.shape[0]
     check_shapes(x, weights)
     # Where no copies of the weights may be cached, each call packs them, as in training.
-    packs = trains or not all([keeps(weights.activated), keeps(weights.down)])
+    packs = trains or not all([is_cacheable(weights.activated), is_cacheable(weights.down)])
     most, share = _limits_of(plan, x, packs, trains)
     if most <= 0.0 or not weights.down.numel():
         note(Outcome(DENSE, rows, trains=trains, reason=f"at {rows} tokens no density gains"))
@@ -225,7 +225,7 @@ def _too_many(most: float) -> str:
 
 def _gathered(weight: Tensor, packs: bool) -> calls.Panels | Tensor:
     """A weight as the kernels gather its rows: its cached panels, else the weight itself."""
-    kept = None if packs else kept_panels(weight)
+    kept = None if packs else cached_panels(weight)
     return weight if kept is None else kept
 
 
@@ -261,7 +261,7 @@ def _find_and_record(
 
     After a try that found too many, the next one looks at some tokens first.
     """
-    kept = kept_screen(weight)
+    kept = cached_screen(weight)
     if kept is None:
         return None
     back_off = kept.many
@@ -282,7 +282,7 @@ def _decode(
     rows, columns = x.shape[0], weights.down.shape[0]
     z, r = torch.empty_like(x), x.new_empty(rows, columns)
     up_values = x.new_empty((rows, columns) if weights.up is not None else (0,))
-    block = FewBlock(weights, screens=share > 0.0, stays=False)
+    block = DecodeBlock(weights, screens=share > 0.0, stays=False)
     if not block.run(x, (rule.alpha, float(rule.beta)), most, share, (z, r, up_values)):
         return _dense_from(r, x, weights, rule)
     return z, saved_dense(r.flatten(), up_values.flatten(), rule.draw_kept(x))

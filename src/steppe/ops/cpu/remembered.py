@@ -48,7 +48,7 @@ def path_of(dtype: torch.dtype, threads: int) -> Path:
 
 
 def read(path: Path) -> tuple[dict[int, Tables], Tables] | None:
-    """What was measured: thresholds of the density by width, and of the share of candidates.
+    """The measured thresholds: of the density by width, and of the share of candidates.
 
     Args:
         path: of the file.
@@ -79,7 +79,7 @@ def prepare(path: Path) -> None:
 
 
 def write(path: Path, densities: dict[int, Tables], candidates: Tables) -> None:
-    """Keep what was measured.
+    """Write measured thresholds.
 
     Args:
         path: of the file.
@@ -111,7 +111,7 @@ def _tables(named: Any) -> Tables:
 
 
 def _numbered(values: Any, name: str) -> dict[int, Any]:
-    """An entry whose own keys are positive numbers."""
+    """An entry with positive numbers for keys."""
     entry = _entry(values, name)
     if not isinstance(entry, dict) or len(entry) > _MOST_STEPS:
         raise ValueError(name)
@@ -137,7 +137,7 @@ def _share(value: Any) -> float:
 
 
 def _processor() -> str:
-    """What the processor calls itself."""
+    """The name of the processor."""
     information = Path("/proc/cpuinfo")
     if information.is_file():
         lines = information.read_text(encoding="utf-8", errors="replace").splitlines()

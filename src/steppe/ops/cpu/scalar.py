@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import sys
 
 import torch
 from torch import Tensor
 
-_FORMATS = {torch.float32: "=f", torch.float64: "=d", torch.float16: "=e"}
+_float32_at = ctypes.c_float.from_address
+_float64_at = ctypes.c_double.from_address
+_bits16_at = ctypes.c_uint16.from_address
 
 
 def read_scalar(tensor: Tensor) -> float:
@@ -28,11 +29,14 @@ def read_scalar(tensor: Tensor) -> float:
         0.75
     """
     dtype = tensor.dtype
-    is_half = dtype == torch.bfloat16
-    if type(tensor) is not Tensor or not tensor.is_cpu or not (is_half or dtype in _FORMATS):
-        return float(tensor.item())
-    stored = ctypes.string_at(tensor.data_ptr(), dtype.itemsize)
-    if is_half:  # the upper half of a float32
-        stored = struct.pack("=I", int.from_bytes(stored, sys.byteorder) << 16)
-    (value,) = struct.unpack(_FORMATS.get(dtype, "=f"), stored)
-    return float(value)
+    if type(tensor) is Tensor and tensor.is_cpu:  # a decoding step comes by here
+        if dtype is torch.float32:
+            return _float32_at(tensor.data_ptr()).value
+        if dtype is torch.float64:
+            return _float64_at(tensor.data_ptr()).value
+        if dtype is torch.bfloat16:  # the upper half of a float32
+            bits = _bits16_at(tensor.data_ptr()).value << 16
+            return float(struct.unpack("=f", struct.pack("=I", bits))[0])
+        if dtype is torch.float16:
+            return float(struct.unpack("=e", ctypes.string_at(tensor.data_ptr(), 2))[0])
+    return float(tensor.item())

@@ -1,7 +1,8 @@
-"""The first product where it can be above zero, by the native kernels; see `steppe.ops.screening`.
+"""The screened first product, by the native kernels; see `steppe.ops.screening` for the bound.
 
-An int8 product and a bound tell the candidates, the sampled product their values, and those that
-are not ≤ 0 are listed, as `steppe.ops.cpu.calls.compact` lists them of the whole product.
+An int8 product and a bound find the candidates, an SDDMM computes their values, and a filter drops
+those that are ≤ 0. The result is the CSR that `steppe.ops.cpu.calls.compact` makes from the whole
+product.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from steppe.ops.cpu.memory import lasting, scratch
 from steppe.ops.cpu.team import threads
 from steppe.ops.reference import TILE_UNIT, ceil_div
 
-MAX_WIDTH = 131_072  # of int8 products, whose sums are int32
+MAX_WIDTH = 131_072  # of int8 products: their sums are int32
 _GRAIN = 128  # the width is padded to a multiple of it
 _TOKEN_BYTES = 32
-_SAMPLED = 32  # one token in so many is looked at first, and two at least
+_SAMPLED = 32  # one token in so many is screened first, and two at least
 _GOLDEN = 0.6180339887498949
 
 
@@ -54,7 +55,7 @@ class Screen(NamedTuple):
 
 
 def screen_of(weight: Tensor, buffer: str | None = None) -> Screen:
-    """Put a weight on the grids of its rows.
+    """Round a weight to small integers, each row on a grid of its own.
 
     Args:
         weight: ``[F, D]``, float32 or bfloat16, of any strides.
@@ -92,7 +93,7 @@ def screen_of(weight: Tensor, buffer: str | None = None) -> Screen:
 
 
 class Candidates(NamedTuple):
-    """Which entries may be above zero.
+    """The entries that may be above zero.
 
     Attributes:
         masks: int64 ``[T, ⌈F / 64⌉]``, a bit for each of 64 units.
@@ -256,7 +257,7 @@ def _filtered(values: Tensor, support: Support) -> tuple[Tensor, Support]:
 
 
 def _merged(tile: int, tiles: int, blocks: int, wanted: int) -> int:
-    """How many tiles to make one of about the wanted width, which their number then tells."""
+    """How many tiles to merge into one of about the wanted width, so that `tile_of` gives it."""
     for merged in range(wanted // tile, 1, -1):
         if TILE_UNIT * ceil_div(blocks, ceil_div(tiles, merged)) == merged * tile:
             return merged
@@ -269,7 +270,7 @@ def _padded(width: int) -> int:
 
 @lru_cache(maxsize=64)
 def _like(dtype: torch.dtype) -> Tensor:
-    """A tensor to tell `scratch` a dtype."""
+    """A tensor from which `scratch` takes a dtype."""
     with torch.inference_mode(False):
         return torch.empty(0, dtype=dtype, device="cpu")
 

@@ -1,10 +1,10 @@
-"""The built-in thresholds: up to which density the kernels, and the screen, are faster.
+"""The built-in thresholds: the densities up to which the kernels, and the screen, are faster.
 
-They are less than what `benchmarks/crossover.py` measured on one core (its results are in
-``benchmarks/results/crossover*.json``), module against module, so that everything a call costs is
-in them. A threshold is 0 where nothing is gained, and also where a block that is always too dense
-would lose more than a twentieth to finding that out at every training step. In inference a block
-that was too dense is not looked at for some calls, so there only the gain counts.
+They are below the crossovers that `benchmarks/crossover.py` measured on one core (its results are
+in ``benchmarks/results/crossover*.json``), module against module, so that all the costs of a call
+are in them. A threshold is 0 where nothing is gained, and also where a block that is always too
+dense would lose more than a twentieth to counting in every training step. In inference a block that
+was too dense is not counted for some calls (`steppe.ops.cpu.back_off`), so only the gain matters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tables: TypeAlias = dict[bool, Thresholds]  # for inference, under False, and fo
 FEW_ROWS = 8  # up to so many, inference is another kernel, which reads each weight once
 _WIDE = 512  # from this width on two threads gain from as many rows on as one
 NEVER: Tables = {False: {}, True: {}}
-# By dtype and by what multiplies, then by the width (d_model) from which on; narrower never.
+# By dtype and instruction set, then by the least width (d_model); narrower never.
 _DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
     (torch.float32, "avx512"): {
         128: {False: {512: 0.1, 1024: 0.15}, True: {}},
@@ -90,7 +90,7 @@ _CANDIDATES: dict[tuple[torch.dtype, str], Tables] = {
 
 
 def family_of(dtype: torch.dtype, isa: str, has_amx: bool, is_zen4: bool = False) -> str:
-    """Which tables hold.
+    """The name of the tables that hold.
 
     Args:
         dtype: of the block.
@@ -119,14 +119,13 @@ def density_tables(dtype: torch.dtype, family: str, threads: int) -> dict[int, T
     """The built-in thresholds of the density, for a number of threads.
 
     The tables are measured with one thread. With t threads the products take a t-th of the time at
-    best, but what Python does in a call takes what it took (about 0.05 ms in inference, 0.5 ms in a
-    training step), so its share is t times as large. It is as in the table again where the call has
-    t times the work: t times the rows, or of a block twice as wide, whose weights are four times as
-    large, a quarter of that. So from the fewest rows of another kernel on, each step moves up by
-    this factor; from a width of 512 on by half of it, as with two threads the steps are where they
-    are with one, by measurement. What the table says of few rows holds for any t: there it is the
-    size of the weights alone that decides whether to call the kernels, see
-    `steppe.ops.cpu.dispatch.pays`.
+    best, but the Python of a call takes as long as before (about 0.05 ms in inference, 0.5 ms in a
+    training step), so its share is t times as large. The share is that of the table again if the
+    call has t times the work: t times the rows, or a quarter of that in a block twice as wide,
+    since its weights are four times as large. So each step above few rows moves up by this factor;
+    from a width of 512 on by half of it, since with two threads the steps were measured to be where
+    they are with one. The steps of few rows hold for any t: there the size of the weights alone
+    decides whether to call the kernels, see `steppe.ops.cpu.dispatch.pays`.
 
     Args:
         dtype: of the block.
@@ -193,7 +192,7 @@ def overlaid(built_in: Tables, measured: Tables) -> Tables:
     """Tables with some steps as they were measured.
 
     More rows only ever gain more, once they are more than few. So a built-in step at more rows is
-    raised to what was measured at fewer.
+    raised to the threshold measured at fewer.
 
     Args:
         built_in: the tables.
@@ -219,7 +218,7 @@ def overlaid(built_in: Tables, measured: Tables) -> Tables:
 
 
 def _for_team(tables: Tables, factor: float) -> Tables:
-    """Tables whose steps of more than few rows come at `factor` times as many."""
+    """Tables with each step above few rows at `factor` times as many."""
     if factor <= 1.0:
         return tables
     moved: Tables = {}

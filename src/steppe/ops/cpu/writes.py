@@ -60,14 +60,14 @@ class Watch:
         self._structure = _WatchStructure(self.start, self.bytes, ctypes.addressof(self._edges))
         self.is_active = False
 
-    def begin(self, anew: bool = False) -> None:
+    def begin(self, again: bool = False) -> None:
         """See writes from now on, where that can be.
 
         Args:
-            anew: what was copied before is no longer true.
+            again: copies made before are no longer valid.
         """
         self._generation.value += 1
-        error = library().steppe_watch_writes(ctypes.byref(self._structure), anew)
+        error = library().steppe_watch_writes(ctypes.byref(self._structure), again)
         self.is_active = error == 0
 
     def mark(self) -> Copied:
@@ -156,7 +156,7 @@ def watch_of(weight: Tensor) -> Watch | None:
             prefer_large_pages(weight)
             watch = Watch(weight)
             others = (other for other in _watches.values() if other.is_active)
-            # To begin with one anew would hide what was written to the other.
+            # To begin again with one would hide writes to the other.
             if not any(watch.overlaps(other) for other in others):
                 watch.begin()
             _watches[key] = watch
@@ -164,17 +164,17 @@ def watch_of(weight: Tensor) -> Watch | None:
 
 
 def is_watched(weight: Tensor) -> bool:
-    """Whether writes to a weight are seen already, told with the least effort.
+    """Whether writes to a weight are seen already: the cheap check before `watch_of`.
 
     Args:
-        weight: of which `watch_of` says more.
+        weight: on the CPU.
     """
     watch = _watches.get((weight.data_ptr(), weight.nbytes))
     return watch is not None and watch.is_active and not watch.storage.expired()
 
 
 def mark_of(watches: Sequence[Watch]) -> Mark:
-    """What copies that are made after this are to be checked by.
+    """The state of weights, by which copies made after this are checked.
 
     Args:
         watches: over the weights that are about to be copied.
@@ -182,7 +182,7 @@ def mark_of(watches: Sequence[Watch]) -> Mark:
     with _lock:
         for watch in watches:
             if not Mark([watch]).holds():
-                watch.begin(anew=True)
+                watch.begin(again=True)
         return Mark(watches)
 
 
@@ -199,7 +199,7 @@ def stop_watching(weight: Tensor) -> None:
 
 
 def _drop_dead() -> None:
-    """Forget the ranges whose storage is gone: other data may be there by now."""
+    """Forget ranges without a storage: other data may be there by now."""
     for key in [key for key, watch in _watches.items() if watch.storage.expired()]:
         _watches.pop(key).stop()
 

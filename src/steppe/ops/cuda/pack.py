@@ -6,8 +6,8 @@ pass and summed by `torch.cumsum`. A place in the pool taken by one atomic a pro
 pass, which is one more read of p: by arithmetic 22 µs of a block's 1.3 ms of training at T 4096,
 F 8192 in bfloat16 on an H100. But then the order of the values, and on overflow the rows that are
 lost, would depend on which program came first; here the bits are always the same, the rows that
-are kept are the first ones, and what the interpreter shows, running the programs one after the
-other, holds on a card, where they run at once.
+are kept are the first ones. And a result of the interpreter, which runs the programs one after the
+other, holds on a card, which runs them at once.
 
 Compiled for sm_80, 89, 90 and 100 and interpreted in the tests; not yet run on a card.
 """
@@ -40,7 +40,7 @@ def activation(r, alpha, beta):
 
 @triton.jit
 def slope(r, alpha, beta):
-    """σ′ from r ≠ 0, likewise."""
+    """σ′ from r ≠ 0; without 0 · ∞ where β is 0."""
     return tl.where(beta == 0.0, alpha, alpha + 2.0 * beta * r)
 
 
@@ -68,7 +68,7 @@ def pack_rows(p, a, words, values, starts, coefficients, F, capacity, BLOCK: tl.
     fits = tl.load(starts + row + 1) <= capacity
     words_a_row = (F + 31) // 32
     lane = tl.arange(0, 32)[None, :]
-    # A row of this tile is a word, whose bits are then in neighbouring threads.
+    # A row of this tile is a word, and the bits of a word are in neighbouring threads.
     for first in range(0, F, BLOCK):
         place = first // 32 + tl.arange(0, BLOCK // 32)
         column = place[:, None] * 32 + lane
@@ -164,7 +164,7 @@ def unpack_grad(
     Args:
         grad_a: ∂ℓ/∂a, ``[T, F]``, dtype of the values, contiguous.
         packed: as `act_pack` gave it.
-        coefficients: likewise.
+        coefficients: α and β, as for `act_pack`.
         block: columns a step, a power of two ≥ 32; the results do not depend on it.
 
     Returns:
