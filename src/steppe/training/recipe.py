@@ -18,6 +18,7 @@ from steppe.blocks.pattern_values import pattern_from_text
 from steppe.blocks.patterns import BlockPattern
 from steppe.errors import PatternError, RecipeError
 from steppe.files import expanded
+from steppe.training.recipe_plugins import named_plugins
 from steppe.training.recipe_values import wrong_values
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -131,6 +132,10 @@ class ArmArguments:
     )
     penalty_ramp: float = field(
         default=0.0, metadata={"help": "Share of the run over which the penalty rises."}
+    )
+    plugins: str = field(
+        default="{}",
+        metadata={"help": "More plug-ins by key, with settings; a mapping, as a flag in JSON."},
     )
     ramp: float = field(
         default=0.0,
@@ -447,6 +452,7 @@ def _check(recipe: Recipe, parser: _Parser) -> None:
         raise RecipeError(f"{parser.where}: {missing}", way)
     model_settings(model)
     patterns_of(model)
+    named_plugins(recipe.arm.plugins)
     for key in _PATHS:
         if values[key] == "" and key != "tokenizer":  # which is made of the data then
             raise RecipeError(f"{parser.place_of(key)}{key}: expected a path, got an empty one")
@@ -465,4 +471,6 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     ours = {**vars(recipe.model), **vars(recipe.data), **vars(recipe.arm)}
     if not recipe.model.patterns:
         del ours["patterns"]  # which runs of before know nothing of
+    if recipe.arm.plugins == ArmArguments.plugins:
+        del ours["plugins"]
     return {"recipe": recipe.name, **ours}
