@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import models
 import steppe
 from howto.dummy_plugin import BentReLU, Offset
-from steppe.data.text_batches import tokens_per_window
+from steppe.data.text_limits import tokens_per_window
 from steppe.errors import DataError
 from steppe.ops.cpu.library import kernels
 from steppe.plugins import PLUGINS, register

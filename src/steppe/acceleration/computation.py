@@ -15,7 +15,7 @@ from steppe.blocks.linear import PartOfLinear, held_by, linear_weight
 from steppe.ops.backend import backend_of
 from steppe.ops.mlp import mlp, support
 from steppe.ops.outcome import noted
-from steppe.ops.plan import BlockKernels, Limits, Plan, Saved
+from steppe.ops.plan import BlockKernels, Limits, Plan
 from steppe.ops.reference import Weights
 from steppe.plugins.base import effective_bias, needs_hidden, shifts_of
 from steppe.routing.route import Route
@@ -241,21 +241,21 @@ class Computation:
         if plan is not None and not trains and self._kernels is not None and _is_plain(x):
             first, *others = tensors
             coefficients = alpha, beta, mix
-            saved = self._kernels.mlp(first, Weights(*others), coefficients, dropout, plan)
+            z, saved = self._kernels.mlp(first, Weights(*others), coefficients, dropout, plan)
         else:
             limits = self.limits
             if plan is not None and trains:  # nothing is cached, so the plan holds as it is
                 limits = Limits(plan.max_density, plan.max_candidates)
-            saved = Saved(*mlp(*tensors, alpha, beta, mix, dropout, trains, *limits))
+            z, *saved = mlp(*tensors, alpha, beta, mix, dropout, trains, *limits)
         if plan is not None:
             route.note(noted())
         if route.observers and not route.trial:
-            listed = [t.detach() for t in (saved.r, saved.up, saved.indices, saved.offsets)]
-            active, slopes = support(*listed, len(flat), block.d_hidden, alpha, beta, mix)
+            parts = [part.detach() for part in saved]
+            active, slopes = support(parts, len(flat), block.d_hidden, alpha, beta, mix)
             shape = (*x.shape[:-1], block.d_hidden)
             for observer in route.observers:
                 observer.see_support(x, active.view(shape), slopes.view(shape))
-        return saved.z.view(*x.shape[:-1], block.d_model)
+        return z.view(*x.shape[:-1], block.d_model)
 
     def weights(self) -> Weights:
         """The block's parameters as they are now, plug-ins applied."""

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from steppe.blocks.find import find_blocks
-from steppe.checkpoints.loading import load_checkpoint
+from steppe.checkpoints.load_by_config import load_checkpoint
 from steppe.errors import CheckpointError, RecipeError
 from steppe.plugins import (
     ActivationPenalty,
