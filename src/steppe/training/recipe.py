@@ -22,13 +22,14 @@ from steppe.training.recipe_arguments import (
 )
 from steppe.training.recipe_file import name_of, read_values, shown
 from steppe.training.recipe_parser import RecipeParser, last_value, nearest
+from steppe.training.recipe_plugins import named_plugins
 from steppe.training.recipe_values import wrong_values
 
 # In place of the Trainer's own: logs of any kind at all, and no search for parameters that a step
 # has not used, which the Trainer switches on for every model.
 DEFAULTS = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
 # Keys that older runs do not know: a default is left out, so that those can be resumed.
-_LATER = ("patterns", "xavier", "held_out_flatness", "time_blocks")
+_LATER = ("patterns", "plugins", "xavier", "held_out_flatness", "time_blocks")
 _NO_PATHS_YET = ("checkpoint", "tokenizer")  # these may be hub ids
 _PATHS = ("data_dir", "cache_dir", "output_dir", *_NO_PATHS_YET)
 
@@ -144,6 +145,7 @@ def _check(recipe: Recipe, parser: RecipeParser) -> None:
         raise RecipeError(f"{parser.where}: {missing}", instead)
     model_settings(model)
     patterns_of(model)
+    named_plugins(recipe.arm.plugins)
     for key in _PATHS:
         if values[key] == "" and key != "tokenizer":  # without one, the data's own is trained
             raise RecipeError(f"{parser.place_of(key)}{key}: expected a path, got an empty one")

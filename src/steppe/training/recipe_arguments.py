@@ -120,6 +120,10 @@ class ArmArguments:
     penalty_ramp: float = field(
         default=0.0, metadata={"help": "Share of the run over which the penalty rises."}
     )
+    plugins: str = field(
+        default="{}",
+        metadata={"help": "More plug-ins by key, with settings; a mapping, as a flag in JSON."},
+    )
     ramp: float = field(
         default=0.0,
         metadata={"help": "Share of the run over which floor and activation change; finetuning."},

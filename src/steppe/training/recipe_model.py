@@ -32,6 +32,7 @@ from steppe.plugins.applied import sparsification_of
 from steppe.surgery.pattern_notes import note_patterns_
 from steppe.training.recipe import Recipe
 from steppe.training.recipe_arguments import CAUSAL, IMAGES, SPANS, model_settings, patterns_of
+from steppe.training.recipe_plugins import named_plugins
 
 _MODELS: dict[str, Any] = {
     IMAGES: AutoModelForImageClassification,
@@ -140,7 +141,7 @@ def plugins_of(recipe: Recipe) -> list[Plugin]:
     plugins = [plugin for asked, usual, plugin in wanted if (usual if asked is None else asked)]
     if arm.activation_penalty:
         plugins.append(ActivationPenalty(arm.activation_penalty, arm.penalty_ramp))
-    return plugins
+    return plugins + named_plugins(arm.plugins)
 
 
 def add_lora_(model: PreTrainedModel, recipe: Recipe) -> LoraModel | None:
