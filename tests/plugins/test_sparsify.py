@@ -27,7 +27,7 @@ from steppe import (
     RisingThreshold,
     ZerothBias,
 )
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.errors import SparsificationError, UnfitBlockError
 from steppe.plugins.base import Constraint
 from steppe.plugins.rising_threshold import threshold_of

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from steppe.activations import Activation, Rectifier, is_relu, name_of
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.blocks.recognition import Recognised, recognise
 from steppe.errors import AccelerationError
 from steppe.plugins.jumping_relu import JUMPING_SQUARED_RELU, MixedActivation
@@ -42,7 +42,7 @@ def sigma_of(block: MLPBlock) -> Sigma:
     Raises:
         AccelerationError: it is none.
     """
-    act: Activation = getattr(block.act_slot.module, block.act_slot.name)
+    act = block.current_act
     if isinstance(act, Rectifier):
         return _OfRectifier(act)
     if isinstance(act, MixedActivation) and is_relu(act.original):

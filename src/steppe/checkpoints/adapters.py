@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from wrapt import wrap_function_wrapper
 
-from steppe.blocks.find import unwrap
+from steppe.blocks.wrappers import unwrap
 from steppe.checkpoints.load import ADAPTER_RECORD, apply_record_, current_own, parse_record
 from steppe.checkpoints.weights import Weights, find, read_json
 from steppe.errors import CheckpointError, SparsificationError

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks.find import coverage, owner_name, unwrap
+from steppe.blocks.coverage import coverage
 from steppe.blocks.pattern_values import fault_in
 from steppe.blocks.patterns import BlockPattern
+from steppe.blocks.wrappers import owner_name, unwrap
 from steppe.checkpoints.weights import Weights, find, read_json
 from steppe.errors import CheckpointError, SteppeError
 from steppe.plugins.base import Plugin, plugin_from_settings

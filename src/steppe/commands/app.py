@@ -447,7 +447,7 @@ def blocks(
         from steppe.checkpoints.loading import empty_model
         from steppe.report import blocks_table
     from steppe.blocks.candidates import Candidate, listed
-    from steppe.blocks.find import coverage
+    from steppe.blocks.coverage import coverage
     from steppe.blocks.pattern_values import pattern_from_text  # loads torch
 
     patterns = [pattern_from_text(text) for text in pattern or ()]

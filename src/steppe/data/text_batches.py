@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedModel
 
-from steppe.blocks.find import max_tokens_of
+from steppe.blocks.huggingface import max_tokens_of
 from steppe.data.columns import Classes, pair_columns, text_column
 from steppe.data.embedded import BYTES
 from steppe.data.sources import Rows, first_line

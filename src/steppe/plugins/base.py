@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.errors import CheckpointError
 from steppe.schema import fault_of
 from steppe.surgery.journal import Journal

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from steppe.blocks.find import MLPBlock, Slot
+from steppe.blocks.block import MLPBlock, Slot
 from steppe.blocks.linear import is_adapted, linear_weight
+from steppe.checkpointing import in_backward
 from steppe.errors import UnfitBlockError
 from steppe.plugins.base import Constraint, Plugin, ramp_progress
 from steppe.surgery.journal import Journal
@@ -276,7 +277,7 @@ def add_moments_(sums: Tensor, p: Tensor, counted: Tensor | None) -> None:
         p: ``[*, F]``.
         counted: bool ``[N]``, False where a token is padding; None for all.
     """
-    if torch._C._current_graph_task_id() == -1:
+    if not in_backward():
         moments = moments_of(p.reshape(-1, p.shape[-1]), counted).to(sums.dtype)
         with _ADDING:  # the model may run in several threads at once
             sums += moments
@@ -300,7 +301,7 @@ def add_product_moments_(
         bias: ``[F]``, or None.
         counted: as in `add_moments_`.
     """
-    if torch._C._current_graph_task_id() == -1:
+    if not in_backward():
         p = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         moments = moments_of(p, counted).to(sums.dtype)
         with _ADDING:

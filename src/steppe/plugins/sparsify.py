@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks.find import MLPBlock, Slot, blocks_for, unwrap
+from steppe.blocks.block import MLPBlock, Slot
+from steppe.blocks.find import blocks_for
 from steppe.blocks.patterns import BlockPattern
+from steppe.blocks.wrappers import unwrap
 from steppe.errors import SparsificationError
 from steppe.plugins.base import Constraint, Plugin
 from steppe.plugins.jumping_relu import JumpingSquaredReLU

@@ -30,8 +30,8 @@ from torch.nn.modules import module as global_hooks
 
 from steppe.activations import Activation, is_relu
 from steppe.blocks.bare import HOOKS
+from steppe.blocks.block import MLPBlock, Slot
 from steppe.blocks.experts import Expert, SharedActivation
-from steppe.blocks.find import MLPBlock, Slot
 from steppe.blocks.fused import Half, HalvesForward
 from steppe.blocks.inline import AROUND, WrittenOut
 from steppe.errors import AccelerationError

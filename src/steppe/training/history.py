@@ -12,12 +12,14 @@ from torch import distributed as dist
 from torch import nn
 
 from steppe.activations import name_of
-from steppe.blocks.find import Blocks, MLPBlock, find_blocks, unwrap
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.find import Blocks, find_blocks
 from steppe.blocks.patterns import BlockPattern
+from steppe.blocks.wrappers import unwrap
 from steppe.errors import ScheduleError
+from steppe.measures.monitor import Monitor
 from steppe.measures.report import Report, report_from_dict
 from steppe.measures.tally import Tally, sum_over
-from steppe.measures.watch import Monitor
 from steppe.plugins.sparsify import sparsification_of
 from steppe.runs import Run, measures_of, versions
 from steppe.surgery.pattern_notes import note_patterns_
@@ -199,7 +201,7 @@ class History:
             name=name,
             model=type(unwrap(model)).__name__,
             tokens_per_sample=_tokens_per_sample(training),
-            activations=[name_of(getattr(b.act_slot.module, b.act_slot.name)) for b in blocks],
+            activations=[name_of(b.current_act) for b in blocks],
             plugins=[] if sparsification is None else sparsification.record()["plugins"],
             settings=settings,
             versions={**versions(), **packages},
