@@ -37,7 +37,7 @@ from steppe.errors import (
     ScheduleError,
     UnfitBlockError,
 )
-from steppe.plugins.sparsify import require_sparsification
+from steppe.plugins.applied import require_sparsification
 from steppe.record import RECORD_KEY
 from steppe.training import SteppeCallback
 from steppe.training.lightning import LightningCallback

@@ -36,7 +36,7 @@ from steppe.blocks.wrappers import unwrap
 from steppe.ops.cpu.calls import DECODE_ROWS
 from steppe.ops.cpu.library import kernels
 from steppe.ops.screening import candidates, quantise
-from steppe.plugins.rising_threshold import activated_bias
+from steppe.plugins.base import effective_bias
 from steppe.runs import versions
 
 COLD_BYTES = 128 * 2**20  # more weights than any cache that a pass could find them in
@@ -554,7 +554,7 @@ def _block_alone(block: MLPBlock) -> Block:
             continue
         weight = linear_weight(layer).detach()
         copied.weight = nn.Parameter((weight.T if is_transposed(layer) else weight).clone())
-        bias = activated_bias(block) if layer is block.activated else layer.bias
+        bias = effective_bias(block) if layer is block.activated else layer.bias
         copied.bias = None if bias is None else nn.Parameter(bias.detach().clone())
     return alone.eval()
 

@@ -444,7 +444,7 @@ def blocks(
     """Show the MLP blocks of a model, and what looks like one and is not found; without weights."""
     _quieten_libraries()
     with _extra("blocks", "recipes"):
-        from steppe.checkpoints.loading import empty_model
+        from steppe.checkpoints.load_by_config import empty_model
         from steppe.report import blocks_table
     from steppe.blocks.candidates import Candidate, listed
     from steppe.blocks.coverage import coverage

@@ -20,7 +20,7 @@ from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.observer import Observer, Switch
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, sum_over
-from steppe.routing.route import observers_of
+from steppe.routing.observers import observers_of
 from steppe.surgery.journal import Journal
 from steppe.tokens import attach, listen
 from steppe.wiring.first_pass import Look, is_to_be_seen, looking, names_of

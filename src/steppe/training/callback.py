@@ -25,12 +25,9 @@ from steppe.blocks.patterns import BlockPattern
 from steppe.errors import NonFiniteLossError, ScheduleError
 from steppe.files import prepare_folder
 from steppe.measures.tally import Tally
+from steppe.plugins.applied import sparsification_of
+from steppe.plugins.constrain import advance_, project_
 from steppe.plugins.penalty import penalties_of
-from steppe.plugins.sparsify import (
-    advance_,
-    project_,
-    sparsification_of,
-)
 from steppe.runs import RUN_FILE, Run, write_run
 from steppe.surgery.journal import Journal
 from steppe.tokens import arguments_by_name

@@ -20,7 +20,7 @@ from steppe.errors import ScheduleError
 from steppe.measures.monitor import Monitor
 from steppe.measures.report import Report, report_from_dict
 from steppe.measures.tally import Tally, sum_over
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import sparsification_of
 from steppe.runs import Run, measures_of, versions
 from steppe.surgery.pattern_notes import note_patterns_
 

@@ -17,9 +17,9 @@ from steppe.blocks.find import find_blocks
 from steppe.blocks.patterns import BlockPattern
 from steppe.errors import MissingExtraError, NonFiniteLossError, ScheduleError
 from steppe.files import prepare_folder
+from steppe.plugins.applied import sparsification_of
 from steppe.plugins.constrain import Constrained, constrain_
 from steppe.plugins.penalty import penalties_of
-from steppe.plugins.sparsify import sparsification_of
 from steppe.record import APPLIED
 from steppe.runs import RUN_FILE, Run, write_run
 from steppe.training.history import History, means_of

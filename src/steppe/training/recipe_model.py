@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from steppe.blocks.find import find_blocks
-from steppe.checkpoints.loading import load_checkpoint
+from steppe.checkpoints.load_by_config import load_checkpoint
 from steppe.errors import CheckpointError, RecipeError
 from steppe.plugins import (
     ActivationPenalty,
@@ -28,7 +28,7 @@ from steppe.plugins import (
     RisingThreshold,
     ZerothBias,
 )
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import sparsification_of
 from steppe.surgery.pattern_notes import note_patterns_
 from steppe.training.recipe import CAUSAL, IMAGES, SPANS, Recipe, model_settings, patterns_of
 

@@ -27,7 +27,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from steppe.data.augmentation import Augmentation, BatchAugmenter, normalise
 from steppe.data.draws import DrawSampler
 from steppe.data.image_data import load_image_data
-from steppe.data.sources import first_line, reading
+from steppe.data.read_errors import first_line, reading
 from steppe.data.text_data import TextSettings, load_text_data, require_shards
 from steppe.errors import (
     CheckpointError,
