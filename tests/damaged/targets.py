@@ -35,8 +35,9 @@ from steppe.measures.measure import measure
 from steppe.ops.cpu import remembered
 from steppe.report import find_runs, write_report
 from steppe.runs import RUN_FILE, Run, write_run
-from steppe.training.recipe import RECIPES, read_recipe
-from steppe.training.saved import MANIFEST, last_whole_checkpoint, seal_checkpoint
+from steppe.training.recipe import read_recipe
+from steppe.training.recipe_file import RECIPES
+from steppe.training.resuming import MANIFEST, last_whole_checkpoint, seal_checkpoint
 
 BYTES, TREE, FILE, WHOLE = "bytes", "tree", "file", "whole"
 """Kinds of damage: to the bytes, to the values within, to what the file is, or none."""

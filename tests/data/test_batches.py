@@ -11,7 +11,7 @@ from steppe.data.batches import load_batches
 from steppe.data.embedded import load_digits_split, load_pydoc_split
 from steppe.data.sources import Source
 from steppe.errors import DataError
-from steppe.training.demo import TASKS
+from steppe.training.demo import language_model
 
 ANIMALS = ("cat", "dog")
 
@@ -23,8 +23,7 @@ def test_digits_and_pydoc_are_the_held_out_parts_of_the_demo() -> None:
     assert len(pixels) == len(expected) == 360
     assert torch.equal(pixels[123], expected[123]["pixel_values"])
     assert (digits.split, digits.total) == ("held_out", 8)
-    model = next(task for task in TASKS if task.name == "pydoc").build()
-    pydoc = load_batches(Source("pydoc"), model, "")
+    pydoc = load_batches(Source("pydoc"), language_model(), "")
     ids = torch.cat([batch["input_ids"] for batch in pydoc])
     windows = load_pydoc_split(64).held_out
     assert ids.shape == (len(windows), 64)

@@ -217,7 +217,8 @@ def train(
     _quieten_libraries()
     with _extra("train", "recipes"):
         from steppe.report import find_runs, recipe_table, write_report
-        from steppe.training.recipe import list_recipes, read_recipe
+        from steppe.training.recipe import read_recipe
+        from steppe.training.recipe_file import list_recipes
         from steppe.training.recipe_keys import keys_of
         from steppe.training.run_recipe import run_recipe
     if list_them or recipe is None:
