@@ -54,7 +54,7 @@ from steppe.bench.block import (
     time_model,
     time_pair,
 )
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.data.embedded import load_pydoc_split
 from steppe.files import write_json
 from steppe.training.demo import language_model

@@ -44,7 +44,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from steppe.blocks.find import MLPBlock, coverage
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.coverage import coverage
 from steppe.blocks.linear import linear_weight
 from steppe.files import write_json
 from steppe.runs import versions

@@ -33,7 +33,7 @@ from transformers import (
 
 from steppe import watch
 from steppe.files import write_json
-from steppe.measures.watch import Monitor
+from steppe.measures.monitor import Monitor
 from steppe.runs import versions
 from steppe.training import SteppeCallback
 

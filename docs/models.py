@@ -1,7 +1,7 @@
 """Check every architecture of the tests and render the table of docs/models.md.
 
 python docs/models.py                  checks all (two minutes) and renders
-python docs/models.py --only Llama     checks one anew
+python docs/models.py --only Llama     checks one again
 python docs/models.py --render         renders the committed results
 """
 
@@ -37,7 +37,7 @@ def result() -> dict[str, Any]:
 
 
 def check(only: str) -> dict[str, Any]:
-    """What the checks say of the architectures of this name, or of all; the others as they were."""
+    """The results of the checks on the architectures of a name, or on all; the others as before."""
     sys.path.insert(0, str(ROOT / "tests"))  # whose tests import this file
     from architectures import ARCHITECTURES
     from checks import CHECKS, checks_of
@@ -60,7 +60,7 @@ def check(only: str) -> dict[str, Any]:
 
 
 def outcome(run: Any, one: Any) -> str:
-    """What a check says."""
+    """The result of one check, or the error that it raised."""
     try:
         return run(one)
     except Exception as error:  # the answer
@@ -68,7 +68,7 @@ def outcome(run: Any, one: Any) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each architecture, and below what is behind the numbers in it."""
+    """A line for each architecture, and below it the notes by number."""
     notes: dict[str, int] = {}
 
     def cell(said: str | None) -> str:
@@ -76,8 +76,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             return "–"
         parts = said.split("; ") if said and not said.startswith(WRONG) else [said] if said else []
         numbers = [str(notes.setdefault(part, len(notes) + 1)) for part in parts]
-        told = "**no**" if said.startswith(WRONG) else "yes"
-        return f"{told} ({', '.join(numbers)})" if numbers else told
+        passed = "**no**" if said.startswith(WRONG) else "yes"
+        return f"{passed} ({', '.join(numbers)})" if numbers else passed
 
     lines = ["| | MLPs found | " + " | ".join(_COLUMNS) + " |"]
     lines.append("|---" * (len(_COLUMNS) + 2) + "|")
@@ -87,8 +87,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             found += f" ({notes.setdefault(row['checks']['found'], len(notes) + 1)})"
         cells = [cell(row["checks"].get(name)) for name in _COLUMNS]
         lines.append(f"| {row['name']} | {found} | {' | '.join(cells)} |")
-    told = "".join(f"{number}. {note}\n" for note, number in notes.items())
-    return "\n".join(lines) + f"\n\n{told}"
+    listed = "".join(f"{number}. {note}\n" for note, number in notes.items())
+    return "\n".join(lines) + f"\n\n{listed}"
 
 
 def bar(rows: list[dict[str, Any]]) -> str:
@@ -103,7 +103,7 @@ def bar(rows: list[dict[str, Any]]) -> str:
 
 
 def types(measured: dict[str, Any]) -> str:
-    """What is found of all model types."""
+    """A table of all model types, by how much of their MLPs is found."""
     lines = [
         ("every MLP is found", "full"),
         ("a part is found, and a warning names the rest", "warned"),
@@ -142,7 +142,7 @@ def render(page: str) -> str:
 
 
 def main(
-    only: Annotated[str, typer.Option(help="An architecture to check anew.")] = "",
+    only: Annotated[str, typer.Option(help="An architecture to check again.")] = "",
     just_render: Annotated[bool, typer.Option("--render", help="Check nothing.")] = False,
 ) -> None:
     """Check and render."""

@@ -63,6 +63,16 @@ class Architecture:
 
 
 ARCHITECTURES: list[Architecture] = []
+# For slow tests, since another one is of the same row of the table or has the same kind of layer.
+SLOW = {
+    *("UMT5", "LongT5", "mT5", "mBART", "Pegasus", "Marian", "Speech2Text", "HuBERT", "RoBERTa"),
+    *("Wav2Vec 2.0 (pre-norm)", "XLM-R", "ELECTRA", "DeiT", "BEiT", "I-JEPA", "ViT-MAE", "Swin"),
+    *("Mistral", "Qwen 2", "Qwen 3", "OLMo", "Gemma", "Gemma 3 (text)", "StableLM", "Cohere"),
+    *("CodeGen", "BioGPT", "XGLM", "Arcee", "Falcon (sequential)", "Falcon (two norms)"),
+    *("Persimmon", "SmolVLM", "SigLIP", "DINOv3", "DINOv3 ConvNeXT", "Megatron-BERT"),
+    *("LLaVA", "DeBERTa v2", "ConvNeXT", "FNet", "Bamba", "CTRL", "StableLM 2 (parallel)"),
+    *("DistilBERT", "DINOv3 (gated)", "MPNet"),
+}
 
 
 def config_of(name: str, act: str | None = "hidden_act", **settings: Any) -> Any:

@@ -6,6 +6,7 @@ has to say besides: what steppe refuses by name, empty for nothing.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import warnings
 from collections import defaultdict
@@ -162,9 +163,10 @@ def norms_are_shared_or_not(one: Architecture) -> str:
     return ""
 
 
-def fitting(model: nn.Module) -> tuple[list[steppe.Plugin], list[str]]:
-    """The plug-ins that a model takes, and of the others why not."""
-    fit, refused = [], []
+@functools.lru_cache(maxsize=4)  # two checks of an architecture ask, one after the other
+def fitting(one: Architecture) -> tuple[tuple[Callable[[], steppe.Plugin], ...], tuple[str, ...]]:
+    """What makes the plug-ins that an architecture takes, and of the others why not."""
+    model, fit, refused = one.build(), [], []
     for make in PLUGINS:
         try:
             steppe.sparsify_(model, [make()])
@@ -175,15 +177,16 @@ def fitting(model: nn.Module) -> tuple[list[steppe.Plugin], list[str]]:
             refused.append(f"{name}: {reason}")
         else:
             steppe.restore_(model)
-            fit.append(make())
-    return fit, refused
+            fit.append(make)
+    return tuple(fit), tuple(refused)
 
 
 def plugins_come_off_again(one: Architecture) -> str:
     """Each plug-in that fits, and all of them, change no bit at first, and come off again."""
     model = one.build().eval()
     batch = one.batch(0)
-    fit, refused = fitting(model)
+    makers, refused = fitting(one)
+    fit = [make() for make in makers]
     with torch.no_grad():
         before = tensors_of(model(**batch))
         for plugins in (*([plugin] for plugin in fit), fit):
@@ -288,8 +291,7 @@ def accelerated_is_the_same(one: Architecture) -> str:
 def trains_and_is_loaded_again(one: Architecture) -> str:
     """Two steps with all plug-ins that fit, then a save and a load, to the same bits."""
     model = one.build()
-    fit, _ = fitting(model)
-    steppe.sparsify_(model, fit)
+    steppe.sparsify_(model, [make() for make in fitting(one)[0]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     steppe.constrain_(model, optimizer, total_steps=4)
     before = [linear_weight(layer).detach().clone() for layer in layers_of(model)]

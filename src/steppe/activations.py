@@ -104,7 +104,7 @@ class SShapedSquaredReLU(nn.Module):
 
     Args:
         shift_x: shift of the flat part; the paper uses −1.6 and 1.6.
-        shift_y: value on the flat part; likewise.
+        shift_y: value on the flat part; the paper uses −1.6 and 1.6.
         half_width: h > 0.
 
     Raises:
@@ -147,7 +147,7 @@ def is_relu(act: Activation) -> bool:
 
 
 def name_of(act: Activation) -> str:
-    """What an activation is, for a reader.
+    """The name of an activation, for a reader.
 
     Example:
         >>> name_of(F.relu), name_of(Rectifier(1.0, 0.5))

@@ -3,7 +3,8 @@
 from steppe.acceleration.accelerate import accelerate_, restore_
 from steppe.acceleration.explanation import BlockExplanation, Explanation, explain
 from steppe.activations import Rectifier, SShapedSquaredReLU
-from steppe.blocks.find import MLPBlock, find_blocks
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.find import find_blocks
 from steppe.blocks.patterns import BlockPattern
 from steppe.checkpoints import load_pretrained
 from steppe.errors import IncompleteCoverageWarning, SteppeError, WiringError

@@ -1,4 +1,4 @@
-"""Parameters sharded by FSDP2, told by their methods: importing DTensor costs most of a second."""
+"""Parameters sharded by FSDP2, known by their methods: to import DTensor takes most of a second."""
 
 from __future__ import annotations
 

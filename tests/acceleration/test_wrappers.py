@@ -36,9 +36,9 @@ from transformers import (
 
 import models
 import steppe
-from steppe.blocks.find import decoders, shifts_labels
+from steppe.blocks.huggingface import decoders, shifts_labels
 from steppe.errors import AccelerationError, SparsificationError
-from steppe.measures.watch import Monitor
+from steppe.measures.monitor import Monitor
 from steppe.plugins.applied import sparsification_of
 from steppe.training import SteppeCallback
 

@@ -9,22 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from architectures import ARCHITECTURES, Architecture
+from architectures import ARCHITECTURES, SLOW, Architecture
 from checks import CHECKS, checks_of
 from pages import load_page
 from test_readme import ROOT
 
 models = load_page("models")
-# Like another one that is not: the same row of the table of patterns, or the same kind of layer.
-SLOW = {
-    *("UMT5", "LongT5", "mT5", "mBART", "Pegasus", "Marian", "Speech2Text", "HuBERT", "RoBERTa"),
-    *("Wav2Vec 2.0 (pre-norm)", "XLM-R", "ELECTRA", "DeiT", "BEiT", "I-JEPA", "ViT-MAE", "Swin"),
-    *("Mistral", "Qwen 2", "Qwen 3", "OLMo", "Gemma", "Gemma 3 (text)", "StableLM", "Cohere"),
-    *("CodeGen", "BioGPT", "XGLM", "Arcee", "Falcon (sequential)", "Falcon (two norms)"),
-    *("Persimmon", "SmolVLM", "SigLIP", "DINOv3", "DINOv3 ConvNeXT", "Megatron-BERT"),
-    *("LLaVA", "DeBERTa v2", "ConvNeXT", "FNet", "Bamba", "CTRL", "StableLM 2 (parallel)"),
-    *("DistilBERT", "DINOv3 (gated)", "MPNet"),
-}
 # What is wrong and known to be.
 KNOWN: set[tuple[str, str]] = set()
 

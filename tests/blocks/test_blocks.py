@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import operator
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, dataclass, replace
@@ -29,18 +28,13 @@ from transformers.models.nomic_bert import NomicBertConfig, NomicBertModel
 import models
 import steppe
 from models import D_HIDDEN, D_MODEL, MAX_TOKENS, VOCABULARY
-from steppe.blocks.find import (
-    MLPBlock,
-    coverage,
-    decoders,
-    find_blocks,
-    find_nested_tensor_encoders,
-    forward_parameters,
-    max_tokens_of,
-    unwrap,
-)
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.coverage import coverage
+from steppe.blocks.find import find_blocks
 from steppe.blocks.linear import linear_shape, linear_weight
-from steppe.blocks.patterns import PATTERNS, BlockPattern
+from steppe.blocks.nested import find_nested_tensor_encoders
+from steppe.blocks.patterns import BlockPattern
+from steppe.blocks.wrappers import unwrap
 from steppe.errors import BlocksNotFoundError, IncompleteCoverageWarning
 
 
@@ -980,56 +974,12 @@ def test_unwrap_leaves_a_plain_model_alone() -> None:
     assert unwrap(model) is model
 
 
-@pytest.mark.parametrize(
-    ("build", "tokens"),
-    [
-        (models.opt, MAX_TOKENS),
-        (models.gpt2, MAX_TOKENS),
-        (models.bert, MAX_TOKENS),
-        (models.llama, MAX_TOKENS),
-        (lambda: compiled(models.opt()), MAX_TOKENS),
-        (models.vit, 5),
-        (models.t5, None),
-        (models.torch_encoder, None),
-    ],
-    ids=["opt", "gpt2", "bert", "llama", "compiled", "vit", "t5", "torch"],
-)
-def test_the_longest_sequence_is_what_the_config_says(
-    build: Callable[[], nn.Module], tokens: int | None
-) -> None:
-    assert max_tokens_of(build()) == tokens
-
-
-def test_patches_need_not_be_square() -> None:
-    model = models.vit()
-    model.config.image_size, model.config.patch_size = (8, 16), (4, 2)
-    assert max_tokens_of(model) == 2 * 8 + 1
-
-
-def test_only_an_encoder_decoder_has_a_decoder() -> None:
-    model = models.t5()
-    for one in (model, compiled(model), nn.Sequential(model)):
-        assert list(decoders(one)) == [(model, set(model.get_submodule("decoder").modules()))]
-    assert list(decoders(models.opt())) == []
-    assert list(decoders(models.torch_encoder())) == []
-
-
 def test_widths_of_linear_layers() -> None:
     assert linear_shape(nn.Linear(3, 5)) == (3, 5)
     assert linear_shape(models.gpt2().get_submodule("transformer.h.0.mlp.c_fc")) == (16, 32)
     assert linear_shape(nn.LayerNorm(3)) is None
 
 
-def test_parameters_of_forward_come_in_order() -> None:
-    assert forward_parameters(OddNames()) == ["x"]
-    told = ["src", "mask", "src_key_padding_mask", "is_causal"]
-    assert forward_parameters(models.torch_encoder()) == told
-
-
 def test_encoders_that_may_make_nested_tensors_are_found_below_wrappers() -> None:
     both = nn.Sequential(models.torch_encoder(norm_first=False), models.torch_encoder())
     assert find_nested_tensor_encoders(compiled(both)) == [*both]
-
-
-def test_every_family_of_the_table_has_one_row() -> None:
-    assert max(Counter(pattern.family for pattern in PATTERNS).values()) == 1

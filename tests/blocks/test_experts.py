@@ -25,7 +25,8 @@ from transformers import (
 import steppe
 from oracles import flatness_row
 from steppe import MLPBlock
-from steppe.blocks.experts import Experts, ExpertsForward, current_rows, experts_of
+from steppe.blocks.experts import Experts, ExpertsForward, experts_of
+from steppe.blocks.routed import current_rows
 from steppe.errors import SparsificationError, TokenPositionError, UnfitBlockError
 
 VOCABULARY, WIDTH, HIDDEN, EXPERTS = 50, 16, 24, 4

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 
 import oracles
 from steppe.activations import Activation, Rectifier, SShapedSquaredReLU, evaluate
-from steppe.blocks.find import Slot
+from steppe.blocks.block import Slot
 from steppe.blocks.recognition import Recognised, recognise
 from steppe.plugins.jumping_relu import MixedActivation
 from steppe.surgery.journal import Journal

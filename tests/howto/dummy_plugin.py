@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.activations import KnownRectifier, is_relu
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.blocks.linear import linear_weight
 from steppe.errors import UnfitBlockError
 from steppe.plugins import BiasShift, Constraint, Plugin, register

@@ -27,7 +27,7 @@ from steppe import (
     RisingThreshold,
     ZerothBias,
 )
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.errors import SparsificationError, UnfitBlockError
 from steppe.plugins.applied import Sparsification, sparsification_of
 from steppe.plugins.base import Constraint

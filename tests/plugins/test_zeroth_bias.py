@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import models
 import steppe
 from steppe import ZerothBias
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.blocks.linear import linear_weight
 from steppe.errors import TokenPositionError
 

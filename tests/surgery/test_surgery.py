@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 import models
 import steppe
 from copies import PLUGINS, keep, loss_of
-from steppe.blocks.find import Slot
+from steppe.blocks.block import Slot
 from steppe.surgery.journal import Journal
 from steppe.surgery.swapping import is_own_hook, plain_class
 

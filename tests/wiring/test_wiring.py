@@ -20,7 +20,7 @@ import steppe
 from architectures import ARCHITECTURES, HIDDEN, VOCABULARY, WIDTH, Architecture, ids
 from architectures import config_of as tiny
 from steppe import BlockPattern, IncompleteCoverageWarning, MLPBlock, WiringError
-from steppe.blocks.find import Slot
+from steppe.blocks.block import Slot
 from steppe.surgery.journal import Journal
 from steppe.wiring.first_pass import Look, is_to_be_seen, looking, names_of
 

@@ -28,10 +28,12 @@ from torch import nn
 
 from steppe.acceleration.computation import Computation, is_conv1d
 from steppe.acceleration.dry_run import check_routes
-from steppe.blocks.find import MLPBlock, Slot, blocks_for, find_blocks, unwrap
+from steppe.blocks.block import MLPBlock, Slot
+from steppe.blocks.find import blocks_for, find_blocks
 from steppe.blocks.fused import Half
 from steppe.blocks.linear import is_linear, linear_weight
 from steppe.blocks.patterns import BlockPattern
+from steppe.blocks.wrappers import unwrap
 from steppe.errors import AccelerationError
 from steppe.ops.backend import backend_of
 from steppe.plugins.applied import restore_ as take_out_plugins_

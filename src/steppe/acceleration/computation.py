@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from steppe.acceleration.sigma import sigma_of
-from steppe.blocks.find import MLPBlock
-from steppe.blocks.linear import PartOfLinear, held_by, linear_weight
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.linear import PartOfLinear, held_by, is_transposed, linear_weight
 from steppe.ops.backend import backend_of
 from steppe.ops.mlp import mlp, support
 from steppe.ops.outcome import noted
@@ -289,7 +289,7 @@ def is_conv1d(layer: nn.Module) -> bool:
     A subclass with a ``forward`` of its own is not.
     """
     definer = next(kind for kind in plain_class(type(layer)).__mro__ if "forward" in vars(kind))
-    return definer.__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "nx")
+    return definer.__name__ == "Conv1D" and is_transposed(layer)
 
 
 def _transformed() -> str:

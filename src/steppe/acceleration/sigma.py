@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from steppe.activations import Activation, KnownRectifier, name_of
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.blocks.recognition import Recognised, recognise
 from steppe.errors import AccelerationError
 
@@ -19,7 +19,7 @@ def sigma_of(block: MLPBlock) -> KnownRectifier:
     Raises:
         AccelerationError: it is none.
     """
-    act: Activation = getattr(block.act_slot.module, block.act_slot.name)
+    act = block.current_act
     if isinstance(act, KnownRectifier) and not act.unfit():
         return act
     recognised = recognise(act)

@@ -28,9 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from steppe.acceleration.accelerate import accelerate_, restore_
-from steppe.blocks.find import MLPBlock, find_blocks, unwrap
-from steppe.blocks.linear import linear_weight
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.find import find_blocks
+from steppe.blocks.linear import is_transposed, linear_weight
 from steppe.blocks.patterns import BlockPattern
+from steppe.blocks.wrappers import unwrap
 from steppe.ops.cpu.calls import DECODE_ROWS
 from steppe.ops.cpu.library import kernels
 from steppe.ops.screening import candidates, quantise
@@ -543,7 +545,7 @@ def _blocks_alone(
 
 def _block_alone(block: MLPBlock) -> Block:
     """A copy of a block, in evaluation mode."""
-    act = getattr(block.act_slot.module, block.act_slot.name)
+    act = block.current_act
     own_act = copy.deepcopy(act) if isinstance(act, nn.Module) else nn.ReLU()
     alone = Block(block.d_model, block.d_hidden, own_act, gated=block.gate is not None)
     for name in ("gate", "up", "down"):
@@ -551,10 +553,7 @@ def _block_alone(block: MLPBlock) -> Block:
         if layer is None:
             continue
         weight = linear_weight(layer).detach()
-        # Conv1D has its weight the other way round.
-        copied.weight = nn.Parameter(
-            (weight if hasattr(layer, "in_features") else weight.T).clone()
-        )
+        copied.weight = nn.Parameter((weight.T if is_transposed(layer) else weight).clone())
         bias = effective_bias(block) if layer is block.activated else layer.bias
         copied.bias = None if bias is None else nn.Parameter(bias.detach().clone())
     return alone.eval()

@@ -1,1 +1,1 @@
-"""The MLP blocks of a model: what they look like in each architecture, and where they are."""
+"""The MLP blocks of a model: their parts in each architecture, and where they hang."""

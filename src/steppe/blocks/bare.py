@@ -30,7 +30,7 @@ def without_hooks(
 
     Args:
         module: any module.
-        made: by `id` of a module, what stands in its place; copies are added.
+        made: by `id` of a module, the module in its place; copies are added.
         device: of the buffers; where they are by default.
     """
     made = {} if made is None else made

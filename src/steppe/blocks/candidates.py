@@ -1,4 +1,4 @@
-"""What looks like an MLP and is no block: what a list of blocks leaves out, and how to name it."""
+"""Modules that look like an MLP and are in no block, and the patterns that would name them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = 6  # of many, in a message
 
 @dataclass(frozen=True)
 class Candidate:
-    """What looks like an MLP.
+    """Modules that look like an MLP.
 
     Attributes:
         owner: dotted name of the module that holds its parts; empty for the model itself.
@@ -43,7 +43,7 @@ class Candidate:
     is_fused: bool = False
 
     def __str__(self) -> str:
-        """A line: where it is and what it looks like."""
+        """A line: its owner, its parts and its widths."""
         width, hidden = self.widths
         shape = f"{width} → {hidden} → {width}"
         where = self.owner or "the model"
@@ -73,7 +73,7 @@ def candidates(root: nn.Module, covered: Collection[nn.Module] = ()) -> list[Can
 
     That is a linear layer D → F and, later, one F → D in one module or in two of one module, not in
     attention, F greater than D unless there is a gate or the class is named an MLP; or two tensors
-    of experts. What has F = D is not told from attention otherwise.
+    of experts. With F = D nothing else distinguishes it from attention.
 
     Args:
         root: the model.
@@ -124,7 +124,7 @@ def share_of(
 
     Args:
         blocks_layers: the blocks' linear layers.
-        left: what is left out.
+        left: the candidates that are in no block.
         others: linear layers that are left out too.
     """
     inside = sum(linear_weight(layer).numel() for layer in blocks_layers)
@@ -138,7 +138,7 @@ def listed(found: Collection[Candidate], line: Callable[[Candidate], str] = str)
 
     Args:
         found: the candidates.
-        line: what to say of one.
+        line: makes the line of one.
     """
     kinds: dict[tuple[Any, ...], list[Candidate]] = {}
     for one in found:
@@ -195,7 +195,7 @@ def _candidate(
     widths: tuple[int, int],
     is_fused: bool,
 ) -> Candidate:
-    """A pair of layers, or three of which the first is the gate."""
+    """A candidate of two layers, or of three, the first one being the gate."""
     start = len(owner) + 1 if owner else 0
     if is_fused:
         first = first[-1:]
@@ -235,7 +235,7 @@ def is_activation(value: object) -> bool:
 
 
 def _experts(root: nn.Module, known: Collection[int]) -> Iterator[Candidate]:
-    """Modules whose experts lie in tensors of three dimensions, the first of which counts them."""
+    """Modules with experts in tensors of three dimensions, ``[experts, *, *]``."""
     for owner, module in root.named_modules():
         is_convolution = type(module).__name__ == "ParametrizationList"  # its weight is 3-d too
         if id(module) in known or is_convolution or isinstance(module, Expert | ExpertLayer):

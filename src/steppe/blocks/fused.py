@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.blocks.beside import OneBeside
-from steppe.blocks.linear import PartOfLinear, linear_shape, linear_weight
+from steppe.blocks.linear import PartOfLinear, is_transposed, linear_shape, linear_weight
 from steppe.per_thread import PerThread
 
 
@@ -23,7 +23,7 @@ class Half(PartOfLinear):
     """One of the two layers of a fused one.
 
     Args:
-        halves: that it is one of.
+        halves: both halves.
         number: 0 for the first rows of the weight, 1 for the others.
         shape: D and F.
     """
@@ -42,11 +42,11 @@ class Half(PartOfLinear):
     def weight(self) -> Tensor:
         """W, ``[F, D]``, a view of the fused weight."""
         weight = linear_weight(self.whole)
-        return self._part(weight if self.halves.is_turned else weight.T, 1).T
+        return self._part(weight if self.halves.is_transposed else weight.T, 1).T
 
     @property
     def bias(self) -> Tensor | None:
-        """B, ``[F]``, likewise, or None."""
+        """B, ``[F]``, a view of the fused bias, or None."""
         layer: Any = getattr(self.whole, "base_layer", self.whole)
         return None if layer.bias is None else self._part(layer.bias, 0)
 
@@ -57,7 +57,7 @@ class Half(PartOfLinear):
         return [(parameters, "weight"), (parameters, "bias")]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[*, F]`` of ``[*, D]``: a part of what the fused layer gives for the same input."""
+        """``[*, F]`` of ``[*, D]``: a part of the output of the fused layer for the same input."""
         call = self.halves.call.get()
         if call is None or x is not call.x:
             return super().forward(x)
@@ -79,7 +79,7 @@ class _Call:
 
     Args:
         x: its input.
-        own: what the layer itself does.
+        own: the layer's own forward.
     """
 
     def __init__(self, x: Tensor, own: Callable[[Tensor], Tensor]) -> None:
@@ -97,8 +97,8 @@ class Halves:
         shape: D and F.
 
     Attributes:
-        layer: likewise.
-        is_turned: whether its weight is ``[in, out]``.
+        layer: the fused layer.
+        is_transposed: whether its weight is ``[in, out]``.
         both: the layers, that of the first rows first.
         call: that the layer is in.
         forward: runs them, in place of the layer's own forward.
@@ -106,7 +106,7 @@ class Halves:
 
     def __init__(self, layer: nn.Module, shape: tuple[int, int]) -> None:
         self.layer = layer
-        self.is_turned = linear_weight(layer).shape[0] == shape[0] and hasattr(layer, "nf")
+        self.is_transposed = is_transposed(layer)
         self.both = Half(self, 0, shape), Half(self, 1, shape)
         self.call: PerThread[_Call | None] = PerThread(None)
         self.forward = HalvesForward(self)
@@ -116,10 +116,10 @@ class Halves:
 
         Args:
             x: ``[*, D]``.
-            own: what the layer itself does.
+            own: the layer's own forward.
 
         Returns:
-            ``[*, 2F]``: what the layer itself gives, where nothing has changed a half of it.
+            ``[*, 2F]``: the layer's own output, where nothing has changed a half of it.
         """
         if torch.compiler.is_compiling():
             return _joined(*(half(x) for half in self.both))

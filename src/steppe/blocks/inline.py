@@ -1,8 +1,8 @@
 """MLPs whose forward calls the activation as a function, as ``F.relu(c_fc(x)).square()``.
 
-Which function it calls is told by evaluating that forward with stubs in the place of its layers. It
-becomes a module beside them, and while a verb needs the block the forward is written out with it:
-hooks, plug-ins and kernels act on it as on any activation.
+Evaluating that forward, with stubs in the place of its layers, shows which function it calls. That
+becomes a module beside the layers, and while a verb needs the block the forward is written out with
+it: hooks, plug-ins and kernels act on it as on any activation.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from steppe.blocks.beside import OneBeside
 from steppe.blocks.fused import Half
 from steppe.blocks.recognition import Recognised, recognise, undisturbed
 
-AROUND = "around"  # on an `Inline`: what calls the written out forward, where somebody wants to
-INLINE = "inline"  # the name below the MLP of what has the activation
+AROUND = "around"  # on an `Inline`: a function that calls the written out forward
+INLINE = "inline"  # the name below the MLP of the module with the activation
 _POINTS = 512
 _Layers = tuple[nn.Module | None, nn.Module, nn.Module]
 # Activations that are no rectifiers; the first that has the values is taken.
@@ -111,9 +111,10 @@ class WrittenOut:
         return output if self.after is None else self.after(output)
 
 
-# What was told of a module with these layers: the activation and the dropout after it, or None.
-_Told = tuple[list[tuple[int, int]], tuple[nn.Module, nn.Module | None] | None]
-_told: weakref.WeakKeyDictionary[nn.Module, _Told] = weakref.WeakKeyDictionary()
+# By module: its layers, and the activation with the dropout after `down`, or None for neither.
+_Found = tuple[nn.Module, nn.Module | None]
+_found: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], _Found | None]]
+_found = weakref.WeakKeyDictionary()
 _known: OneBeside[Inline] = OneBeside()
 
 
@@ -152,29 +153,35 @@ def inline_of(
 
     def make() -> Inline | None:
         ids = [(id(getattr(one, "whole", one)), getattr(one, "number", 0)) for one in layers]
-        told = _told.get(mlp)
-        if told is None or told[0] != ids:
-            told = _told[mlp] = ids, _told_of(mlp, *layers)
-        if told[1] is None:
+        cached = _found.get(mlp)
+        if cached is None or cached[0] != ids:
+            cached = _found[mlp] = ids, _find(mlp, layers)
+        if cached[1] is None:
             return None
-        act, after = told[1]
+        act, after = cached[1]
         return Inline(mlp, layers, copy.copy(act), after)
 
     return _known.get(mlp, make, lambda known: known.written_out.layers == layers)
 
 
-def _told_of(
-    mlp: nn.Module, gate: nn.Module | None, up: nn.Module, down: nn.Module
-) -> tuple[nn.Module, nn.Module | None] | None:
+def _find(mlp: nn.Module, layers: _Layers) -> _Found | None:
+    """The activation of an MLP, and the dropout after its last layer or None; None for neither."""
     try:
         with undisturbed(), torch.no_grad():
-            return _tell(mlp, gate, up, down)
+            trial = _Trial(mlp, layers)
+            act = _named(trial.sigma)
+            return None if act is None else trial.confirm(act)
     except Exception:  # of somebody else's forward, which wants more than stubs give
         return None
 
 
 class _Stub(nn.Module):
-    """In the place of a layer: gives what it is told to, whatever it gets, and keeps that."""
+    """In the place of a layer: gives a tensor, whatever its input, and keeps the input.
+
+    Args:
+        gives: the tensor; None for ones.
+        width: of the ones.
+    """
 
     def __init__(self, gives: Tensor | None = None, width: int = 0) -> None:
         super().__init__()
@@ -183,67 +190,94 @@ class _Stub(nn.Module):
         self.got: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """What it was told, or ones of a width."""
+        """The tensor, or ones ``[*, width]``."""
         self.got = x
         return x.new_ones(*x.shape[:-1], self.width) if self.gives is None else self.gives
 
 
-def _tell(
-    mlp: nn.Module, gate: nn.Module | None, up: nn.Module, down: nn.Module
-) -> tuple[nn.Module, nn.Module | None] | None:
-    hidden, width = int(down.in_features), int(down.out_features)  # type: ignore[arg-type]
+class _Trial:
+    """Evaluates the forward of an MLP, with stubs in the place of its layers.
 
-    def hidden_of(p: Tensor, u: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
-        """What `down` gets for pre-activations ``[1, n, F]``, and the output."""
-        torch.manual_seed(1)
-        x = torch.randn(1, p.shape[1], width, dtype=p.dtype)
-        last = _Stub(width=width)
-        stubs: dict[int, nn.Module] = {id(down): last}
-        if isinstance(gate, Half) and isinstance(up, Half):
-            parts = (p, u) if gate.number == 0 else (u, p)
-            stubs[id(up.whole)] = _Stub(torch.cat(parts, -1))
-        else:
-            stubs[id(up)] = _Stub(p if gate is None else u)
-            if gate is not None:
-                stubs[id(gate)] = _Stub(p)
-        clone: Any = without_hooks(mlp, stubs).train(training)
-        torch.manual_seed(0)
+    Args:
+        mlp: the module.
+        layers: `gate` or None, `up` and `down`.
+    """
+
+    def __init__(self, mlp: nn.Module, layers: _Layers) -> None:
+        self.mlp = mlp
+        self.gate, self.up, self.down = layers
+        self.hidden = int(self.down.in_features)  # type: ignore[arg-type]
+        self.width = int(self.down.out_features)  # type: ignore[arg-type]
+
+    def run(self, p: Tensor, u: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
+        """The input of `down` for pre-activations, and the output of the MLP.
+
+        Args:
+            p: ``[1, n, F]``, given out by the layer before the activation.
+            u: ``[1, n, F]``, given out by `up` of a gated block.
+            training: the mode.
+
+        Returns:
+            ``[1, n, F]``, ``[1, n, D]``.
+        """
+        # Not torch.manual_seed, which seeds accelerators too, with a stack trace for each.
+        torch.default_generator.manual_seed(1)
+        x = torch.randn(1, p.shape[1], self.width, dtype=p.dtype)
+        last = _Stub(width=self.width)
+        clone: Any = without_hooks(self.mlp, self._stubs(p, u, last)).train(training)
+        torch.default_generator.manual_seed(0)
         output = type(clone).forward(clone, x)
         if last.got is None or last.got.shape != p.shape or output.shape != x.shape:
             raise ValueError("the last layer gets something else")
         return last.got, output
 
-    def sigma(p: Tensor) -> Tensor:
-        """σ of any number of values."""
-        flat = p.reshape(-1)
-        rows = -(-len(flat) // hidden)
-        padded = torch.cat([flat, flat.new_zeros(rows * hidden - len(flat))])
-        given = padded.view(1, rows, hidden)
-        return hidden_of(given, torch.ones_like(given))[0].reshape(-1)[: len(flat)].view(p.shape)
+    def _stubs(self, p: Tensor, u: Tensor, last: _Stub) -> dict[int, nn.Module]:
+        """The stubs, by the layers that they stand for."""
+        gate, up = self.gate, self.up
+        stubs: dict[int, nn.Module] = {id(self.down): last}
+        if isinstance(gate, Half) and isinstance(up, Half):
+            parts = (p, u) if gate.number == 0 else (u, p)
+            stubs[id(up.whole)] = _Stub(torch.cat(parts, -1))
+        elif gate is None:
+            stubs[id(up)] = _Stub(p)
+        else:
+            stubs[id(gate)], stubs[id(up)] = _Stub(p), _Stub(u)
+        return stubs
 
-    act = _named(sigma)
-    if act is None:
+    def sigma(self, p: Tensor) -> Tensor:
+        """σ of any number of values, the shape of p."""
+        flat = p.reshape(-1)
+        rows = -(-len(flat) // self.hidden)
+        padded = torch.cat([flat, flat.new_zeros(rows * self.hidden - len(flat))])
+        given = padded.view(1, rows, self.hidden)
+        return self.run(given, torch.ones_like(given))[0].reshape(-1)[: len(flat)].view(p.shape)
+
+    def confirm(self, act: nn.Module) -> _Found | None:
+        """The activation with the dropout after `down`, if both say all that the MLP computes."""
+        rows = -(-_POINTS // self.hidden)
+        for dtype, room in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+            p, u = torch.randn(2, 1, rows, self.hidden, dtype=dtype).mul(4.0)
+            wanted = act(p) if self.gate is None else act(p) * u
+            for training in (False, True):
+                given = self.run(p, u, training)[0]
+                if not torch.allclose(given, wanted, rtol=room, atol=room):
+                    return None
+        dropouts = [child for child in self.mlp.children() if isinstance(child, nn.Dropout)]
+        for after in (None, *dropouts):
+            if self._ends_with(after, p, u):
+                return act, after
         return None
-    rows = -(-_POINTS // hidden)
-    for dtype, room in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
-        p, u = torch.randn(2, 1, rows, hidden, dtype=dtype).mul(4.0)
-        wanted = act(p) if gate is None else act(p) * u
+
+    def _ends_with(self, after: nn.Module | None, p: Tensor, u: Tensor) -> bool:
+        """Whether the output of `down` goes through a dropout, or for None straight out."""
+        ones = p.new_ones(1, p.shape[1], self.width)
         for training in (False, True):
-            given = hidden_of(p, u, training)[0]
-            if not torch.allclose(given, wanted, rtol=room, atol=room):
-                return None
-    dropouts = [child for child in mlp.children() if isinstance(child, nn.Dropout)]
-    ones = p.new_ones(1, rows, width)
-    for after in (None, *dropouts):
-        agree = []
-        for training in (False, True):
-            output = hidden_of(p, u, training)[1]
-            torch.manual_seed(0)
+            output = self.run(p, u, training)[1]
+            torch.default_generator.manual_seed(0)
             expected = ones if after is None else without_hooks(after).train(training)(ones)
-            agree.append(torch.equal(output, expected))
-        if all(agree):
-            return act, after
-    return None
+            if not torch.equal(output, expected):
+                return False
+        return True
 
 
 def _named(sigma: Callable[[Tensor], Tensor]) -> nn.Module | None:

@@ -33,7 +33,7 @@ class PartOfLinear(nn.Module):
     @property
     @abstractmethod
     def bias(self) -> Tensor | None:
-        """B, ``[out]``, likewise, or None."""
+        """B, ``[out]``, a view of the larger parameter, or None."""
 
     @property
     @abstractmethod
@@ -57,9 +57,17 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     base: Any = getattr(module, "base_layer", module)
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return int(base.in_features), int(base.out_features)
-    if hasattr(base, "nx") and hasattr(base, "nf"):
-        return int(base.nx), int(base.nf)
-    return None
+    return (int(base.nx), int(base.nf)) if is_transposed(base) else None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as ``[in, out]``: Transformers' ``Conv1D``.
+
+    Args:
+        module: a layer, or a PEFT layer around one.
+    """
+    base = getattr(module, "base_layer", module)
+    return not hasattr(base, "in_features") and hasattr(base, "nx") and hasattr(base, "nf")
 
 
 def is_linear(kind: type[nn.Module]) -> bool:

@@ -1,4 +1,4 @@
-"""What a norm multiplies by: its weight, one plus its weight, or nothing."""
+"""The scale of a norm: its weight, one plus its weight, or 1."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from steppe.sharding import full
 
 @dataclass(frozen=True)
 class NormScale:
-    """The scale of a norm: what it multiplies by, a column at a time.
+    """The scale of a norm: the factor of each column.
 
     Attributes:
         norm: the norm.
-        offset: what is added to its weight: 1 for Gemma's kind, and for one without weight.
+        offset: added to its weight: 1 for Gemma's kind, and for one without weight.
     """
 
     norm: nn.Module
@@ -43,7 +43,7 @@ class NormScale:
 
 
 def scale_of(norm: nn.Module, width: int) -> NormScale | None:
-    """What a norm multiplies by, told by evaluating a copy of it.
+    """The scale of a norm, found by evaluating a copy of it.
 
     Args:
         norm: LayerNorm, RMSNorm or their kind, with or without weight.
@@ -51,7 +51,8 @@ def scale_of(norm: nn.Module, width: int) -> NormScale | None:
 
     Returns:
         The scale; None where the output is no multiple of the weight or of one plus the weight, and
-        without a weight for what does not divide by the standard deviation or the root mean square.
+        for a module without a weight that does not divide by the standard deviation or the root
+        mean square.
 
     Example:
         >>> scale_of(nn.LayerNorm(4), 4).offset

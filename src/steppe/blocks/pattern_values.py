@@ -1,7 +1,7 @@
 """A `BlockPattern` as plain values: in ``config.json``, on a model's modules, in a recipe, typed.
 
-What a pattern says by functions is written as what they said of one owner of a block, so nothing
-that is read back is code.
+The functions of a pattern are written as their results for one owner of a block, so nothing that is
+read back is code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from steppe.schema import fault_of
 
 NOTE = "_steppe_pattern"
 """The attribute of an owner of a block that has the values of the pattern that it is found by."""
-TOKENS_FIRST = "sequence_first"  # the one function of a pattern that is written, as what it said
+TOKENS_FIRST = "sequence_first"  # the one function of a pattern that is written, as its result
 _CONDITION = "when"
 _FLAGS = "act_flags"
 _FAMILY = "family"
@@ -29,11 +29,11 @@ _PATH = re.compile(r"\w+(\.\w+)*")
 _PLAIN = (str, int, float, bool, type(None))
 _EVERY_MODULE = nn.Module()
 _EXAMPLE = "BlockPattern(family='mine', up='fc_in', act='act', down='fc_out')"
-_SHOWN = 200  # characters of what is not ours
+_SHOWN = 200  # characters of a text that is not ours
 
 
 def values_of(pattern: BlockPattern, owner: nn.Module) -> dict[str, Any]:
-    """A pattern as JSON values, as it is of one owner of a block; what has its default is left out.
+    """A pattern as JSON values, as it is of one owner of a block, without the default values.
 
     Args:
         pattern: one that matches the owner.
@@ -100,7 +100,7 @@ def pattern_from_text(text: str) -> BlockPattern:
         text: as `steppe blocks` prints it, or the fields in JSON.
 
     Raises:
-        PatternError: it is something else; says how it should look.
+        PatternError: it is something else; shows a right one.
 
     Example:
         >>> pattern_from_text("BlockPattern(family='mine', up='fc1', act='act', down='fc2')").up

@@ -55,10 +55,10 @@ def recognise(act: Activation) -> Recognised | str:
     """Which rectifier an activation is, by its values and its gradients in float64 and float32.
 
     Both are compared to a few units in the last place, in training and in evaluation, at some
-    hundred points between 1e-60 and 1e60 of either sign (float32: up to 1e9); what happens between
+    hundred points between 1e-60 and 1e60 of either sign (float32: up to 1e9); the function between
     them is not seen, and infinite inputs are not tried. The activation is left as it is: a copy of
     it without hooks is evaluated, on the CPU, and the state of the random generator is put back. An
-    activation with a schedule is recognised as what it is now.
+    activation with a schedule is recognised as the function that it is now.
 
     Args:
         act: a module or a function.
@@ -131,11 +131,11 @@ def _points(about: float) -> Tensor:
     return about + torch.cat([-magnitudes.flip(0), zeros, magnitudes])
 
 
-# ---- what is asked of an activation
+# ---- conditions on an activation
 
 
 def _require_elementwise(act: Activation, p: Tensor, values: Tensor) -> None:
-    """Refuse what depends on the other entries, or on where an entry stands."""
+    """Refuse a function of other entries, or of the place of an entry."""
     half = len(p) // 2
     elsewhere = _values(act, p.flip(0).view(2, 1, half)).view(-1).flip(0)
     alone = _values(act, p[half:])
@@ -144,7 +144,7 @@ def _require_elementwise(act: Activation, p: Tensor, values: Tensor) -> None:
 
 
 def _require_finite(p: Tensor, values: Tensor) -> None:
-    """Refuse what is infinite or NaN where no rectifier is."""
+    """Refuse a function that is infinite or NaN where no rectifier is."""
     wrong = ~values.isfinite()
     if wrong.any():
         at = _shown(p, wrong)
@@ -152,7 +152,7 @@ def _require_finite(p: Tensor, values: Tensor) -> None:
 
 
 def _require_zero_below(p: Tensor, values: Tensor, all_of_them: bool = False) -> None:
-    """Refuse what is not zero for negative inputs as no rectifier is, or `all_of_them`."""
+    """Refuse a function that is not zero for some negative inputs, or for `all_of_them`."""
     wrong = (p < 0) & (values < 0 if values[0] == 0 and not all_of_them else values != 0)
     if wrong.any():
         at = _shown(p, wrong)
@@ -162,9 +162,9 @@ def _require_zero_below(p: Tensor, values: Tensor, all_of_them: bool = False) ->
 
 
 def _compare_values(found: Recognised, p: Tensor, values: Tensor) -> None:
-    """Refuse an activation that has not the values of what was found."""
+    """Refuse an activation that has other values than the rectifier that was found."""
     info, want = torch.finfo(p.dtype), found.value(p)
-    # What rounding p and the shift does; below the smallest normal number nothing is relative.
+    # The error of rounding p and the shift; below the smallest normal number it is not relative.
     blur = _blur(found, p)
     room = _ULPS * (info.eps * want + info.tiny) + blur * (found.slope(p) + found.beta * blur)
     wrong = ((values - want).abs() > room) & want.isfinite()
@@ -178,7 +178,7 @@ def _compare_values(found: Recognised, p: Tensor, values: Tensor) -> None:
 
 
 def _compare_slopes(found: Recognised, p: Tensor, slopes: Tensor) -> None:
-    """Refuse an activation whose gradients are not those of what was found."""
+    """Refuse an activation that has other gradients than the rectifier that was found."""
     info, want, steep = torch.finfo(p.dtype), found.value(p), found.slope(p)
     above, blur = p - found.shift, _blur(found, p)
     # A slope may come from the value, which then has to be a normal number.
@@ -281,7 +281,7 @@ def _values(act: Activation, p: Tensor) -> Tensor:
     """σ(p), with no graph.
 
     Raises:
-        _NotRecognisedError: what comes out is no tensor like p, or has a graph of its own.
+        _NotRecognisedError: the result is no tensor like p, or has a graph of its own.
     """
     output: Any = evaluate(act, p.clone())
     if not isinstance(output, Tensor) or output.shape != p.shape:
@@ -294,7 +294,7 @@ def _values(act: Activation, p: Tensor) -> Tensor:
 
 
 def _values_and_slopes(act: Activation, p: Tensor) -> tuple[Tensor, Tensor]:
-    """σ(p) and what autograd gives for σ′(p).
+    """σ(p), and σ′(p) by autograd.
 
     Raises:
         _NotRecognisedError: there is no gradient, or NaN does not stay NaN.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from wrapt import wrap_function_wrapper
 
-from steppe.blocks.find import unwrap
+from steppe.blocks.wrappers import unwrap
 from steppe.checkpoints.load import apply_record_
 from steppe.checkpoints.saved_record import ADAPTER_RECORD, current_own, parse_record
 from steppe.checkpoints.weights import Weights, find, read_json

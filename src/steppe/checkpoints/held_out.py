@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from steppe.activations import name_of
-from steppe.blocks.find import find_blocks, shifts_labels
+from steppe.blocks.find import find_blocks
+from steppe.blocks.huggingface import shifts_labels
 from steppe.blocks.patterns import BlockPattern
 from steppe.checkpoints.load_by_config import load_checkpoint, load_config
 from steppe.checkpoints.steps import steps_of
@@ -172,10 +173,7 @@ def _measure(
         name=name,
         model=type(model).__name__,
         layout=_layout(model),
-        activations=[
-            name_of(getattr(block.act_slot.module, block.act_slot.name))
-            for block in find_blocks(model)
-        ],
+        activations=[name_of(block.current_act) for block in find_blocks(model)],
         plugins=[] if sparsification is None else sparsification.record()["plugins"],
         report=report,
         quality=recorder.quality(),

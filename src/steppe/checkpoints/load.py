@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import nn
 
-from steppe.blocks.find import unwrap
 from steppe.blocks.patterns import BlockPattern
+from steppe.blocks.wrappers import unwrap
 from steppe.checkpoints.saved_record import (
     ADAPTER_RECORD,
     CONFIG,

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from wrapt import wrap_function_wrapper
 
 from steppe.blocks.experts import ExpertLayer
-from steppe.blocks.find import matches
+from steppe.blocks.matching import matches
 from steppe.checkpoints.load import apply_record_
 from steppe.checkpoints.saved_record import Record, current_own, parse_record
 from steppe.checkpoints.weights import Weights

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from steppe.blocks.find import coverage, owner_name
+from steppe.blocks.coverage import coverage
 from steppe.blocks.patterns import BlockPattern
+from steppe.blocks.wrappers import owner_name
 from steppe.checkpoints.saved_record import Record
 from steppe.errors import CheckpointError
 from steppe.surgery.pattern_notes import forget_patterns_, note_record_

@@ -448,7 +448,7 @@ def blocks(
         from steppe.checkpoints.load_by_config import empty_model
         from steppe.report import blocks_table
     from steppe.blocks.candidates import Candidate, listed
-    from steppe.blocks.find import coverage
+    from steppe.blocks.coverage import coverage
     from steppe.blocks.pattern_values import pattern_from_text  # loads torch
 
     patterns = [pattern_from_text(text) for text in pattern or ()]

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from steppe.blocks.find import forward_parameters
+from steppe.blocks.huggingface import forward_parameters
 from steppe.data.columns import Classes
 from steppe.data.embedded import EMBEDDED, TensorDataset, load_digits_split, load_pydoc_split
 from steppe.data.image_batches import ImageBatches

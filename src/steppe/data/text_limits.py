@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from steppe.blocks.find import max_tokens_of
+from steppe.blocks.huggingface import max_tokens_of
 from steppe.data.embedded import BYTES
 from steppe.errors import DataError
 from steppe.plugins.applied import sparsification_of

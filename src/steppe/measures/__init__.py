@@ -1,8 +1,9 @@
-"""What is measured: densities, augmented flatness and its factors, curvature; streaming."""
+"""Measures: densities, augmented flatness and its factors, curvature; streaming."""
 
 from steppe.measures.curvature import BlockCurvature
 from steppe.measures.measure import measure
+from steppe.measures.monitor import Monitor
 from steppe.measures.report import BlockReport, Report
-from steppe.measures.watch import Monitor, watch
+from steppe.measures.watch import watch
 
 __all__ = ["BlockCurvature", "BlockReport", "Monitor", "Report", "measure", "watch"]

@@ -1,8 +1,8 @@
 """Curvature of single blocks: trace and top eigenvalue of the Hessian, by hessian-eigenthings.
 
-Flatness is an expectation of squared gradients; the Hessian is what it stands for. The library has
-the products of the Hessian with vectors, Hutchinson's trace and Lanczos; here is what it takes to
-run them on one weight of one block of any model, and to leave the model as it was.
+Flatness is an expectation of squared gradients, and stands for the Hessian. The library has
+the products of the Hessian with vectors, Hutchinson's trace and Lanczos; this
+file runs them on one weight of one block of any model, and leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.blocks.linear import linear_weight
 from steppe.errors import EmptyLoaderError, LossError, MissingExtraError, UnfitBlockError
 from steppe.sharding import is_sharded
@@ -34,7 +34,7 @@ class BlockCurvature:
     """Curvature of the mean loss in the weights of one block, each weight alone.
 
     H is the Hessian of the mean loss with respect to one weight matrix, all else held fixed. Its
-    unit is that of the loss over that of the weight, squared. What is of the gate is NaN in a block
+    unit is that of the loss over that of the weight, squared. The gate's values are NaN in a block
     without one.
 
     Attributes:
@@ -45,13 +45,13 @@ class BlockCurvature:
         top_eigenvalue_up_residual: ‖H v − λ v‖ for that eigenvalue λ and its unit vector v; H has
             an eigenvalue within so much of λ.
         trace_gate: the same for the gate.
-        trace_gate_standard_error: likewise.
-        top_eigenvalue_gate: likewise.
-        top_eigenvalue_gate_residual: likewise.
+        trace_gate_standard_error: as of `up`.
+        top_eigenvalue_gate: as of `up`.
+        top_eigenvalue_gate_residual: as of `up`.
         trace_down: the same for `down`.
-        trace_down_standard_error: likewise.
-        top_eigenvalue_down: likewise.
-        top_eigenvalue_down_residual: likewise.
+        trace_down_standard_error: as of `up`.
+        top_eigenvalue_down: as of `up`.
+        top_eigenvalue_down_residual: as of `up`.
     """
 
     name: str
@@ -270,7 +270,7 @@ def _is_weight(weight: Tensor, name: str, parameter: Tensor) -> bool:
 
 
 def _require_twice_differentiable(model: nn.Module, block: MLPBlock, layer: str) -> None:
-    """Refuse a weight whose Hessian cannot be had.
+    """Refuse a weight without a Hessian that can be computed.
 
     Raises:
         UnfitBlockError: see `hessian_curvature`.
@@ -312,7 +312,7 @@ def _differentiable_twice(model: nn.Module) -> Iterator[None]:
     journal = Journal()
     with ExitStack() as stack:
         stack.callback(journal.undo)
-        # A layer above frozen ones is not told that it will be differentiated.
+        # A layer above frozen ones does not know that it will be differentiated.
         journal.hold_nested_tensors_off(model)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))

@@ -1,4 +1,4 @@
-"""Density and derivative density: what is counted, on the device and while the model runs."""
+"""Density and derivative density: counts, on the device and while the model runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steppe.activations import Activation, derivative, evaluate, is_relu
+from steppe.checkpointing import in_backward
 
 COUNTERS = ("active", "derivative_active", "entries", "tokens", "samples")
 _ADDING = threading.Lock()
@@ -20,7 +21,7 @@ def active_entries(act: Activation, p: Tensor, up: Tensor | None = None) -> Tens
     Args:
         act: the activation.
         p: pre-activations ``[*, F]``, those of the gate for gated blocks.
-        up: for gated blocks, what the activated gate is multiplied by, ``[*, F]``.
+        up: for gated blocks, the factor of the activated gate, ``[*, F]``.
 
     Returns:
         ``a ≠ 0``, bool ``[*, F]``.
@@ -67,7 +68,7 @@ def count_(
         mask: bool ``[S, T]``, False where a token is padding; None for all.
         is_again: the block was called in the same pass before, so its samples are counted already.
     """
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         return
     samples, tokens, width = active.shape
     counted = torch.ones(samples, tokens, dtype=torch.bool, device=active.device)

@@ -33,10 +33,10 @@ _CHUNK = 2**24  # entries of the largest temporary
 
 
 class Calls:
-    """The calls of one layer in one forward pass, whose tokens are those of the same samples.
+    """The calls of one layer in one forward pass, with tokens of the same samples.
 
-    Most layers have one. What a weight that is used several times gets as its gradient is a sum
-    over all of them, whose norm none of them knows.
+    Most layers have one. The gradient of a weight that is used several times is a sum over all of
+    them, and none of them knows its norm.
 
     Attributes:
         made: how many of them were made.
@@ -56,7 +56,7 @@ class Calls:
             x: ``[S, T, D]``.
             grad: ``[S, T, F]``.
             support: as in `sample_rows`.
-            mask: likewise.
+            mask: as of `Layout`.
         """
         self.seen.append((x, grad, support, mask))
         if len(self.seen) < self.made:
@@ -102,14 +102,14 @@ def tap(
     """The output of a linear layer, watched in the backward pass.
 
     Args:
-        output: what the layer returned, ``[*, F]``.
+        output: of the layer, ``[*, F]``.
         probe: of `new_probe`; Σ_s w_s w_sᵀ is added to its gradient, w_s the `COLUMNS` of sample s.
             A pass with a number that is not finite, as GradScaler skips it, is counted instead.
-        layer_input: what the layer received, ``[*, D]``; kept until the backward pass, as the layer
+        layer_input: of the layer, ``[*, D]``; kept until the backward pass, as the layer
             itself keeps it for its weight's gradient.
         layout: of its tokens.
         support: bool ``[*, F]``, where σ′ ≠ 0, for the layer that the activation reads.
-        scale: float ``[S]``, what the gradient of the loss that is run backward is multiplied by to
+        scale: float ``[S]``, the factor from the gradient of the loss that is run backward to
             be that of the sample's own loss.
         calls: those of the layer in this pass, with this one; None if it is the only one.
 
@@ -131,7 +131,7 @@ def tap(
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, whose backward gives the probe its moments."""
+    """The identity; its backward adds the moments to the probe."""
 
     @staticmethod
     def forward(
@@ -203,7 +203,7 @@ def by_sample(tensor: Tensor, layout: Layout) -> Tensor:
 def sample_rows(
     x: Tensor, grad: Tensor, support: Tensor | None, mask: Tensor | None, scale: Tensor
 ) -> Tensor:
-    """What a backward pass says of each sample.
+    """The numbers of each sample in one backward pass.
 
     Args:
         x: inputs of the layer ``[S, T, D]``.
@@ -243,7 +243,7 @@ def _rows_of_chunk(x: Tensor, grad: Tensor, support: Tensor | None, mask: Tensor
     if mask is not None:
         mask = mask.to(x.device)  # of a model on several devices it is where the input is
         counted = mask.to(x.dtype)
-        # Not a product: what stands on padding may be infinite.
+        # Not a product: values on padding may be infinite.
         x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         grad = grad.masked_fill(~mask.unsqueeze(-1), 0.0)
     counted = counted.to(torch.float64)
@@ -295,7 +295,7 @@ def squared_weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def tap_loss(loss: Tensor, probe: Tensor) -> Tensor:
-    """A model's own loss, watched for what becomes of it on the way to ``backward``.
+    """A model's own loss, through a tap that measures its factor on the way to ``backward``.
 
     Accumulation, gradient scaling and the number of processes all multiply it.
 
@@ -317,7 +317,7 @@ def new_loss_probe(device: torch.device) -> Tensor:
 
 
 class _LossTap(torch.autograd.Function):
-    """The identity, whose backward tells the probe the factor of the loss."""
+    """The identity; its backward adds the factor of the loss to the probe."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, probe: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which rows of ``generate`` have ended: it goes on feeding them tokens that no mask tells of."""
+"""Which rows of ``generate`` have ended: it feeds them tokens that no mask marks."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks.find import unwrap
 from steppe.surgery.journal import Journal
 from steppe.tokens import Generation, current_generation
 
 
-def follow_generation(model: nn.Module, journal: Journal) -> None:
+def follow_generation(root: nn.Module, journal: Journal) -> None:
     """Keep `current_generation` during ``generate``, with the rows that have ended.
 
     A row ends when the stopping criteria of the call say so (an end-of-sequence token, a string, a
     criterion of the user's). With beams the rows are those of the beams that go on, so none ends.
 
     Args:
-        model: the model; each model in it that can generate is followed.
+        root: the model without wrappers; each model in it that can generate is followed.
         journal: takes the edits down.
     """
-    for module in unwrap(model).modules():
+    for module in root.modules():
         if callable(getattr(type(module), "generate", None)):
             journal.swap_class(module, _Generating)
 
 
 class _Generating(nn.Module):
-    """What a model that can generate does otherwise."""
+    """A model that keeps which rows of its generation have ended."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate."""
@@ -41,7 +40,7 @@ class _Generating(nn.Module):
     # Of Transformers' generation loop this is the one place that knows when a row ends: criteria
     # that are handed to `generate` see neither each other nor the end-of-sequence tokens.
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """The criteria of a call, which keep what they say."""
+        """The criteria of a call, which keep their results."""
         criteria = super()._get_stopping_criteria(  # type: ignore[misc]
             generation_config, *args, **kwargs
         )

@@ -1,4 +1,4 @@
-"""Whose loss a gradient is of: each sample's own, whatever became of it in the batch's."""
+"""Turns the gradients of a batch's loss into those of each sample's own loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steppe.blocks.find import forward_parameters, shifts_labels, stock_model, unwrap
+from steppe.blocks.huggingface import forward_parameters, shifts_labels, stock_model
 from steppe.errors import LossError
 from steppe.measures.flatness import new_loss_probe, tap_loss
 from steppe.surgery.journal import Journal
@@ -24,16 +24,15 @@ class LossContext:
     """Hooks on a model that learn how the loss of its batches is made up of the samples'.
 
     Attributes:
-        scale: float ``[S]`` or one for all, of the current call: what turns the gradient of the
+        scale: float ``[S]`` or one for all, of the current call: turns the gradient of the
             batch's loss into that of each sample's own; None where the reduction alone tells.
         reduction: of the loss over its terms.
         given: `scale` was set from outside and the model's arguments do not change it.
-        outside: the scale of a call that is told no labels, where somebody knows it.
+        outside: the scale of a call without labels, where somebody knows it.
     """
 
-    def __init__(self, model: nn.Module, reduction: Reduction) -> None:
+    def __init__(self, root: nn.Module, reduction: Reduction) -> None:
         require_reduction("watch", reduction)
-        root = unwrap(model)
         self.speakers = (root,) if stock_model(root) is root else (root, stock_model(root))
         self._parameters = {one: forward_parameters(one) for one in self.speakers}
         self._in_root = False  # in a call of a wrapper
@@ -48,7 +47,7 @@ class LossContext:
         self.probe = new_loss_probe(torch.device("cpu") if parameter.is_meta else parameter.device)
 
     def attach(self, journal: Journal) -> None:
-        """Register the hooks: on the model, and on the one in it if that one is told the labels."""
+        """Register the hooks: on the model, and on the one in it if that one gets the labels."""
         for speaker in self.speakers:
             journal.add_forward_pre_hook(speaker, self._see_labels, with_kwargs=True)
             journal.add_forward_hook(speaker, self._see_loss)
@@ -67,12 +66,12 @@ class LossContext:
             self._in_root = True
         if self.given:
             return
-        told = arguments_by_name(self._parameters[module], args, kwargs)
-        labels = told.get("labels")
+        arguments = arguments_by_name(self._parameters[module], args, kwargs)
+        labels = arguments.get("labels")
         if self._in_root and module is self.speakers[-1] and not isinstance(labels, Tensor):
-            return  # the wrapper around it may have been told
+            return  # the wrapper around it may have got them
         self.scale = (
-            sample_scale(labels, self._shifted, self.reduction, told.get("num_items_in_batch"))
+            sample_scale(labels, self._shifted, self.reduction, arguments.get("num_items_in_batch"))
             if isinstance(labels, Tensor)
             else self.outside
         )
@@ -87,18 +86,18 @@ class LossContext:
             self._is_tapped = self._in_root
 
     def tapped(self, loss: Tensor) -> Tensor:
-        """The same loss, whose backward pass tells its factor."""
+        """The same loss; its backward pass measures its factor."""
         if self.probe.device != loss.device:
             self.probe = new_loss_probe(loss.device)
         return tap_loss(loss, self.probe)
 
     def tapped_outside(self, loss: Tensor) -> Tensor:
-        """A loss from outside, likewise, if the model was told no labels."""
+        """The same loss from outside, measured too if the model has got no labels."""
         is_outside = self.enabled and self.outside is not None and self.scale is self.outside
         return self.tapped(loss) if is_outside and loss.requires_grad else loss
 
     def scale_of(self, samples: int, device: torch.device, name: str) -> Tensor:
-        """What each sample's gradient is multiplied by.
+        """The factor of each sample's gradient.
 
         Args:
             samples: S, as a block sees it.
@@ -130,7 +129,7 @@ class LossContext:
 
 
 def require_reduction(where: str, reduction: str) -> None:
-    """Refuse what is no reduction.
+    """Refuse a value that is no reduction.
 
     Raises:
         ValueError: it is neither ``mean`` nor ``sum``.
@@ -159,9 +158,9 @@ def terms_of(labels: Tensor, shifted: bool) -> Tensor:
 def sample_scale(
     labels: Tensor, shifted: bool, reduction: Reduction, terms: Tensor | int | None = None
 ) -> Tensor | None:
-    """What turns ∂L/∂p into ∂ℓ_s/∂p, for a loss L over all terms and ℓ_s over those of sample s.
+    """The factors from ∂L/∂p to ∂ℓ_s/∂p: L is over all terms, ℓ_s over those of sample s.
 
-    For a mean over N terms of which n_s are of the sample that is N / n_s, and 0 for a sample
+    For a mean over N terms, n_s of them of the sample, that is N / n_s, and 0 for a sample
     without terms; for a sum it is 1.
 
     Args:
@@ -195,14 +194,14 @@ def labels_of(batch: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.dim() > 0 else None
 
 
-def logits_of(output: Any, model: nn.Module) -> Tensor:
-    """The logits in what a model returns.
+def logits_of(output: Any, root: nn.Module) -> Tensor:
+    """The logits in the output of a model, which has no wrappers.
 
     Raises:
         LossError: there are none, or they are of no classification or language model.
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    config = getattr(stock_model(model), "config", None)
+    config = getattr(stock_model(root), "config", None)
     problem = getattr(config, "problem_type", None)
     if (
         not isinstance(logits, Tensor)
@@ -213,7 +212,7 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise LossError(
             f"labels='model': expected logits [samples, classes] or [samples, tokens, vocabulary]"
-            f" from {type(unwrap(model)).__name__}, got {got}"
+            f" from {type(root).__name__}, got {got}"
             + (f" of a {problem} model" if problem else "")
             + ". Sampling needs a distribution over classes; use labels='data'."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from steppe.blocks.find import MLPBlock, blocks_for, shifts_labels, unwrap
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.find import blocks_for
+from steppe.blocks.huggingface import shifts_labels
 from steppe.blocks.patterns import BlockPattern
+from steppe.blocks.wrappers import unwrap
 from steppe.errors import DeviceError, EmptyLoaderError, LossError, NonFiniteLossError
-from steppe.measures.curvature import hessian_curvature, samples_of
+from steppe.measures.curvature import BlockCurvature, hessian_curvature, samples_of
 from steppe.measures.losses import (
     Reduction,
     labels_of,
@@ -27,8 +30,8 @@ from steppe.measures.losses import (
     sum_of_own_losses,
     terms_of,
 )
+from steppe.measures.monitor import Monitor
 from steppe.measures.report import Report
-from steppe.measures.watch import Monitor
 from steppe.routing.route import run_dense
 from steppe.surgery.pattern_notes import note_patterns_
 
@@ -44,7 +47,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
             the rest are targets), or a tensor.
 
     Returns:
-        What the model returns.
+        The output of the model.
     """
     batch = to_device(batch, model)
     if isinstance(batch, Mapping):
@@ -85,7 +88,7 @@ def measure(
     Args:
         model: the model; it is back in its mode afterwards, module by module.
         loader: batches, with labels unless `labels` is None. Each row is a sample.
-        loss: from what the model returned and the batch, a scalar; the model's own loss by default.
+        loss: of the model's output and the batch, a scalar; the model's own loss by default.
         labels: ``data``: those of the batch. ``model``: sampled from the model's own predictive
             distribution, by the global random generator, where the batch's are not -100; AF is then
             an estimate of the trace of the Fisher matrix. None: densities alone, without a backward
@@ -99,7 +102,7 @@ def measure(
         group: processes that measure a share of the data each; the sums go over all of them.
         curvature: measure the trace and the largest eigenvalue of the Hessian of each weight too,
             see `BlockCurvature`; keeps the batches, and takes many passes over them.
-        strict: refuse a model of which some MLPs are not found, instead of warning once;
+        strict: refuse a model with MLPs that are not found, instead of warning once;
             ``Report.coverage`` says it in any case.
 
     Returns:
@@ -112,7 +115,7 @@ def measure(
             that counts.
         LossError: the loss is no scalar, has no gradient, or there are no labels for it.
         NonFiniteLossError: the loss is NaN or infinite.
-        WiringError: what flows through a block is not what its pattern says.
+        WiringError: a block computes something else than its pattern says.
         ValueError: `labels` or `reduction` is none of those above.
 
     Source: arXiv 2605.25612.
@@ -125,6 +128,38 @@ def measure(
         >>> abs(block.derivative_density_by_identity / block.derivative_density - 1) < 1e-6
         True
     """
+    _require_fitting(labels, loss, curvature)
+    require_reduction("measure", reduction)
+    root = unwrap(model)
+    _require_one_device(root, gradients=labels is not None)
+    blocks = blocks_for("measure", model, where, patterns, strict)
+    note_patterns_(model, patterns)
+    task = _Task(model, root, loss, labels, reduction, forward)
+    number = 0
+    kept: list[Any] = []
+    with (
+        _gradients(model, wanted=labels is not None),
+        Monitor(model, blocks, labels is not None, reduction, verb="measure").attached() as monitor,
+        _evaluating(model),
+    ):
+        for batch in islice(loader, max_batches):
+            batch = to_device(batch, model)
+            task.run(batch, number, monitor)
+            number += 1
+            if curvature:
+                kept.append(batch)
+        if int(monitor.counts(group)[:, 3].sum()) == 0:
+            raise EmptyLoaderError(
+                f"measure: {number} batches without a single token that counts in"
+                f" {type(root).__name__}. Is the loader empty (an iterator that was used"
+                " up before, drop_last with a large batch), or every token padding?"
+            )
+        report = monitor.report(group)
+    return replace(report, curvature=task.curvature(kept, blocks)) if curvature else report
+
+
+def _require_fitting(labels: str | None, loss: Loss | None, curvature: bool) -> None:
+    """Refuse arguments that contradict each other."""
     if labels not in ("data", "model", None):
         raise ValueError(f"measure: expected labels='data', 'model' or None, got {labels!r}")
     if curvature and labels != "data":
@@ -136,103 +171,75 @@ def measure(
             "measure: labels='model' samples from the softmax of the model's logits, whose loss is"
             " the cross-entropy; leave `loss` out, or say labels='data'"
         )
-    require_reduction("measure", reduction)
-    _require_one_device(model, gradients=labels is not None)
-    blocks = blocks_for("measure", model, where, patterns, strict)
-    note_patterns_(model, patterns)
-    seen = 0
-    kept: list[Any] = []
-    with (
-        _gradients(model, wanted=labels is not None),
-        Monitor(model, blocks, labels is not None, reduction, verb="measure").attached() as monitor,
-        _evaluating(model),
-    ):
-        for batch in islice(loader, max_batches):
-            batch = to_device(batch, model)
-            if labels is None:
-                forward(model, batch)
-            else:
-                value = (
-                    _run_on_data(model, batch, seen, loss, reduction, forward, monitor)
-                    if labels == "data"
-                    else _run_on_samples(model, batch, seen, reduction, forward, monitor)
-                )
-                _require_finite(value, seen)
-                value.backward(inputs=monitor.probes())
-            if curvature:
-                kept.append(batch)
-            seen += 1
-        counts = monitor.counts(group)
-        if int(counts[:, 3].sum()) == 0:
-            raise EmptyLoaderError(
-                f"measure: {seen} batches without a single token that counts in"
-                f" {type(unwrap(model)).__name__}. Is the loader empty (an iterator that was used"
-                " up before, drop_last with a large batch), or every token padding?"
+
+
+@dataclass(frozen=True)
+class _Task:
+    """How one batch is measured: the arguments of `measure`, and the model without wrappers."""
+
+    model: nn.Module
+    root: nn.Module
+    loss: Loss | None
+    labels: Literal["data", "model"] | None
+    reduction: Reduction
+    forward: Callable[[nn.Module, Any], Any]
+
+    def run(self, batch: Any, number: int, monitor: Monitor) -> None:
+        """Run the model on a batch, forward and, unless `labels` is None, backward."""
+        if self.labels is None:
+            self.forward(self.model, batch)
+            return
+        of_labels = self._loss_on_data if self.labels == "data" else self._loss_on_samples
+        value = of_labels(batch, number, monitor)
+        _require_finite(value, number)
+        value.backward(inputs=monitor.probes())
+
+    def curvature(
+        self, batches: Sequence[Any], blocks: Sequence[MLPBlock]
+    ) -> tuple[BlockCurvature, ...]:
+        """The curvature of each block on some batches."""
+        with _evaluating(self.model), torch.enable_grad(), run_dense(blocks):
+            return hessian_curvature(
+                self.model,
+                batches,
+                _MeanLoss(self.loss, self.forward, self.reduction),
+                blocks,
+                size=_Terms(shifts_labels(self.root), self.reduction),
             )
-        report = monitor.report(group)
-    if not curvature:
-        return report
-    with _evaluating(model), torch.enable_grad(), run_dense(blocks):
-        curvatures = hessian_curvature(
-            model,
-            kept,
-            _MeanLoss(loss, forward, reduction),
-            blocks,
-            size=_Terms(shifts_labels(model), reduction),
-        )
-    return replace(report, curvature=curvatures)
 
+    def _loss_on_data(self, batch: Any, number: int, monitor: Monitor) -> Tensor:
+        """The loss of a batch with its own labels; the monitor gets the scale of each sample."""
+        labels = labels_of(batch)
+        shifted = shifts_labels(self.root)
+        if labels is not None and not bool(terms_of(labels, shifted).any()):
+            raise _no_label(number)
+        monitor.use_scale(None if labels is None else sample_scale(labels, shifted, self.reduction))
+        output = self.forward(self.model, batch)
+        if self.loss is not None:
+            return require_scalar(self.loss(output, batch), number)
+        value = getattr(output, "loss", None)
+        if value is None:
+            raise LossError(
+                f"batch {number}: {type(self.root).__name__} returned no loss"
+                + (" and the batch has no labels" if labels is None else "")
+                + ". Add 'labels' to the batches of a Hugging Face model, or say what the loss is:"
+                " measure(..., loss=lambda output, batch: F.cross_entropy(output, batch[1]))."
+                " Without labels: labels='model'; without gradients: labels=None."
+            )
+        return require_scalar(value, number)
 
-def _run_on_data(
-    model: nn.Module,
-    batch: Any,
-    number: int,
-    loss: Loss | None,
-    reduction: Reduction,
-    forward: Callable[[nn.Module, Any], Any],
-    monitor: Monitor,
-) -> Tensor:
-    """The loss of a batch with its own labels, the monitor told how it is made of the samples'."""
-    labels = labels_of(batch)
-    shifted = shifts_labels(model)
-    if labels is not None and not bool(terms_of(labels, shifted).any()):
-        raise _no_label(number)
-    monitor.use_scale(None if labels is None else sample_scale(labels, shifted, reduction))
-    output = forward(model, batch)
-    if loss is not None:
-        return require_scalar(loss(output, batch), number)
-    value = getattr(output, "loss", None)
-    if value is None:
-        raise LossError(
-            f"batch {number}: {type(unwrap(model)).__name__} returned no loss"
-            + (" and the batch has no labels" if labels is None else "")
-            + ". Add 'labels' to the batches of a Hugging Face model, or say what the loss is:"
-            " measure(..., loss=lambda output, batch: F.cross_entropy(output, batch[1])). Without"
-            " labels: labels='model'; without gradients: labels=None."
-        )
-    return require_scalar(value, number)
-
-
-def _run_on_samples(
-    model: nn.Module,
-    batch: Any,
-    number: int,
-    reduction: Reduction,
-    forward: Callable[[nn.Module, Any], Any],
-    monitor: Monitor,
-) -> Tensor:
-    """The sum of the samples' own losses for labels that the model draws itself."""
-    monitor.use_scale(torch.ones(()))
-    logits = logits_of(forward(model, batch), model)
-    shifted = shifts_labels(model) and logits.dim() == 3
-    if shifted:
-        logits = logits[:, :-1]
-    terms = _predictions_that_count(batch, logits, shifted)
-    if not bool(terms.any()):
-        raise _no_label(number)
-    return require_scalar(
-        sum_of_own_losses(logits, sample_labels(logits, terms), reduction), number
-    )
+    def _loss_on_samples(self, batch: Any, number: int, monitor: Monitor) -> Tensor:
+        """The sum of the samples' own losses for labels that the model draws itself."""
+        monitor.use_scale(torch.ones(()))
+        logits = logits_of(self.forward(self.model, batch), self.root)
+        shifted = shifts_labels(self.root) and logits.dim() == 3
+        if shifted:
+            logits = logits[:, :-1]
+        terms = _predictions_that_count(batch, logits, shifted)
+        if not bool(terms.any()):
+            raise _no_label(number)
+        sampled = sample_labels(logits, terms)
+        return require_scalar(sum_of_own_losses(logits, sampled, self.reduction), number)
 
 
 def _predictions_that_count(batch: Any, logits: Tensor, shifted: bool) -> Tensor:
@@ -304,9 +311,8 @@ def _require_finite(loss: Tensor, number: int) -> None:
         )
 
 
-def _require_one_device(model: nn.Module, gradients: bool) -> None:
-    """Refuse what a forward pass cannot run on."""
-    root = unwrap(model)
+def _require_one_device(root: nn.Module, gradients: bool) -> None:
+    """Refuse a model on no device, or on several by accident."""
     kinds = {parameter.device.type for parameter in root.parameters()}
     if "meta" in kinds or (len(kinds) > 1 and not _is_dispatched(root)):
         raise DeviceError(

@@ -1,4 +1,4 @@
-"""What was measured of each block, and how the numbers follow from sums over samples."""
+"""The report of each block, and how its numbers follow from sums over samples."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class _Text(str):
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What was measured of one block.
+    """The measures of one block.
 
     E_s is the mean over samples s, ℓ_s is that sample's own loss, and t runs over its tokens.
-    Padding counts nowhere. What was not measured is NaN: everything from `AF_up` on where there was
-    no backward pass, what is of the gate where there is none.
+    Padding counts nowhere. A value that was not measured is NaN: everything from `AF_up` on where
+    there was no backward pass, and the gate's values where there is none.
 
     Attributes:
         name: name of the block.
@@ -117,7 +117,7 @@ _POOLED = ("density", "derivative_density", "coverage", "not_covered")
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured of a model.
+    """The measures of a model.
 
     Attributes:
         density: share of entries with a ≠ 0, pooled over the blocks, in [0, 1].
@@ -125,8 +125,8 @@ class Report:
         blocks: the same and more per block, in forward order.
         curvature: of the Hessian of each block's weights, where it was asked for.
         coverage: share of the parameters of the model's MLPs that are in the blocks, in [0, 1]; NaN
-            in what was written before it was known.
-        not_covered: what is not: a line for each kind of it, and each block that was left out.
+            in files from before it was known.
+        not_covered: a line for each kind of MLP in no block, and for each block that was left out.
     """
 
     density: float
@@ -140,7 +140,7 @@ class Report:
     def density_by_tower(self) -> dict[str, float]:
         """The density pooled over the blocks of each tower: encoder, decoder, vision, text.
 
-        Blocks are of one tower whose names are the same up to the first number.
+        Blocks are of one tower if their names are the same up to the first number.
         """
         active: dict[str, float] = {}
         entries: dict[str, int] = {}
@@ -179,7 +179,7 @@ class Report:
 def pooled(blocks: Sequence[BlockReport]) -> BlockReport:
     """Several blocks of the same widths as one, under the name that theirs begin with.
 
-    Each mean is over what it is of, of all blocks: densities over entries, AF over samples.
+    Each mean is over the entries, tokens or samples of all blocks, as in each of them.
 
     Args:
         blocks: at least one.
@@ -224,7 +224,7 @@ LAYOUT = (
     *("name_per_block", "d_model_per_block", "d_hidden_per_block", "gated_per_block"),
     *("coverage", "not_covered"),
 )
-"""What `Report.to_dict` says of the blocks, whatever was measured of them."""
+"""The keys of `Report.to_dict` that describe the blocks, whatever was measured of them."""
 
 
 def report_from_dict(values: dict[str, Any]) -> Report:
@@ -290,7 +290,7 @@ def ratio_of_sums(
     if samples < 2 or math.isnan(ratio):
         return ratio, NAN
     if ratio == 0.0:
-        return ratio, 0.0  # what is never negative and 0 on average is always 0
+        return ratio, 0.0  # a number that is never negative and 0 on average is always 0
     weights = torch.zeros(len(sums), dtype=moments.dtype)
     for column in numerators:
         weights[column] += 1.0 / sums[column]
@@ -324,7 +324,7 @@ def frequency_histogram(active_tokens: Tensor, tokens: int) -> tuple[int, ...]:
 
 
 def to_json(value: Any) -> Any:
-    """JSON values with None for what is not finite, since JSON has no word for it."""
+    """JSON values with None for infinity and NaN, since JSON has no word for them."""
     if isinstance(value, dict):
         return {key: to_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

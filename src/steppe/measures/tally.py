@@ -1,4 +1,4 @@
-"""What the hooks gathered of a block, and the report that follows from it."""
+"""The sums that the hooks gather of a block, and the report that follows from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.measures.density import COUNTERS, SAMPLE_COUNTERS
 from steppe.measures.flatness import COLUMNS, GRADIENT_COLUMNS
 from steppe.measures.report import (

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe.blocks.find import unwrap
+from steppe.blocks.wrappers import unwrap
 from steppe.errors import SparsificationError
 from steppe.plugins.base import Constraint, Plugin
 from steppe.record import APPLIED, RECORD_VERSION, Holder, erase_records, unapplied

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks.find import MLPBlock, Slot
+from steppe.blocks.block import MLPBlock, Slot
 from steppe.blocks.linear import linear_weight
 from steppe.surgery.journal import Journal
 

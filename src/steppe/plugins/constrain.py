@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe.blocks.find import unwrap
+from steppe.blocks.wrappers import unwrap
 from steppe.errors import ScheduleError
 from steppe.plugins.applied import added_parameters, require_sparsification
 from steppe.surgery.journal import Journal

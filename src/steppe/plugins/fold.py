@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks.find import MLPBlock, find_blocks, unwrap
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.find import find_blocks
 from steppe.blocks.fused import Half
 from steppe.blocks.linear import linear_weight
+from steppe.blocks.wrappers import unwrap
 from steppe.errors import SparsificationError
 from steppe.plugins.applied import sparsification_of, take_out_
 from steppe.plugins.base import shifted_bias

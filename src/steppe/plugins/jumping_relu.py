@@ -17,7 +17,7 @@ from steppe.activations import (
     evaluate,
     is_relu,
 )
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.blocks.linear import linear_weight
 from steppe.errors import UnfitBlockError
 from steppe.ops.rectifier import rectifier, rectifier_derivative

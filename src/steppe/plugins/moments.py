@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from steppe.checkpointing import in_backward
+
 _ADDING = threading.Lock()
 
 
@@ -23,7 +25,7 @@ def add_moments_(sums: Tensor, p: Tensor, counted: Tensor | None) -> None:
         p: ``[*, F]``.
         counted: bool ``[N]``, False where a token is padding; None for all.
     """
-    if torch._C._current_graph_task_id() == -1:
+    if not in_backward():
         moments = moments_of(p.reshape(-1, p.shape[-1]), counted).to(sums.dtype)
         with _ADDING:  # the model may run in several threads at once
             sums += moments
@@ -47,7 +49,7 @@ def add_product_moments_(
         bias: ``[F]``, or None.
         counted: as in `add_moments_`.
     """
-    if torch._C._current_graph_task_id() == -1:
+    if not in_backward():
         p = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         moments = moments_of(p, counted).to(sums.dtype)
         with _ADDING:

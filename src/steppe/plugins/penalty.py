@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.blocks.linear import linear_weight
+from steppe.checkpointing import in_backward
 from steppe.errors import LossError, ScheduleError, SparsificationError
 from steppe.plugins.base import (
     Constraint,
@@ -145,7 +146,7 @@ class Penalty(LossTerm):
             return None
         mean = mean_l1(a, context.counted(a, block))
         # A pass recomputed by checkpointing: the same operations, but nothing more to add.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling() or not in_backward():
             self._means.append(mean)
             self._is_due = True
             if not mean.requires_grad:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.blocks.norms import NormScale, scale_of
 from steppe.errors import UnfitBlockError
 from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.blocks.linear import is_adapted, linear_weight
 from steppe.errors import UnfitBlockError
 from steppe.plugins.base import BiasShift, Constraint, Plugin, ramp_progress

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from steppe.blocks.find import MLPBlock, Slot, blocks_for, unwrap
+from steppe.blocks.block import MLPBlock, Slot
+from steppe.blocks.find import blocks_for
 from steppe.blocks.patterns import BlockPattern
+from steppe.blocks.wrappers import unwrap
 from steppe.errors import SparsificationError
 from steppe.plugins.applied import Applied, Sparsification, sparsification_of
 from steppe.plugins.base import Plugin, mark_needs

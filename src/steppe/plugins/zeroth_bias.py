@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steppe.blocks.find import MLPBlock, Slot, max_tokens_of
+from steppe.blocks.block import MLPBlock, Slot
+from steppe.blocks.huggingface import max_tokens_of
 from steppe.blocks.linear import is_adapted, linear_weight
 from steppe.blocks.norms import scale_of
 from steppe.errors import TokenPositionError, UnfitBlockError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from steppe.blocks.find import Coverage, MLPBlock
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.coverage import Coverage
 from steppe.tables import FittingTable
 
 
@@ -12,7 +13,7 @@ def blocks_table(found: Coverage) -> FittingTable:
     """The blocks of a model, one line for those that are alike and follow each other.
 
     Args:
-        found: of `steppe.blocks.find.coverage`.
+        found: of `steppe.blocks.coverage.coverage`.
     """
     table = FittingTable()
     table.add_texts("block")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steppe.activations import Activation, is_relu
+from steppe.blocks.block import Slot
 from steppe.blocks.experts import Expert, SharedActivation
-from steppe.blocks.find import Slot
 from steppe.blocks.fused import Half
 from steppe.blocks.inline import AROUND, WrittenOut
 from steppe.routing.calls import call_with

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 
 Places = dict[int, tuple[nn.Module, str]]
 """By the id of a module: the module that it is a child of, and its name there."""

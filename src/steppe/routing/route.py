@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.errors import AccelerationError
 from steppe.ops.outcome import OWN_MODULES, Outcome
 from steppe.ops.plan import Plan

@@ -13,143 +13,36 @@ it: as an object of its own class, with the edits taken back.
 from __future__ import annotations
 
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from steppe.blocks.experts import ExpertLayer, ListedTokens
-from steppe.blocks.find import MLPBlock, Slot, find_nested_tensor_encoders
+from steppe.blocks.block import MLPBlock, Slot
+from steppe.blocks.experts import ExpertLayer
 from steppe.blocks.fused import Half
 from steppe.blocks.inline import INLINE, Inline
-from steppe.surgery.swapping import (
-    OwnHook,
-    Reviver,
-    Swap,
-    Swapped,
-    pull_swap,
-    push_swap,
-    swapped_of,
+from steppe.blocks.nested import find_nested_tensor_encoders
+from steppe.blocks.routed import ListedTokens
+from steppe.surgery.edits import (
+    HOLDS,
+    AddedEdit,
+    AttributeEdit,
+    ClassEdit,
+    Edit,
+    FreezeEdit,
+    HoldEdit,
+    HookEdit,
+    ItemEdit,
+    ParameterEdit,
+    ReviverEdit,
+    SlotEdit,
+    Value,
+    set_part,
 )
-
-_HOLDS = "_steppe_holds"  # on a module: attribute → (number of holders, old value)
-
-
-class _Value(Enum):
-    """In place of a value that there is none of; the same one in every copy."""
-
-    ABSENT = auto()
-
-
-class _Edit(ABC):
-    """One change that can be taken back."""
-
-    @abstractmethod
-    def undo(self) -> None:
-        """Take the change back."""
-
-
-@dataclass(eq=False)
-class _SlotEdit(_Edit):
-    """A change of one attribute of a module."""
-
-    slot: Slot
-
-    def undo(self) -> None:
-        """Take the change back, and a copy need not do so any more."""
-        self.undo_on(self.slot.module)
-        swapped = swapped_of(self.slot.module)
-        if swapped is not None and self in swapped.edits:
-            swapped.edits.remove(self)
-
-    @abstractmethod
-    def undo_on(self, module: nn.Module) -> None:
-        """Take the change back on a module that has the attributes of the slot's."""
-
-
-@dataclass(eq=False)
-class _AttributeEdit(_SlotEdit):
-    old: object
-
-    def undo_on(self, module: nn.Module) -> None:
-        _set(Slot(module, self.slot.name), self.old)
-
-
-@dataclass(eq=False)
-class _AddedEdit(_SlotEdit):
-    def undo_on(self, module: nn.Module) -> None:
-        delattr(module, self.slot.name)
-
-
-@dataclass(eq=False)
-class _ParameterEdit(_AddedEdit):
-    """A new parameter."""
-
-
-@dataclass
-class _ItemEdit(_Edit):
-    items: list[Any]
-    item: object
-
-    def undo(self) -> None:
-        self.items.remove(self.item)
-
-
-@dataclass
-class _HookEdit(_Edit):
-    handle: RemovableHandle
-
-    def undo(self) -> None:
-        self.handle.remove()
-
-
-@dataclass
-class _FreezeEdit(_Edit):
-    parameter: nn.Parameter
-    required_grad: bool
-
-    def undo(self) -> None:
-        self.parameter.requires_grad_(self.required_grad)
-
-
-@dataclass(eq=False)
-class _HoldEdit(_SlotEdit):
-    def undo_on(self, module: nn.Module) -> None:
-        name = self.slot.name
-        holds = dict(module.__dict__[_HOLDS])  # a new one: the module's view shares the old one
-        holders, old = holds.pop(name)
-        if holders > 1:
-            holds[name] = (holders - 1, old)
-        elif old is _Value.ABSENT:
-            delattr(module, name)
-        else:
-            setattr(module, name, old)
-        if holds:
-            module.__dict__[_HOLDS] = holds
-        else:
-            del module.__dict__[_HOLDS]
-
-
-@dataclass
-class _ClassEdit(_Edit):
-    module: nn.Module
-    swap: Swap
-
-    def undo(self) -> None:
-        pull_swap(self.module, self.swap)
-
-
-@dataclass
-class _ReviverEdit(_Edit):
-    swapped: Swapped
-
-    def undo(self) -> None:
-        self.swapped.reviver = None
+from steppe.surgery.swapping import OwnHook, Reviver, Swapped, push_swap, swapped_of
 
 
 class Journal:
@@ -160,25 +53,25 @@ class Journal:
     """
 
     def __init__(self, transient: bool = False) -> None:
-        self._edits: list[_Edit] = []
+        self._edits: list[Edit] = []
         self._transient = transient
         self._swapped: set[nn.Module] = set()  # by this journal
 
     def set_attribute(self, slot: Slot, value: object) -> None:
         """Give an attribute another value; a module may take the place of a function."""
-        edit = _AttributeEdit(slot, getattr(slot.module, slot.name))
+        edit = AttributeEdit(slot, getattr(slot.module, slot.name))
         self._note(edit)
-        _set(slot, value)
+        set_part(slot, value)
 
     def add_attribute(self, slot: Slot, value: object) -> None:
         """Give a module an attribute that it does not have; no Parameter, buffer or module."""
         setattr(slot.module, slot.name, value)
-        self._note(_AddedEdit(slot))
+        self._note(AddedEdit(slot))
 
     def append(self, items: list[Any], item: object) -> None:
         """Put an object at the end of a list."""
         items.append(item)
-        self._edits.append(_ItemEdit(items, item))
+        self._edits.append(ItemEdit(items, item))
 
     def hold_attribute(self, slot: Slot, value: object) -> None:
         """Give an attribute another value for as long as any journal wants it so.
@@ -186,11 +79,11 @@ class Journal:
         It may be one that the module itself does not have. All must want the same value; the last
         one to let go brings the old one back.
         """
-        holds = slot.module.__dict__.get(_HOLDS, {})
-        holders, old = holds.get(slot.name, (0, slot.module.__dict__.get(slot.name, _Value.ABSENT)))
+        holds = slot.module.__dict__.get(HOLDS, {})
+        holders, old = holds.get(slot.name, (0, slot.module.__dict__.get(slot.name, Value.ABSENT)))
         setattr(slot.module, slot.name, value)
-        slot.module.__dict__[_HOLDS] = {**holds, slot.name: (holders + 1, old)}
-        self._note(_HoldEdit(slot))
+        slot.module.__dict__[HOLDS] = {**holds, slot.name: (holders + 1, old)}
+        self._note(HoldEdit(slot))
 
     def hold_nested_tensors_off(self, model: nn.Module) -> None:
         """Keep ``nn.TransformerEncoder`` from nested tensors, on which layers with hooks fail."""
@@ -201,7 +94,7 @@ class Journal:
         """Let layers that are parts of larger ones, and experts, run as layers of blocks.
 
         Args:
-            blocks: of which those that have such layers matter.
+            blocks: those without such layers are left as they are.
 
         Raises:
             UnfitBlockError: a module with experts computes something else.
@@ -228,7 +121,7 @@ class Journal:
         Those whose weights lie in one tensor come below the module that has it, and it calls them.
 
         Args:
-            blocks: of which those that are such experts matter.
+            blocks: those that are no such experts are left as they are.
 
         Raises:
             UnfitBlockError: the module computes something else.
@@ -256,11 +149,11 @@ class Journal:
 
     def added_parameters(self) -> list[Slot]:
         """Where the registered parameters are."""
-        return [edit.slot for edit in self._edits if isinstance(edit, _ParameterEdit)]
+        return [edit.slot for edit in self._edits if isinstance(edit, ParameterEdit)]
 
     def added_tensors(self) -> list[Slot]:
         """Where parameters, and modules that may hold tensors, were put."""
-        slots = [edit.slot for edit in self._edits if isinstance(edit, _AddedEdit | _AttributeEdit)]
+        slots = [edit.slot for edit in self._edits if isinstance(edit, AddedEdit | AttributeEdit)]
         return [
             slot
             for slot in slots
@@ -270,12 +163,12 @@ class Journal:
     def add_parameter(self, slot: Slot, parameter: nn.Parameter) -> None:
         """Register a new parameter beside the existing ones."""
         slot.module.register_parameter(slot.name, parameter)
-        self._note(_ParameterEdit(slot))
+        self._note(ParameterEdit(slot))
 
     def add_module(self, slot: Slot, module: nn.Module) -> None:
         """Register a new module beside the existing ones."""
         slot.module.register_module(slot.name, module)
-        self._note(_AddedEdit(slot))
+        self._note(AddedEdit(slot))
 
     def add_forward_pre_hook(
         self,
@@ -306,7 +199,7 @@ class Journal:
 
         Its gradient goes: an optimizer with momentum would move it even by zeros.
         """
-        self._edits.append(_FreezeEdit(parameter, parameter.requires_grad))
+        self._edits.append(FreezeEdit(parameter, parameter.requires_grad))
         parameter.grad = None
         parameter.requires_grad_(False)
 
@@ -328,7 +221,7 @@ class Journal:
             behaviour: overrides methods and calls ``super()``; None for another class and nothing
                 more.
         """
-        self._edits.append(_ClassEdit(module, push_swap(module, behaviour)))
+        self._edits.append(ClassEdit(module, push_swap(module, behaviour)))
         self._swapped.add(module)
 
     def revive(self, module: nn.Module, reviver: Reviver) -> None:
@@ -345,7 +238,7 @@ class Journal:
         """
         swapped = self._swap_once(module)
         swapped.reviver = reviver
-        self._edits.append(_ReviverEdit(swapped))
+        self._edits.append(ReviverEdit(swapped))
 
     def followed_by(self, later: Journal) -> Journal:
         """A journal of these edits and then those of another."""
@@ -368,7 +261,7 @@ class Journal:
         assert swapped is not None
         return swapped
 
-    def _note(self, edit: _SlotEdit) -> None:
+    def _note(self, edit: SlotEdit) -> None:
         """Take an edit down, and let copies take it back if it is transient."""
         if self._transient:
             self._swap_once(edit.slot.module).edits.append(edit)
@@ -379,14 +272,7 @@ class Journal:
         hook.handle = handle
         if self._transient:
             self._swap_once(module)
-        self._edits.append(_HookEdit(handle))
-
-
-def _set(slot: Slot, value: object) -> None:
-    """Setattr that lets a plain function follow a module, which nn.Module refuses."""
-    if not isinstance(value, nn.Module):
-        slot.module._modules.pop(slot.name, None)
-    setattr(slot.module, slot.name, value)
+        self._edits.append(HookEdit(handle))
 
 
 def forget_compiled_code() -> None:

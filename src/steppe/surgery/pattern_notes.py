@@ -1,8 +1,8 @@
 """The patterns that a user gave, noted on the owners of the blocks that they matched.
 
 A verb that changes a model or watches it notes them, so that every later search for its blocks
-finds the same ones without being told again. They are plain values, which a copy of the model has
-too, and which `sparsify_` writes into its record. What a pattern says by a function (`when`,
+finds the same ones without the patterns. They are plain values, which a copy of the model has too,
+and which `sparsify_` writes into its record. A function of a pattern (`when`,
 `sequence_first`) is asked once, and holds for those owners from then on.
 """
 
@@ -13,9 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from steppe.blocks.find import Slot, matches, owner_name, unwrap
+from steppe.blocks.block import Slot
+from steppe.blocks.matching import matches
 from steppe.blocks.pattern_values import NOTE, pattern_of, values_of
 from steppe.blocks.patterns import BlockPattern
+from steppe.blocks.wrappers import owner_name, unwrap
 from steppe.errors import CheckpointError
 from steppe.surgery.journal import Journal
 
@@ -74,13 +76,13 @@ def entries_of(patterns: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
 def note_record_(
     root: nn.Module, record: Iterable[Noted], rename: Callable[[str], str], place: str
 ) -> bool:
-    """Note what a record has.
+    """Note the patterns of a record.
 
     Args:
         root: the model, which has no wrappers.
         record: values without a fault, and names in the record.
         rename: makes a name in the record one in the model.
-        place: what errors name.
+        place: of the record, for errors.
 
     Returns:
         Whether the model has all of the owners; if not, it is as it was.

@@ -1,4 +1,4 @@
-"""Swapped classes and marked hooks: what makes copies of an edited module plain again.
+"""Swapped classes and marked hooks, by which copies of an edited module are plain again.
 
 A module's class is swapped for a subclass of the same name. It may have another behaviour, it is
 another type for ``torch.compile``, and it says how the module is copied (``copy.deepcopy``,
@@ -17,11 +17,12 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-_SWAPPED = "_steppe_swapped"  # on a module whose class is swapped
+_SWAPPED = "_steppe_swapped"  # on a module with a swapped class
 
 Reviver = Callable[[nn.Module], object]
 
-# Each class made here → the class that it stands for; by what it is made of; and for copies.
+# Each class made here → the class that it stands for; class and behaviours → the class made of
+# them; class → the class of its unfinished copies.
 _BASES: dict[type[nn.Module], type[nn.Module]] = {}
 _SUBCLASSES: dict[tuple[type[nn.Module] | None, ...], type[nn.Module]] = {}
 _COPIES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -31,7 +32,7 @@ class OwnHook:
     """A forward hook or pre-hook that a `Journal` has registered.
 
     Args:
-        hook: what it calls.
+        hook: the function that it calls.
         transient: a copy of it does nothing.
 
     Attributes:
@@ -46,12 +47,12 @@ class OwnHook:
         self.handle: RemovableHandle | None = None
 
     def __call__(self, *args: Any) -> Any:
-        """What the hook says."""
+        """The result of the hook."""
         return self._hook(*args)
 
     @property
     def is_gone(self) -> bool:
-        """Whether this is what a copy has in place of a transient hook."""
+        """Whether this stands in a copy in place of a transient hook."""
         return self._hook is _say_nothing
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -84,7 +85,7 @@ class Swap:
     """One swap of a module's class.
 
     Attributes:
-        behaviour: what is mixed in; None for another class and nothing more.
+        behaviour: the class that is mixed in; None for another class and nothing more.
     """
 
     behaviour: type[nn.Module] | None
@@ -105,12 +106,12 @@ class _Level:
 
 @dataclass(eq=False)
 class Swapped:
-    """What a module with a swapped class keeps.
+    """The swaps and edits of a module with a swapped class.
 
     Attributes:
         levels: its swaps; a level of its own above each class that others have put on top.
-        edits: what copies take back.
-        reviver: what is called with a copy.
+        edits: the edits that copies take back.
+        reviver: called with each copy.
     """
 
     levels: list[_Level] = field(default_factory=list)
@@ -119,7 +120,7 @@ class Swapped:
 
 
 def swapped_of(module: nn.Module) -> Swapped | None:
-    """What a module with a swapped class keeps, or None."""
+    """The swaps and edits of a module with a swapped class, or None."""
     return module.__dict__.get(_SWAPPED)
 
 
@@ -193,7 +194,7 @@ def _subclass(
 
 
 class _Revival:
-    """A reviver on its way into a copy; `copied` tells the copy of it from the original."""
+    """A reviver on its way into a copy; `copied` is true of the copy of it."""
 
     def __init__(self, reviver: Reviver | None, copied: bool = False) -> None:
         self.reviver = reviver
@@ -235,12 +236,12 @@ def _reduce_ex(self: Any, protocol: int) -> Any:
 
 
 def _deepcopy(self: Any, memo: dict[Any, Any]) -> Any:
-    """``__deepcopy__`` of a swapped class whose base has one: that of the base, on a view."""
+    """``__deepcopy__`` of a swapped class with a base that has one: that of the base, on a view."""
     if type(self) not in _BASES:
         base: Any = next(_BASES[kind] for kind in type(self).__mro__ if kind in _BASES)
         return base.__deepcopy__(self, memo)
     key = _SWAPPED, id(self)
-    if key in memo:  # what the module refers to refers to it, and it is not complete yet
+    if key in memo:  # a part of it refers to it, and it is not complete yet
         return copy.deepcopy(memo[key], memo)
     view = memo[key] = _view(self)
     replica = copy.deepcopy(view, memo)
@@ -273,7 +274,7 @@ def _setstate(self: Any, state: tuple[dict[str, Any], _Revival]) -> None:
 
 
 def _finish(replica: nn.Module, revival: _Revival) -> None:
-    """Take out what is left of transient hooks, and revive."""
+    """Take out the remains of transient hooks, and revive."""
     for hooks, flags in (
         (replica._forward_pre_hooks, replica._forward_pre_hooks_with_kwargs),
         (replica._forward_hooks, replica._forward_hooks_with_kwargs),

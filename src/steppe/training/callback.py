@@ -19,7 +19,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 from steppe.blocks.patterns import BlockPattern
 from steppe.errors import ScheduleError
 from steppe.measures.tally import Tally

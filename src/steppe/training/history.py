@@ -10,11 +10,12 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from steppe.blocks.find import Blocks, MLPBlock, find_blocks
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.find import Blocks, find_blocks
 from steppe.blocks.patterns import BlockPattern
 from steppe.errors import ScheduleError
+from steppe.measures.monitor import Monitor
 from steppe.measures.tally import Tally, sum_over
-from steppe.measures.watch import Monitor
 from steppe.runs import measures_of
 from steppe.surgery.pattern_notes import note_patterns_
 from steppe.training.reporters import mean_of

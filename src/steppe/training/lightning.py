@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks.find import MLPBlock, find_blocks
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.find import find_blocks
 from steppe.blocks.patterns import BlockPattern
 from steppe.errors import MissingExtraError
 from steppe.plugins.applied import sparsification_of

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from steppe.blocks.find import shifts_labels
+from steppe.blocks.huggingface import shifts_labels
 from steppe.measures.losses import sample_scale
-from steppe.measures.watch import Monitor
+from steppe.measures.monitor import Monitor
 
 
 @contextmanager

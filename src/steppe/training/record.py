@@ -10,7 +10,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from steppe.activations import name_of
-from steppe.blocks.find import Blocks, unwrap
+from steppe.blocks.find import Blocks
+from steppe.blocks.wrappers import unwrap
 from steppe.files import prepare_folder
 from steppe.measures.report import Report, report_from_dict
 from steppe.plugins.applied import sparsification_of
@@ -74,7 +75,7 @@ def record_of(
         name=name,
         model=type(unwrap(model)).__name__,
         tokens_per_sample=_tokens_per_sample(training),
-        activations=[name_of(getattr(b.act_slot.module, b.act_slot.name)) for b in blocks],
+        activations=[name_of(b.current_act) for b in blocks],
         plugins=[] if sparsification is None else sparsification.record()["plugins"],
         settings=settings,
         versions={**versions(), **packages},

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from steppe.blocks.find import unwrap
+from steppe.blocks.wrappers import unwrap
 from steppe.checkpoints import load_weights_
 from steppe.checkpoints.weights import Weights, has_weights
 from steppe.errors import CheckpointError

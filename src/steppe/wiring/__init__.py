@@ -1,1 +1,1 @@
-"""Whether a block computes what its pattern says."""
+"""Compares the computation of a block with its pattern."""

@@ -1,6 +1,6 @@
-"""Looks at the first pass through each block of a model: does it compute what its pattern says?
+"""Looks at the first pass through each block of a model: does it compute as its pattern says?
 
-Hooks on the parts of a block hand what flows to a `Witness`. They are gone as soon as one call of
+Hooks on the parts of a block hand its tensors to a `Witness`. They are gone as soon as one call of
 the block was seen whole and right; on one that is wrong they stay, and refuse it every time.
 """
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from steppe.blocks.bare import HOOKS
+from steppe.blocks.block import MLPBlock, Slot
 from steppe.blocks.experts import ExpertLayer
-from steppe.blocks.find import MLPBlock, Slot
 from steppe.errors import WiringError
 from steppe.per_thread import PerThread
 from steppe.surgery.journal import Journal
@@ -25,7 +25,7 @@ from steppe.wiring.witness import Witness, version_of
 
 _PENDING = "_steppe_first_pass"  # on a block's last layer: who looks at its first pass
 # So many calls that begin and are not seen whole (a part is compiled, or called as a function) are
-# enough: what is kept of them is memory.
+# enough: each of them keeps tensors.
 _PATIENCE = 32
 
 
@@ -61,7 +61,7 @@ def look_later(root: nn.Module, blocks: Sequence[MLPBlock], with_norm: Collectio
 
 
 def stop_looking(root: nn.Module) -> None:
-    """Do not look any more at what `look_later` was told."""
+    """End the looks of `look_later`."""
     _pause_all(root)
 
 
@@ -77,7 +77,7 @@ def not_looking(root: nn.Module) -> Iterator[None]:
 
 
 def _pause_all(root: nn.Module) -> list[Look]:
-    """Take the hooks of `look_later` off; of what they belonged to."""
+    """Take the hooks of `look_later` off, and return their looks."""
     looks = [vars(module)[_PENDING] for module in root.modules() if _PENDING in vars(module)]
     for look in looks:
         look.pause()
@@ -101,9 +101,9 @@ class Look:
         root: the model.
         names: of its modules, see `names_of`.
         block: of it.
-        verb: what the user has called.
+        verb: the function that the user has called.
         with_norm: whether the block's norm is used.
-        undo: what the user has to call before he tries again; empty for nothing.
+        undo: the call that must come before another try; empty for none.
 
     Attributes:
         is_over: whether it has seen a whole call.
@@ -124,7 +124,7 @@ class Look:
         self.with_norm = with_norm and block.norm is not None and not block.is_routed
         self._verb = verb
         self._undo = undo
-        act = getattr(block.act_slot.module, block.act_slot.name)
+        act = block.current_act
         self._act = act if isinstance(act, nn.Module) else None
         parts = [*block.layers, self._act, block.dropout, block.norm if self.with_norm else None]
         self._parts = [
@@ -215,9 +215,8 @@ class Look:
             return
         call.witness.see_activated(p)
         if self._act is None:
-            slot = self.block.act_slot
             with torch.no_grad():
-                call.witness.see_activation(getattr(slot.module, slot.name)(p.detach().clone()))
+                call.witness.see_activation(self.block.current_act(p.detach().clone()))
 
     def _see_up(self, module: nn.Module, args: tuple[Any, ...], up: Tensor) -> None:
         call = self._current()
@@ -263,7 +262,7 @@ class Look:
             raise self._error(call.witness.mismatch)
 
     def _current(self) -> _Call | None:
-        """The call that this thread is in; None for none whose inner tensors are the block's."""
+        """The call that this thread is in; None for none, and where the kernels compute it."""
         if torch.compiler.is_compiling():
             return None
         call = self._call.get()

@@ -1,4 +1,4 @@
-"""Whether what flows between a block's modules is what its pattern says: no name is believed.
+"""Whether the tensors between a block's modules are those of its pattern: no name is believed.
 
 A norm between the activation and `down` that a pattern does not name, a functional dropout, a
 user's own pattern that is wrong: computed from its input alone the block would be another function.
@@ -9,22 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steppe.blocks.find import MLPBlock
+from steppe.blocks.block import MLPBlock
 
 _ROUNDING = 8  # of a dtype's steps: how far a factor may differ from entry to entry
-_ROWS = 4096  # whose hashes are made at once
+_ROWS = 4096  # hashed at once
 
 
 class Witness:
-    """Looks at what a block's own modules hand on to each other, in one call.
+    """Looks at the tensors between a block's own modules, in one call.
 
     Args:
         block: the block.
-        exactly: take nothing between two modules, not even what leaves the activations as sparse as
-            they are: a cast, ``detach``, in training a dropout.
+        exactly: allow nothing between two modules, not even an operation that keeps the activations
+            as sparse as they are: a cast, ``detach``, in training a dropout.
 
     Attributes:
-        mismatch: what is not as the pattern says, a clause; empty if all is.
+        mismatch: a clause about the first tensor that is not as the pattern says; empty for none.
     """
 
     def __init__(self, block: MLPBlock, exactly: bool = True) -> None:
@@ -88,7 +88,7 @@ class Witness:
     def _multiply(self) -> None:
         """Have a gated block's product as soon as both factors are there."""
         if self._a is not None and self._up is not None:
-            # Without a gradient: checkpointing counts what is saved for backward.
+            # Without a gradient: checkpointing counts the tensors that are saved for backward.
             self._hidden = _Seen(self._a.tensor.detach() * self._up.detach())
             self._hidden.requires_grad = self._a.requires_grad or self._up.requires_grad
 
@@ -101,8 +101,8 @@ class Witness:
             self._may_drop and _is_dropped(x.detach(), hidden.tensor.detach())
         )
 
-    def _tell(self, what: str) -> None:
-        self.mismatch = self.mismatch or f"{what} that {self._pattern} does not name"
+    def _tell(self, mismatch: str) -> None:
+        self.mismatch = self.mismatch or f"{mismatch} that {self._pattern} does not name"
 
 
 class _Seen:

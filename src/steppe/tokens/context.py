@@ -1,82 +1,24 @@
-"""What a forward pass says of its tokens: their absolute positions, and which are padding.
-
-A block sees hidden states only. The module above it that takes ``input_ids`` (its stack) is told
-the attention mask, the position ids and the cache; a `TokenContext` listens there.
-"""
+"""`TokenContext`: the tokens of the call that a stack is in, for the blocks below it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steppe.blocks.experts import Rows, current_rows
-from steppe.blocks.find import MLPBlock, decoders, forward_parameters
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.routed import Rows, current_rows
 from steppe.errors import TokenPositionError
 from steppe.per_thread import PerThread
-from steppe.surgery.journal import Journal
-
-IGNORED_LABEL = -100  # what Hugging Face's losses skip
-# Of stacks that pad their input on the right: Longformer and LED, BigBird, Reformer.
-_PADDING_METHODS = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
-
-
-class Tokens(NamedTuple):
-    """What a call says of its tokens.
-
-    Attributes:
-        shape: ``(B, T)``, or None where nothing tells it.
-        mask: bool ``[B, T]``, False for padding, or None where all tokens count.
-        positions: int64 ``[B or 1, T]``, absolute, or None if they are ``offset + 0 … T − 1``.
-        offset: number of tokens in the cache.
-    """
-
-    shape: tuple[int, int] | None = None
-    mask: Tensor | None = None
-    positions: Tensor | None = None
-    offset: int | Tensor = 0
-
-
-@dataclass
-class Generation:
-    """A call of ``generate``.
-
-    Attributes:
-        ended: bool ``[B]``, the rows that it goes on feeding though they have ended.
-    """
-
-    ended: Tensor | None = None
-
-
-# The innermost one that each thread is in, of a model that is watched.
-current_generation: PerThread[Generation | None] = PerThread(None)
-
-
-class Layout(NamedTuple):
-    """How a block's tokens are to be put together by samples.
-
-    Attributes:
-        samples: S.
-        tokens_first: of three dimensions the first is that of the tokens.
-        longest: of an expert, how many tokens it has of the sample that it has most of; else 0.
-        slots: of an expert, int64 ``[n]``, where each of its tokens goes in ``[S · longest]``.
-        mask: bool ``[S, T]``, False for what does not count; None if all tokens do. Of an expert T
-            is `longest`.
-    """
-
-    samples: int
-    tokens_first: bool
-    longest: int = 0
-    slots: Tensor | None = None
-    mask: Tensor | None = None
+from steppe.tokens.arguments import Tokens, arguments_by_name, tokens_of
+from steppe.tokens.layout import Layout
 
 
 class TokenContext:
-    """A forward pre-hook on a stack that keeps what the current call says of its tokens.
+    """A forward pre-hook on a stack that keeps the tokens of the current call.
 
     Each thread has its own current call, and a call inside another one does not disturb it. It is
     kept after the call, since gradient checkpointing runs the blocks again in the backward pass.
@@ -93,63 +35,33 @@ class TokenContext:
     def __init__(self, parameters: Sequence[str], pads: bool = False) -> None:
         self._parameters = tuple(parameters)
         self._pads = pads
-        self._told = PerThread(Tokens(), inherits=True)
+        self._current = PerThread(Tokens(), inherits=True)
         self.decoder_labels: PerThread[Tensor | None] = PerThread(None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of the stack's forward."""
-        told = arguments_by_name(self._parameters, args, kwargs)
-        ids, embeds = told.get("input_ids"), told.get("inputs_embeds")
-        shape: tuple[int, int] | None
-        if ids is not None:
-            shape = (ids.numel() // ids.shape[-1], ids.shape[-1])
-        else:
-            shape = None if embeds is None else (embeds.shape[0], embeds.shape[1])
-        cache = told.get("past_key_values")
-        offset = 0 if cache is None else cache.get_seq_length()
-        # A static cache hands out its own counter and moves it on during the call.
-        offset = offset.clone() if isinstance(offset, Tensor) else offset
-        positions = None
-        mask = _counted_tokens(told)
-        if shape is not None:
-            tokens = shape[1]
-            position_ids = told.get("position_ids")
-            if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
-                # OPT numbers left padding -1; padding may have any position.
-                positions = position_ids.clamp(min=0)
-            elif mask is not None:
-                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-            labels = self.decoder_labels.get()
-            if mask is None and labels is not None and labels.shape == shape:  # one a token
-                mask = labels != IGNORED_LABEL
-            # With a cache the mask covers the cached tokens too.
-            mask = None if mask is None else mask[:, -tokens:]
-            generation = current_generation.get()
-            ended = None if generation is None else generation.ended
-            if ended is not None and len(ended) == shape[0]:
-                goes_on = ~ended.unsqueeze(1)
-                mask = goes_on.expand(shape) if mask is None else mask & goes_on
-        self._told.enter(Tokens(shape, mask, positions, offset))
+        arguments = arguments_by_name(self._parameters, args, kwargs)
+        self._current.enter(tokens_of(arguments, self.decoder_labels.get()))
         self.decoder_labels.set(None)
 
     def leave(self, *arguments: Any) -> None:
         """Forward hook on the stack, called also where its forward has raised."""
-        self._told.leave()
+        self._current.leave()
 
     @property
     def shape(self) -> tuple[int, int] | None:
         """As of `Tokens`."""
-        return self._told.get().shape
+        return self._current.get().shape
 
     @property
     def mask(self) -> Tensor | None:
         """As of `Tokens`."""
-        return self._told.get().mask
+        return self._current.get().mask
 
     @property
     def positions(self) -> Tensor | None:
         """As of `Tokens`."""
-        return self._told.get().positions
+        return self._current.get().positions
 
     def positions_of(self, tokens: int) -> Tensor | None:
         """The positions of a number of tokens, those that the stack has appended at 0."""
@@ -161,7 +73,7 @@ class TokenContext:
     @property
     def offset(self) -> int | Tensor:
         """As of `Tokens`."""
-        return self._told.get().offset
+        return self._current.get().offset
 
     def tokens_per_sequence(self, x: Tensor, block: MLPBlock) -> int:
         """T of a block's input.
@@ -206,8 +118,8 @@ class TokenContext:
             block: the block.
 
         Returns:
-            S. Of flattened tokens that nothing tells apart each is a sample; where they could have
-            been told apart but were not, all are one.
+            S. For flattened tokens of an unknown shape: their number in a tower without a stack,
+            else 1.
         """
         if hidden.dim() >= 3:
             return hidden.shape[1 - block.token_dim]
@@ -319,94 +231,3 @@ class TokenContext:
             and tensor.shape[0] == shape[0]
             and tensor.shape[1] > shape[1]
         )
-
-
-class DecoderLabels:
-    """A forward pre-hook on an encoder-decoder model: hands its labels to the decoder's context.
-
-    Trainers pass no decoder mask; the decoder's padding is where the labels are ignored.
-    """
-
-    def __init__(self, parameters: Sequence[str], context: TokenContext) -> None:
-        self._parameters = tuple(parameters)
-        self._context = context
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the labels."""
-        told = arguments_by_name(self._parameters, args, kwargs)
-        self._context.decoder_labels.set(told.get("labels"))
-
-
-PreHook = TokenContext | DecoderLabels
-
-
-def listen(
-    model: nn.Module, blocks: Sequence[MLPBlock]
-) -> tuple[list[TokenContext], list[tuple[nn.Module, PreHook]]]:
-    """Contexts for some blocks, and the hooks that keep them current.
-
-    Args:
-        model: the model that the blocks are of.
-        blocks: the blocks.
-
-    Returns:
-        One context per block (shared by the blocks of a stack), and the hooks for `attach`.
-    """
-    by_stack: dict[int, TokenContext] = {}
-    contexts: list[TokenContext] = []
-    hooks: list[tuple[nn.Module, PreHook]] = []
-    owners = {part: owner for owner, decoder in decoders(model) for part in decoder}
-    for block in blocks:
-        if block.stack is None:
-            contexts.append(TokenContext(()))
-            continue
-        if id(block.stack) not in by_stack:
-            pads = any(hasattr(block.stack, name) for name in _PADDING_METHODS)
-            context = TokenContext(forward_parameters(block.stack), pads)
-            by_stack[id(block.stack)] = context
-            hooks.append((block.stack, context))
-            owner = owners.get(block.stack)
-            if owner is not None and owner is not block.stack:
-                hooks.append((owner, DecoderLabels(forward_parameters(owner), context)))
-        contexts.append(by_stack[id(block.stack)])
-    return contexts, hooks
-
-
-def attach(journal: Journal, hooks: Sequence[tuple[nn.Module, PreHook]]) -> None:
-    """Register the hooks of `listen`."""
-    for module, hook in hooks:
-        journal.add_forward_pre_hook(module, hook, with_kwargs=True)
-        if isinstance(hook, TokenContext):
-            journal.add_forward_hook(module, hook.leave, always=True)
-
-
-def arguments_by_name(
-    parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a call by the names of the parameters.
-
-    Args:
-        parameters: in order, as far as they have names; the rest of `args` gets none.
-        args: the positional arguments.
-        kwargs: the others.
-
-    Example:
-        >>> arguments_by_name(("x", "mask", "scale"), (1, 2), {"scale": 3})
-        {'x': 1, 'mask': 2, 'scale': 3}
-    """
-    # Not zip(strict=False): torch.compile of torch 2.8 refuses lengths that differ.
-    named = min(len(parameters), len(args))
-    return {**dict(zip(parameters[:named], args[:named], strict=True)), **kwargs}
-
-
-def _counted_tokens(told: dict[str, Any]) -> Tensor | None:
-    """Bool ``[B, S]``, True where a token counts, or None where nothing is said."""
-    mask = told.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask != 0
-    padding = told.get("src_key_padding_mask")
-    if isinstance(padding, Tensor):
-        # bool: True is padding. float: added to the attention scores, -inf is padding.
-        counted = ~padding if padding.dtype == torch.bool else padding == 0
-        return counted if counted.dim() == 2 else counted.unsqueeze(0)
-    return None

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import models
-from steppe.blocks.find import MLPBlock, find_blocks
+from steppe.blocks.block import MLPBlock
+from steppe.blocks.find import find_blocks
 from steppe.errors import TokenPositionError
 from steppe.tokens import IGNORED_LABEL, DecoderLabels, TokenContext, listen
 
