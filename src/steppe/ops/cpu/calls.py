@@ -13,6 +13,7 @@ from torch import Tensor
 from steppe.errors import KernelError
 from steppe.ops.cpu.library import library
 from steppe.ops.cpu.memory import lasting, scratch
+from steppe.ops.cpu.structures import MatrixStructure
 from steppe.ops.cpu.team import threads
 from steppe.ops.reference import TILE_UNIT, ceil_div, tile_of
 
@@ -108,16 +109,6 @@ class Panels(NamedTuple):
 
     data: Tensor
     width: int
-
-
-class _Matrix(ctypes.Structure):
-    """``steppe_matrix`` of steppe_native.h."""
-
-    _fields_ = (
-        ("m", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
-        ("panels", ctypes.c_void_p),
-    )
 
 
 def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | None:
@@ -381,16 +372,16 @@ def _check_panels(panels: Panels, rows: int, like: Tensor) -> None:
         refuse(f"panels {shape} of {like.dtype}, got {tuple(data.shape)} of {data.dtype}")
 
 
-def _matrix(matrix: Panels | Tensor, rows: int, like: Tensor) -> _Matrix:
+def _matrix(matrix: Panels | Tensor, rows: int, like: Tensor) -> MatrixStructure:
     """What a product gathers from, with memory for its panels where there are none yet."""
     if isinstance(matrix, Panels):
         _check_panels(matrix, rows, like)
-        return _Matrix(rows=rows, columns=matrix.width, panels=matrix.data.data_ptr())
+        return MatrixStructure(rows=rows, columns=matrix.width, panels=matrix.data.data_ptr())
     if matrix.ndim != 2 or matrix.shape[0] != rows or matrix.dtype != like.dtype:
         refuse(f"{rows} rows of {like.dtype}, got {tuple(matrix.shape)} of {matrix.dtype}")
     width = matrix.shape[1]
     panels = scratch("panels", (ceil_div(width, TILE_UNIT), rows, TILE_UNIT), matrix)
-    return _Matrix(matrix.data_ptr(), rows, width, *matrix.stride(), panels.data_ptr())
+    return MatrixStructure(matrix.data_ptr(), rows, width, *matrix.stride(), panels.data_ptr())
 
 
 def check_rows(weight: Tensor, rows: int, like: Tensor) -> None:

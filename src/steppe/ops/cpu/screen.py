@@ -196,7 +196,7 @@ def compact_product(
         found.counts.data_ptr(), rows, columns, tile, offsets.data_ptr()
     )
     listed = Support.made(offsets, entries, rows, columns, tile)
-    library().steppe_list_masks(
+    library().steppe_index_masks(
         found.masks.data_ptr(),
         rows,
         columns,
@@ -208,7 +208,7 @@ def compact_product(
     values = sampled(listed, x, weight, bias)
     kept_counts = scratch("kept counts", (tiles * rows,), _like(torch.int32))
     code = dtype_code(values)
-    kept = library().steppe_count_listed(
+    kept = library().steppe_filter_counts(
         values.data_ptr(),
         offsets.data_ptr(),
         code,
@@ -222,7 +222,7 @@ def compact_product(
     kept_offsets = torch.empty(ceil_div(tiles, merged) * rows + 1, dtype=torch.int64, device="cpu")
     support = Support.made(kept_offsets, kept, rows, columns, merged * tile)
     kept_values = values.new_empty(kept)
-    library().steppe_sift(
+    library().steppe_filter(
         values.data_ptr(),
         listed.index.data_ptr(),
         offsets.data_ptr(),
