@@ -39,7 +39,7 @@ from transformers import (
     set_seed,
 )
 
-from steppe.bench.block import PREFILL, TRAINING, time_model
+from steppe.bench import PREFILL, TRAINING, time_model
 from steppe.blocks.find import find_blocks
 from steppe.data.embedded import BYTES, Split, load_digits_split, load_pydoc_split
 from steppe.errors import NonFiniteLossError
@@ -105,7 +105,7 @@ class ArmRun:
         training_density_per_block: training density per block.
         seconds: training time.
         history: ``[step, density]`` of the counted training steps.
-        speed: rows of `steppe.bench.block.time_model`: a training step of the trained blocks on
+        speed: rows of `steppe.bench.time_model`: a training step of the trained blocks on
             a batch of held-out data, and inference.
     """
 
