@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from steppe.files import write_json
-from steppe.training.recipe import ARMS
+from steppe.training.recipe_arguments import ARMS
 
 TWINS = {"fashion-mnist-vit": "images", "text-gpt": "text", "text-t5": "text"}
 KEPT = (

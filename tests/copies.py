@@ -22,7 +22,7 @@ from steppe import (
     watch,
 )
 from steppe.plugins import Plugin
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import sparsification_of
 
 STEPS = 6  # of a run; it is copied half way
 PLUGINS: dict[str, list[Plugin]] = {

@@ -75,7 +75,6 @@ HOMES: dict[str, tuple[str, ...]] = {
     "safetensors": (
         "steppe.checkpoints",
         "steppe.files",
-        "steppe.training.saved",
         "steppe.training.trainer",
     ),
     "sklearn": ("steppe.data",),
@@ -334,7 +333,7 @@ def test_the_check_for_cycles_can_fail(importer: str, line: str) -> None:
         ("steppe.measures.watch", "import steppe.plugins.base", "steppe.plugins.base"),
         ("steppe.plugins.constrain", "from steppe.measures import density", "steppe.measures.d"),
         ("steppe.training.demo", "from steppe.report import demo_table", "steppe.report"),
-        ("steppe.report", "import steppe.training.saved", "steppe.training.saved"),
+        ("steppe.report", "import steppe.training.resuming", "steppe.training.resuming"),
         ("steppe.blocks.find", "import transformers.models.opt", "transformers.models.opt"),
         ("steppe.blocks.find", "from transformers import OPTModel", "transformers"),
         ("steppe.cli", "def f():\n    if TYPE_CHECKING:\n        import transformers", "transf"),

@@ -18,7 +18,7 @@ from steppe import errors
 from steppe.commands.app import app
 from steppe.commands.flags import FLAGS, in_flags
 from steppe.errors import DataError, OutputError, SteppeError
-from steppe.training import recipe
+from steppe.training import recipe_arguments as recipe
 
 SOURCE = Path(steppe.__file__).parent
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")

@@ -25,7 +25,7 @@ import steppe
 from copies import PLUGINS, STEPS, keep, loss_of, output_of, train_, train_in_child, watched_output
 from steppe import watch
 from steppe.plugins import Plugin
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import sparsification_of
 from steppe.training.callback import SteppeCallback
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

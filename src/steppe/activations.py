@@ -28,7 +28,31 @@ class HasDerivative(Protocol):
         """σ′(p), shape and dtype of p."""
 
 
-class Rectifier(nn.Module):
+class KnownRectifier:
+    """Mixin of an activation that tells the kernels which rectifier it is now.
+
+    That is ``σ(p) = α r + m β r²`` with ``r = max(p − shift, 0)``. `accelerate_` asks such an
+    activation in every call, so that it may have a schedule; any other one is recognised by its
+    values, once, and must stay as it is.
+
+    Attributes:
+        shift: where σ begins to rise.
+        is_fixed: whether the coefficients never change.
+    """
+
+    shift: float = 0.0
+    is_fixed: bool = False
+
+    def coefficients(self) -> tuple[float, float, Tensor | None]:
+        """α ≥ 0, β ≥ 0, and m, 0-dim, by which β is multiplied, or None for 1."""
+        raise NotImplementedError
+
+    def unfit(self) -> str:
+        """Why it is no such function now, a clause; empty if it is."""
+        return ""
+
+
+class Rectifier(KnownRectifier, nn.Module):
     """``σ(p) = α r + β r²`` with ``r = max(p, 0)``, wherever an elementwise activation stands.
 
     ReLU is (1, 0), J-SquaredReLU (1, ½), SquaredReLU (0, 1).
@@ -63,6 +87,10 @@ class Rectifier(nn.Module):
     def derivative(self, p: Tensor) -> Tensor:
         """σ′(p), shape and dtype of p."""
         return rectifier_derivative(p, self.alpha, self.beta)
+
+    def coefficients(self) -> tuple[float, float, Tensor | None]:
+        """α, β, and None."""
+        return self.alpha, self.beta, None
 
     def extra_repr(self) -> str:
         """The coefficients."""

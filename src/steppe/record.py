@@ -1,7 +1,7 @@
-"""The record of what steppe did to a model, in the config that ``save_pretrained`` writes.
+"""The record of a model's plug-ins, in the config that ``save_pretrained`` writes.
 
 In the file two marks stand beside it, so that nobody takes the folder for that of a plain model.
-Transformers' own loader refuses the first one, unless ``import steppe`` has taught it what to do
+Transformers' own loader refuses the first one, unless ``import steppe`` has extended it
 (`checkpoints.stock`); vLLM and others refuse the second one, a quantization that they do not know.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 
 RECORD_KEY = "steppe"
 RECORD_VERSION = 1
-_OF_BLOCKS = ("plugins", "patterns")  # its lists, whose entries name blocks
+_OF_BLOCKS = ("plugins", "patterns")  # lists of entries that name blocks
 METHOD = "steppe"  # the quantization method
 APPLIED = "_steppe_sparsification"  # the attribute of a model whose record is applied
 
@@ -43,11 +43,11 @@ class Holder:
     has_record: bool
 
     def write(self, value: object, record: Mapping[str, Any]) -> None:
-        """Note what was done.
+        """Write the record into the model's config.
 
         Args:
-            value: to be kept on the model under `APPLIED`.
-            record: the root's, as JSON values; this model's is of its own blocks.
+            value: kept on the model under `APPLIED`.
+            record: the root's, as JSON values; this model gets the part of its own blocks.
         """
         self.module.__dict__[APPLIED] = value
         if self.has_record:
@@ -64,7 +64,7 @@ class Holder:
             setattr(config, RECORD_KEY, {**record, **own})
 
     def erase(self) -> None:
-        """Leave nothing of it."""
+        """Remove the record from model and config."""
         self.module.__dict__.pop(APPLIED, None)
         _erase(self.module)
 
@@ -80,7 +80,7 @@ def config_of(module: nn.Module) -> Any:
 
 
 def own_configs(root: nn.Module) -> None:
-    """Give a model, with all in it, configs of its own: models built from one config share it."""
+    """Give a model and its modules configs of their own: models built from one config share it."""
     copies: dict[int, Any] = {}
     for module in root.modules():
         for name, value in module.__dict__.items():
@@ -118,7 +118,7 @@ def unapplied(root: nn.Module) -> nn.Module | None:
 
 
 def erase_records(root: nn.Module) -> None:
-    """Take records and marks out of the configs of a model, with all in it."""
+    """Remove records and marks from the configs of a model and of all modules in it."""
     for module in root.modules():
         _erase(module)
 
@@ -131,14 +131,14 @@ def with_marks(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _models(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The root and what can be saved by itself in it, by name."""
+    """The root, and the models in it that can be saved by themselves, by name."""
     for name, module in root.named_modules():
         if module is root or hasattr(type(module), "save_pretrained"):
             yield name, module
 
 
 def _erase(module: nn.Module) -> None:
-    """Take the record out of a module's config, and the marks of a file that no model was of."""
+    """Remove the record from a module's config, and the marks if a file brought them."""
     config = config_of(module)
     if config is not None:
         method = config.__dict__.get(METHOD_MARK)

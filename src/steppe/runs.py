@@ -1,6 +1,6 @@
-"""The file that says what a run was and what was measured of it; `steppe report` reads it.
+"""The record of a run, ``steppe.json``: settings, measures, logs; `steppe report` reads it.
 
-A training run writes it into its folder, `steppe measure --json` where it is told to.
+A training run writes it into its folder, `steppe measure --json FILE` into that file.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from steppe.measures.report import (
 RUN_FILE = "steppe.json"
 RUN_VERSION = 1
 _MOST_BYTES = 1 << 30
-_LARGEST = 1e150  # of a number: its square is one, too
-_SHOWN = 200  # characters of what is wrong
+_LARGEST = 1e150  # of a number, so that its square is finite
+_SHOWN = 200  # characters of a wrong value in an error
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Run:
     """A training run, or checkpoints of one that were measured later.
 
     Attributes:
-        name: what tables and charts call it.
+        name: of the run in tables and charts.
         model: class of the model.
         tokens_per_sample: T̄, mean number of counted tokens a sample.
-        activations: of each block, what the activation is.
+        activations: name of each block's activation.
         plugins: settings of the plug-ins; none for a plain model.
         settings: of the training, by the names of ``TrainingArguments``; JSON values.
         versions: of the packages and of Python, by name.
         steps: optimizer steps at which training batches were measured.
-        training: what was measured of them, one report a step.
+        training: one report per measured step.
         held_out_steps: optimizer steps whose weights were measured on held-out data.
-        held_out: what was measured of them.
-        logs: what the Trainer logged, one dictionary a log, each with ``step``.
+        held_out: one report per such step.
+        logs: of the Trainer, one dictionary per log, each with ``step``.
         quality: held-out quality at the end by its name (``accuracy``, ``loss``, …).
         speed: rows of `steppe.bench.time_model`: how fast the blocks ran on some machine.
     """
@@ -86,7 +86,7 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a number may depend on."""
+    """Versions of the packages that numbers may depend on, by name."""
     return {
         "steppe": metadata.version("steppe"),
         "torch": torch.__version__,
@@ -166,12 +166,12 @@ def read_run(path: Path) -> Run:
         _require_whole(run)
         return run
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        told = str(error)[:_SHOWN]
-        raise RunError(f"{file}: damaged ({type(error).__name__}: {told})") from None
+        detail = str(error)[:_SHOWN]
+        raise RunError(f"{file}: damaged ({type(error).__name__}: {detail})") from None
 
 
 def _require_kinds(*records: Run | Report | BlockReport) -> None:
-    """Refuse an attribute that is not of its kind, as no JSON would be.
+    """Refuse records with an attribute of another type than its annotation.
 
     Raises:
         ValueError: names it.
@@ -185,7 +185,7 @@ def _require_kinds(*records: Run | Report | BlockReport) -> None:
 
 
 def _require_whole(run: Run) -> None:
-    """Refuse reports without a step, and entries of another form than ours.
+    """Refuse a run with reports without a step, or with entries of another form.
 
     Raises:
         ValueError: says which.
@@ -244,7 +244,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "dict[str, Any]": _anything,
     "list[dict[str, Any]]": _list_of(_anything),
 }
-"""What attributes of runs and blocks may be, by their types as they are written."""
+"""Tests of the attributes of runs and blocks, by their annotations."""
 _SPEED = {
     **dict.fromkeys(("case", "dtype"), "str"),
     **dict.fromkeys(("d", "tokens", "threads"), "int"),
@@ -252,9 +252,13 @@ _SPEED = {
         ("density", "candidates", "dense_ms", "ratio", "unscreened_ratio", "bound"), "float"
     ),
 }
-"""What a row of `Run.speed` has at least."""
+"""Keys that a row of `Run.speed` must have, by kind."""
 
 
 def measures_of(report: Report) -> dict[str, Any]:
-    """``report.to_dict()`` without what is the same for all reports of a run."""
+    """``report.to_dict()`` without the layout, which all reports of a run share.
+
+    Args:
+        report: of a run.
+    """
     return {key: value for key, value in report.to_dict().items() if key not in LAYOUT}

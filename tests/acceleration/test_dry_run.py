@@ -1,4 +1,4 @@
-"""`accelerate_` refuses a block that is not what its pattern says, and looking changes nothing."""
+"""`accelerate_` refuses a block that differs from its pattern, and the check changes nothing."""
 
 from __future__ import annotations
 

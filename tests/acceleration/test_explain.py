@@ -22,7 +22,7 @@ native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 
 
 def block_of_density(density: float) -> Block:
-    """A block whose units are active on a share of Gaussian tokens."""
+    """A block with units that are active on a share of Gaussian tokens."""
     block = Block(16, 640)
     quantile = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(density)).item()
     with torch.no_grad():

@@ -382,7 +382,7 @@ def test_a_weight_that_has_changed_is_never_served_stale() -> None:
 def test_copies_of_weights_go_with_the_model_and_with_restore() -> None:
     copies._entries.clear()
     model = steppe.accelerate_(models.gpt2().eval(), max_density=1.0)
-    assert copies._entries == {}  # what the dry run has kept is gone
+    assert copies._entries == {}  # the copies of the dry run are gone
     with torch.no_grad():
         for _ in range(2):
             model(input_ids=models.token_ids())
@@ -480,7 +480,7 @@ def test_adapters_are_asked_to_be_merged() -> None:
 
 
 def half_dense_block(gated: bool = False) -> Block:
-    """A block of which each unit is active on half of the tokens."""
+    """A block with each unit active on half of the tokens."""
     block = Block(16, 64, gated=gated)
     with torch.no_grad():
         for bias in (block.up.bias, block.down.bias):

@@ -68,7 +68,7 @@ SEEN: list[float] = []  # the share of candidates of each screened call
 
 def screen_(model: nn.Module) -> nn.Module:
     steppe.accelerate_(model, max_density=1.0, max_candidates=1.0)
-    SEEN.clear()  # what the dry run has screened
+    SEEN.clear()  # the calls of the dry run
     return model
 
 
@@ -127,7 +127,7 @@ def train(model: nn.Module, steps: int) -> list[float]:
 def test_two_hundred_steps_have_the_same_losses(plugins: list, shares: list[float]) -> None:
     """Of a model so small that it is unlikely for any p to come as near to zero as rounding goes.
 
-    There the gradient jumps, and two runs part whose sums differ in their order alone.
+    There the gradient jumps, and two runs part even if their sums differ only in their order.
     """
     model = models.gpt2()
     if plugins:
@@ -303,7 +303,7 @@ CHANGES: dict[str, Change] = {
 def test_weights_that_change_between_calls(
     name: str, tokens: int, without: Callable[[], Any], shares: list[float]
 ) -> None:
-    """Through every change that is made to a model; dense is what is right."""
+    """Through every change that is made to a model; dense is right."""
     model = (gpt2() if name == "wide" else MODELS[name]()).eval()
     plain = copy.deepcopy(model)
     screen_(model)

@@ -39,7 +39,7 @@ import steppe
 from steppe.blocks.find import decoders, shifts_labels
 from steppe.errors import AccelerationError, SparsificationError
 from steppe.measures.watch import Monitor
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import sparsification_of
 from steppe.training import SteppeCallback
 
 
@@ -312,7 +312,7 @@ def test_a_named_tuple_is_a_batch() -> None:
 
 
 def generator() -> tuple[GPT2LMHeadModel, Tensor, int]:
-    """A model and two prompts, of which it ends the first at once and the second never."""
+    """A model and two prompts: it ends the first at once, and the second never."""
     torch.manual_seed(0)
     model = models.gpt2().eval()
     nn.init.normal_(model.transformer.wte.weight, std=0.5)
@@ -463,7 +463,7 @@ def test_lightning_trains_the_model_beside_its_average() -> None:
     assert lightning._model_of(both, ()) is model
 
 
-# ---- what labels mean
+# ---- the meaning of labels
 
 
 def llava() -> nn.Module:

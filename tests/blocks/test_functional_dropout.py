@@ -93,7 +93,7 @@ def test_the_probability_comes_back_and_one_that_is_set_anew_holds() -> None:
     assert copy.deepcopy(model).model.encoder.layers[0].activation_dropout == 0.0  # routed anew
     layer.activation_dropout = 0.25
     run(model, 0)
-    assert "activation_dropout was set anew" in steppe.explain(model).blocks[0].reason
+    assert "activation_dropout was changed" in steppe.explain(model).blocks[0].reason
     plain = built(BartConfig, BartForConditionalGeneration, 0.5)
     plain.model.encoder.layers[0].activation_dropout = 0.25
     plain.model.decoder.layers[0].activation_dropout = model.model.decoder.layers[

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import models
 import steppe
 from steppe.errors import CheckpointError, SparsificationError, UnfitBlockError
-from steppe.plugins.sparsify import changed_tensors, require_sparsification
+from steppe.plugins.applied import changed_tensors, require_sparsification
 from steppe.training import SteppeCallback
 
 ATTENTION = {"gpt2": "c_attn", "llama": "q_proj", "t5": "q", "opt": "q_proj", "vit": "q_proj"}

@@ -37,8 +37,8 @@ from steppe import (
     sparsify_,
 )
 from steppe.errors import CheckpointError, SteppeError
+from steppe.plugins.applied import require_sparsification
 from steppe.plugins.jumping_relu import MixedActivation
-from steppe.plugins.sparsify import require_sparsification
 from steppe.record import METHOD_MARK, RECORD_KEY, RECORD_VERSION, WEIGHTS_MARK
 
 PROGRESS = 0.2

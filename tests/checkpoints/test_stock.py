@@ -37,7 +37,7 @@ import models
 import steppe
 from data.data_makers import words_tokenizer
 from steppe.errors import CheckpointError, SparsificationError
-from steppe.plugins.sparsify import require_sparsification
+from steppe.plugins.applied import require_sparsification
 from steppe.record import METHOD, METHOD_MARK, RECORD_KEY, WEIGHTS_MARK
 
 PLUGINS: dict[str, list[steppe.Plugin]] = {

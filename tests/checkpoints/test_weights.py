@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import models
-from steppe.checkpoints.loading import load_checkpoint
+from steppe.checkpoints.load_by_config import load_checkpoint
 from steppe.checkpoints.weights import Weights, find, read_json
 from steppe.errors import CheckpointError
 

@@ -24,7 +24,8 @@ from steppe.commands import terminal
 from steppe.errors import OutputError
 from steppe.files import prepare_file, write_json
 from steppe.runs import Run, write_run
-from steppe.training.recipe import RECIPES, ArmArguments, DataArguments, ModelArguments
+from steppe.training.recipe_arguments import ArmArguments, DataArguments, ModelArguments
+from steppe.training.recipe_file import RECIPES
 from training.recipe_worker import TINY_GPT, write_text
 
 LONG = "n" * 300  # more than a file's name may have

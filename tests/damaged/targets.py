@@ -26,16 +26,18 @@ import steppe
 from data.data_makers import TEXT, words_tokenizer, write_images
 from models import gpt2, vit
 from steppe.checkpoints.held_out import measure_checkpoints
-from steppe.checkpoints.loading import load_checkpoint
+from steppe.checkpoints.load_by_config import load_checkpoint
 from steppe.data.idx import load_idx_folder
 from steppe.data.image_data import load_image_data
-from steppe.data.sources import Source, open_rows, open_splits
+from steppe.data.rows import open_rows
+from steppe.data.sources import Source, open_data
 from steppe.measures.measure import measure
 from steppe.ops.cpu import remembered
 from steppe.report import find_runs, write_report
 from steppe.runs import RUN_FILE, Run, write_run
-from steppe.training.recipe import RECIPES, read_recipe
-from steppe.training.saved import MANIFEST, last_whole_checkpoint, seal_checkpoint
+from steppe.training.recipe import read_recipe
+from steppe.training.recipe_file import RECIPES
+from steppe.training.resuming import MANIFEST, last_whole_checkpoint, seal_checkpoint
 
 BYTES, TREE, FILE, WHOLE = "bytes", "tree", "file", "whole"
 """Kinds of damage: to the bytes, to the values within, to what the file is, or none."""
@@ -107,7 +109,7 @@ def read_data(folder: Path, name: str) -> None:
     place = str(folder / name)
     for _ in islice(open_rows(Source(place)), 1000):
         pass
-    splits = open_splits(place, streaming=False)
+    splits = open_data(place, streaming=False).splits
     for split in splits.values():
         split[:1000]
 

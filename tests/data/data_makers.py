@@ -7,9 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+import models
+from steppe.data.batches import load_batches
+from steppe.data.sources import Source
 
 SPECIAL = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXT = "the quick brown fox jumps over a lazy dog and then it sleeps . "
@@ -19,7 +30,8 @@ WORDS = [*TEXT.split(), "\n"]
 def words_tokenizer(folder: Path, kind: str = "causal", words: Sequence[str] = WORDS) -> Path:
     """A tokenizer of whole words beside a checkpoint; ids from 7 on are words, in their order."""
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words_to_ids = tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(words_to_ids)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="removed")
     named = {"unk_token": "[UNK]"}
     if kind == "masked":
@@ -61,3 +73,21 @@ def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def batches_of(
+    data: Path | str, model: PreTrainedModel, checkpoint: Path | str = "", **options: object
+) -> list[dict[str, Tensor]]:
+    return list(load_batches(Source(str(data), **options), model, str(checkpoint)))
+
+
+def named_vit(*names: str) -> PreTrainedModel:
+    """A ViT whose classes have names."""
+    model = models.vit()
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: index for index, name in enumerate(names)}
+    return model
+
+
+def text_classifier(labels: int = 2) -> PreTrainedModel:
+    return BertForSequenceClassification(BertConfig(**models.TEXT, num_labels=labels))

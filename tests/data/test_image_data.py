@@ -11,7 +11,8 @@ from PIL import Image
 from steppe.data.draws import Draw
 from steppe.data.idx import load_idx_folder, read_idx
 from steppe.data.image_data import load_image_data
-from steppe.data.sources import Source, open_rows
+from steppe.data.rows import open_rows
+from steppe.data.sources import Source
 from steppe.errors import DataError
 
 NAMES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")

@@ -144,7 +144,7 @@ def test_tokenizers_are_made_the_same_and_kept(tmp_path: Path, with_sentinels: b
     assert AutoTokenizer.from_pretrained(str(place))(TOPICS[1]) == one(TOPICS[1])
 
 
-def test_a_damaged_tokenizer_is_trained_anew(
+def test_a_damaged_tokenizer_is_trained_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = tmp_path / "kept"
@@ -152,5 +152,5 @@ def test_a_damaged_tokenizer_is_trained_anew(
     (place / "tokenizer.json").write_text("{")
     with caplog.at_level(logging.WARNING):
         again = load_or_train_tokenizer(place, TOPICS, 600, False)
-    assert "trained anew" in caplog.text
+    assert "trained again" in caplog.text
     assert again(TOPICS[0]) == one(TOPICS[0])

@@ -19,7 +19,7 @@ from steppe.measures.density import count_
 from steppe.ops import mlp as mlp_op
 from steppe.ops import reference
 from steppe.ops.outcome import OWN_MODULES
-from steppe.plugins.rising_threshold import add_moments_, add_product_moments_
+from steppe.plugins.moments import add_moments_, add_product_moments_
 
 Batch = dict[str, Tensor]
 STEPPE = [steppe.ZerothBias, steppe.RestrictedNorm, steppe.JumpingSquaredReLU]
@@ -246,8 +246,7 @@ def test_the_reference_ops_never_wait() -> None:
         weights = reference.Weights(matrix, vector, None, None, matrix, x[0])
         rule = mlp_op.rule_of(1.0, 0.5, mix, 0.1)
         _, r, up, kept = reference.mlp(x, weights, rule)
-        nothing = mlp_op.no_list(x.device)
-        mlp_op.reference_backward(x, x, weights, rule, r, up, kept, *nothing, [True] * 7)
+        mlp_op.dense_backward(x, x, weights, rule, r, up, kept, [True] * 7)
     assert watchdog.events == {}
 
 

@@ -55,7 +55,7 @@ def run(
 
 def r_of(output: Any, rows: int, hidden: int) -> Tensor:
     """r ``[T, F]`` of an op's outputs."""
-    _, r, _, _, index, offsets = output
+    _, r, _, _, index, offsets = output  # as `steppe.ops.cpu.saved.Saved` has them
     if not offsets.numel():
         return r.detach().view(rows, hidden)
     return densify(r.detach(), index, offsets, rows, hidden)

@@ -113,7 +113,7 @@ def test_every_op_gives_the_bits_of_one_thread(rows: int, dtype: torch.dtype, te
 
     def ops() -> list[Tensor]:
         values, index, offsets = products.compact(p)
-        entries = products.sampled(index, offsets, left, matrices[1])
+        entries = products.sddmm(index, offsets, left, matrices[1])
         results = [values, index, offsets, entries]
         results += [products.spmm(values, index, offsets, rows, matrix) for matrix in matrices]
         results.append(products.spmm_t(entries, index, offsets, left, 300))

@@ -20,7 +20,7 @@ import models
 import steppe
 from steppe import JumpingSquaredReLU, Plugin, RestrictedNorm, RisingThreshold, ZerothBias
 from steppe.errors import ScheduleError, SparsificationError
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import sparsification_of
 
 FROM_SCRATCH = (RestrictedNorm(), ZerothBias(), JumpingSquaredReLU())
 FINETUNING = (RestrictedNorm(ramp=0.5), ZerothBias(), JumpingSquaredReLU(ramp=0.5))
@@ -215,7 +215,7 @@ def test_the_schedules_follow_the_steps_of_the_run() -> None:
 
 
 class Run:
-    """A training run with everything that a new process would make anew."""
+    """A training run with everything that a new process would make again."""
 
     def __init__(self) -> None:
         self.model = sparse_gpt2(FINETUNING)
@@ -531,5 +531,5 @@ def test_accumulation_and_evaluation_are_no_missing_steps() -> None:
 
 
 def test_what_is_no_optimizer_and_has_none_is_refused() -> None:
-    with pytest.raises(ScheduleError, match=r"expected a torch\.optim\.Optimizer or what"):
+    with pytest.raises(ScheduleError, match=r"expected a torch\.optim\.Optimizer or a holder"):
         steppe.constrain_(sparsified_layer(), object.__new__(type("Mine", (), {})), total_steps=3)

@@ -24,8 +24,8 @@ import odd
 import steppe
 from steppe import JumpingSquaredReLU, RestrictedNorm, RisingThreshold, ZerothBias
 from steppe.errors import SparsificationError
+from steppe.plugins.applied import sparsification_of
 from steppe.plugins.rising_threshold import threshold_of
-from steppe.plugins.sparsify import sparsification_of
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **models.LANGUAGE_MODELS,
@@ -49,7 +49,7 @@ def run(model: nn.Module) -> Tensor:
 
 
 def trained(name: str, dtype: torch.dtype = torch.float32, *others: steppe.Plugin) -> nn.Module:
-    """A model whose thresholds are known."""
+    """A model with known thresholds."""
     torch.manual_seed(0)
     model = MODELS[name]().to(dtype).train()
     with torch.no_grad():
@@ -214,14 +214,14 @@ class StubbornConfig(odd.OddConfig):
 
 
 def interrupted() -> nn.Module:
-    """A model whose config raises."""
+    """A model with a config that raises."""
     model = odd.odd()
     model.config.__class__ = StubbornConfig
     return model
 
 
 def with_shared_memory() -> nn.Module:
-    """A model of which one bias cannot be written."""
+    """A model with a bias that cannot be written."""
     model = odd.odd(mlp_bias=True)
     bias = torch.zeros(1).expand(odd.D_HIDDEN)
     model.body.stack[1].widen.bias = nn.Parameter(bias, requires_grad=False)

@@ -45,13 +45,13 @@ def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
         x = x.to(model.layers[0].linear1.weight.dtype)
         return model(x, src_key_padding_mask=~COUNTED).square().mean()
     ids = models.token_ids(seed=seed)
-    told = {"input_ids": ids, "attention_mask": COUNTED.long()}
+    arguments = {"input_ids": ids, "attention_mask": COUNTED.long()}
     if model.config.is_encoder_decoder:
-        told["labels"] = models.token_ids(2, 5, seed).masked_fill(~DECODED, -100)
+        arguments["labels"] = models.token_ids(2, 5, seed).masked_fill(~DECODED, -100)
     else:
-        told["labels"] = ids.masked_fill(~COUNTED, -100)
+        arguments["labels"] = ids.masked_fill(~COUNTED, -100)
     # The stock losses are float32.
-    return model(**told).logits.square().mean()
+    return model(**arguments).logits.square().mean()
 
 
 def counted_of(model: nn.Module) -> list[Tensor]:
@@ -143,7 +143,7 @@ def test_in_evaluation_there_is_none() -> None:
     model.train()
     loss_of(model)
     model.eval()
-    loss = loss_of(model)  # what an earlier pass has left is forgotten
+    loss = loss_of(model)  # the state of an earlier pass is forgotten
     assert steppe.penalize(loss, model) is loss
 
 
@@ -304,7 +304,7 @@ def test_a_ramp_without_the_length_of_the_run_is_refused() -> None:
         steppe.constrain_(model, SGD(model.parameters(), lr=0.1))
 
 
-def test_a_loop_that_forgets_it_is_told() -> None:
+def test_a_loop_that_forgets_it_is_arguments() -> None:
     model = steppe.sparsify_(models.gpt2(), [ActivationPenalty(STRENGTH)])
     optimizer = SGD(model.parameters(), lr=0.1)
     steppe.constrain_(model, optimizer)
@@ -315,7 +315,7 @@ def test_a_loop_that_forgets_it_is_told() -> None:
         optimizer.step()
 
 
-def test_a_model_without_a_penalty_is_told() -> None:
+def test_a_model_without_a_penalty_is_arguments() -> None:
     with pytest.raises(SparsificationError, match="GPT2LMHeadModel carries no penalty"):
         steppe.penalize(torch.ones(()), models.gpt2())
 

@@ -1,4 +1,4 @@
-"""RisingThreshold: its statistics against the oracle, its schedule, and what must not move it."""
+"""RisingThreshold: its statistics against the oracle, its schedule, and its independence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from steppe import (
     ZerothBias,
 )
 from steppe.errors import ScheduleError, UnfitBlockError
-from steppe.plugins.rising_threshold import DECAY, Threshold, moments_of, threshold_of
+from steppe.plugins.moments import moments_of
+from steppe.plugins.rising_threshold import DECAY, Threshold, threshold_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated"),
@@ -505,7 +506,7 @@ def test_it_needs_the_length_of_the_run() -> None:
 
 
 class Training:
-    """A training run with everything that a new process would make anew."""
+    """A training run with everything that a new process would make again."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -630,7 +631,7 @@ def test_the_identity_holds_with_a_threshold(
         assert 0.05 < block.derivative_density < 0.6 * before.derivative_density
 
 
-# ---- what cannot be
+# ---- refused
 
 
 @pytest.mark.parametrize("multiple", [-0.1, math.nan, math.inf])

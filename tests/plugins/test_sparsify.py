@@ -29,9 +29,9 @@ from steppe import (
 )
 from steppe.blocks.find import MLPBlock
 from steppe.errors import SparsificationError, UnfitBlockError
+from steppe.plugins.applied import Sparsification, sparsification_of
 from steppe.plugins.base import Constraint
 from steppe.plugins.rising_threshold import threshold_of
-from steppe.plugins.sparsify import Sparsification, sparsification_of
 from steppe.surgery.journal import Journal
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -326,7 +326,7 @@ class ExponentialNorm(nn.Module):
 
 
 def _set(path: str, part: object) -> Callable[[], nn.Module]:
-    """GPT-2 whose last block has another part."""
+    """GPT-2 with another part in its last block."""
     return functools.partial(_gpt2_with, path, part)
 
 
@@ -725,7 +725,7 @@ def test_a_plain_function_comes_back_as_the_same_object() -> None:
 
 
 def saved_storages(model: nn.Module, x: Tensor) -> list[int]:
-    """Bytes of what a forward pass keeps for backward, the parameters not counted."""
+    """Bytes that a forward pass keeps for backward, the parameters not counted."""
     storages: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

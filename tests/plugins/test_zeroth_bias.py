@@ -1,4 +1,4 @@
-"""ZerothBias: what the MLP sees at which position, in training and in generation."""
+"""ZerothBias: the bias that the MLP sees at each position, in training and in generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A routed block is what its own modules are, whoever else looks at them, calls or changes them."""
+"""A routed block computes what its own modules do, whoever looks at them, calls or changes them."""
 
 from __future__ import annotations
 
@@ -475,7 +475,7 @@ FLAGGED_PATTERN = steppe.BlockPattern(family="flagged", up="up", act="act", down
 
 
 class Flagged(Block):
-    """A block whose forward goes by a flag."""
+    """A block with a forward that goes by a flag."""
 
     use: Callable[[Block, Tensor], Tensor] | None = None
 
@@ -484,9 +484,9 @@ class Flagged(Block):
 
 
 @pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("what", OTHER_USES)
+@pytest.mark.parametrize("error", OTHER_USES)
 def test_an_owner_that_uses_its_block_otherwise_later_is_refused(
-    what: str, trains: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch
+    error: str, trains: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it did to the input it would have done to a hidden tensor: wrong, without a word."""
     fast = Flagged(WIDTH, HIDDEN).train(trains)
@@ -494,12 +494,12 @@ def test_an_owner_that_uses_its_block_otherwise_later_is_refused(
     steppe.accelerate_(fast, patterns=(FLAGGED_PATTERN,), max_density=1.0)
     for _ in range(3):
         fast(x)
-    monkeypatch.setattr(Flagged, "use", OTHER_USES[what])
-    with pytest.raises(AccelerationError, match=what), torch.set_grad_enabled(trains):
+    monkeypatch.setattr(Flagged, "use", OTHER_USES[error])
+    with pytest.raises(AccelerationError, match=error), torch.set_grad_enabled(trains):
         fast(x)
     monkeypatch.setattr(Flagged, "use", None)
     assert_same(fast, plain, x)
-    monkeypatch.setattr(Flagged, "use", OTHER_USES[what])
+    monkeypatch.setattr(Flagged, "use", OTHER_USES[error])
     steppe.restore_(fast)  # as the message says
     assert_same(fast, plain, x)
 

@@ -37,11 +37,12 @@ from steppe.errors import (
     ScheduleError,
     UnfitBlockError,
 )
-from steppe.plugins.sparsify import require_sparsification
+from steppe.plugins.applied import require_sparsification
 from steppe.record import RECORD_KEY
 from steppe.training import SteppeCallback
 from steppe.training.lightning import LightningCallback
-from steppe.training.recipe import ModelArguments, patterns_of, read_recipe, settings_of
+from steppe.training.recipe import read_recipe, settings_of
+from steppe.training.recipe_arguments import ModelArguments, patterns_of
 from steppe.training.run_recipe import run_recipe
 from training.recipe_worker import tiny_text_recipe, write_text
 

@@ -39,7 +39,7 @@ from steppe import (
     watch,
 )
 from steppe.errors import NonFiniteLossError, ScheduleError
-from steppe.plugins.sparsify import require_sparsification
+from steppe.plugins.applied import require_sparsification
 from steppe.runs import RUN_FILE, read_run
 from steppe.training import SteppeCallback
 from steppe.wiring.first_pass import stop_looking

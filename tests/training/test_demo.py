@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from steppe.data.embedded import load_digits_split, load_pydoc_split
 from steppe.errors import NonFiniteLossError
 from steppe.training import demo
+from steppe.training.recipe_file import RECIPES
 
 
 def test_digits_are_all_there_once() -> None:
@@ -39,8 +41,20 @@ def test_pydoc_is_text_in_disjoint_windows() -> None:
 
 @pytest.fixture(scope="module")
 def summary(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The demo with little held-out data and short timing."""
     torch.set_num_threads(1)
-    return demo.run_demo(tmp_path_factory.mktemp("demo"), seeds=2, max_steps=11)
+    folder = tmp_path_factory.mktemp("demo")
+    tasks = []
+    for task in demo.TASKS:
+        text = (RECIPES / f"{task.name}.yaml").read_text(encoding="utf-8")
+        cheap = folder / f"{task.name}.yaml"
+        cheap.write_text(
+            text.replace("time_blocks: 0.5", "time_blocks: 0.02\nheld_out_samples: 64")
+        )
+        tasks.append(replace(task, recipe=cheap))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "TASKS", tuple(tasks))
+        return demo.run_demo(folder, seeds=2, max_steps=11)
 
 
 def test_all_arms_start_from_the_same_weights_and_batches(summary: dict) -> None:
@@ -94,15 +108,10 @@ def test_means_and_deviations_are_those_of_the_runs(summary: dict) -> None:
 def test_a_run_that_diverges_is_an_error_and_leaves_no_summary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def explode() -> torch.nn.Module:
-        model = demo._vision_model()
-        with torch.no_grad():
-            model.classifier.weight.fill_(float("nan"))
-        return model
-
-    task = demo.TASKS[0]
-    broken = demo.Task(**{**vars(task), "build": explode})
-    monkeypatch.setattr(demo, "TASKS", (broken,))
+    text = (RECIPES / "digits.yaml").read_text(encoding="utf-8")
+    broken = tmp_path / "digits.yaml"
+    broken.write_text(text.replace("learning_rate: 1.0e-2", "learning_rate: 1.0e+30"))
+    monkeypatch.setattr(demo, "TASKS", (demo.Task(broken, "accuracy", "top1"),))
     with pytest.raises(NonFiniteLossError, match="nan"):
         demo.run_demo(tmp_path, max_steps=2)
     assert not (tmp_path / "summary.json").exists()

@@ -32,7 +32,7 @@ from steppe import (
     watch,
 )
 from steppe.errors import MissingExtraError, NonFiniteLossError, ScheduleError
-from steppe.plugins.sparsify import require_sparsification
+from steppe.plugins.applied import require_sparsification
 from steppe.runs import read_run
 from steppe.training.lightning import LightningCallback
 from steppe.wiring.first_pass import stop_looking

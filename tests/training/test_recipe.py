@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 
 from steppe.errors import RecipeError
-from steppe.training.recipe import RECIPES, list_recipes, model_settings, read_recipe
+from steppe.training.recipe import read_recipe
+from steppe.training.recipe_arguments import model_settings
+from steppe.training.recipe_file import RECIPES, list_recipes
 
 FLAGS = ("--bf16", "false", "--use_cpu", "true", "--data_dir", "there")
 NAMES = {
     *("vit-b16-imagenet1k", "vit-b16-imagenet1k-finetune", "vit-cifar10"),
     *("t5-base-c4", "t5-base-c4-finetune", "fashion-mnist-vit", "text-gpt", "text-t5"),
+    *("digits", "pydoc"),
 }
 
 
@@ -86,6 +89,7 @@ def test_a_path_to_a_recipe_of_ours_is_found_from_anywhere(
         (("--activation_penalty", "-1"), r"activation_penalty: expected at least 0"),
         (("--penalty_ramp", "2"), r"penalty_ramp: expected a share"),
         (("--lora_rank", "4"), r"expected lora_targets"),
+        (("--time_blocks", "-1"), r"time_blocks: expected at least 0"),
         (("--checkpoint", "x"), r"either model_type .* or checkpoint"),
         (("--label_smoothing_factor", "0.1"), r"use label_smoothing"),
         (("--measure_every", "0"), r"measure_every: expected at least 1"),

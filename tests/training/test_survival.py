@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from steppe.errors import CheckpointError, OutputError, RecipeError
-from steppe.training import saved
+from steppe.training import resuming
 from steppe.training.run_recipe import run_recipe
 from training.recipe_worker import run_tiny_text, tiny_text_flags, tiny_text_recipe, write_text
 
@@ -125,7 +125,7 @@ def test_a_truncated_checkpoint_is_passed_over(
     damaged = run / "checkpoint-24" / file
     damaged.write_bytes(damaged.read_bytes()[:-20])
     with caplog.at_level(logging.WARNING):
-        found = saved.last_whole_checkpoint(run, {})
+        found = resuming.last_whole_checkpoint(run, {})
     assert found is not None
     assert found.name == "checkpoint-21"
     assert "checkpoint-24: not whole" in caplog.text
@@ -136,7 +136,7 @@ def test_no_whole_checkpoint_is_an_error(whole: Path, tmp_path: Path) -> None:
     for path in run.glob("checkpoint-*"):
         (path / "scheduler.pt").unlink()
     with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole"):
-        saved.last_whole_checkpoint(run, {})
+        resuming.last_whole_checkpoint(run, {})
 
 
 def test_a_folder_with_checkpoints_asks_for_resume(place: Path, whole: Path) -> None:
@@ -171,10 +171,10 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(
     out = tmp_path / "run"
     with pytest.raises(OutputError, match=r"checkpoint-9.*No space left.*resume=True"):
         run_recipe(tiny_text_recipe(place / "data", place / "cache", out))
-    found = saved.last_whole_checkpoint(out, {})
+    found = resuming.last_whole_checkpoint(out, {})
     assert found is not None
     assert found.name == "checkpoint-6"
-    assert not (out / saved.UNFINISHED).exists()
+    assert not (out / resuming.UNFINISHED).exists()
 
 
 @pytest.mark.slow

@@ -1,1 +1,1 @@
-"""`accelerate_`: the MLP blocks of a model on the sparse kernels."""
+"""`accelerate_` and `explain`: the MLP blocks of a model on the sparse kernels."""

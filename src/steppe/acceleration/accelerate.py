@@ -1,4 +1,21 @@
-"""`accelerate_`: routes a model's MLP blocks through the sparse kernels."""
+"""`accelerate_`: routes a model's MLP blocks through the sparse kernels.
+
+How a routed block works. No import shows it, because the model's own code makes the calls: its
+forward, which may be anybody's, still calls the block's modules one after the other. `accelerate_`
+swaps their classes, so that in a routed call each does something else:
+
+    gate, or up without a gate    hands its input x on             `routing.parts.Entering`
+    up beside a gate              returns 1: x times 1 is x        `routing.parts.Multiplying`
+    activation, dropout           hand x on                        `routing.parts.Passing`
+    down                          gets x, computes z = MLP(x)      `routing.parts.Arriving`
+
+So the first layer hands its input on, the rest hand it on, and the last layer computes the whole
+block and returns its result. That works wherever the modules hang, also in a layer whose MLP is no
+module of its own. The call begins and ends with the forward of the owner, the innermost module that
+holds all of them (`routing.parts.Owning`); its first module decides whether it is routed
+(`routing.calls`), by what `Route.plan` knows of the block and `Computation` of the kernels. In all
+other calls each module runs its own forward. docs/kernels.md has the picture.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +26,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-import steppe.plugins as plugins
 from steppe.acceleration.computation import Computation, is_conv1d
 from steppe.acceleration.dry_run import check_routes
 from steppe.blocks.find import MLPBlock, Slot, blocks_for, find_blocks, unwrap
@@ -18,9 +34,13 @@ from steppe.blocks.linear import is_linear, linear_weight
 from steppe.blocks.patterns import BlockPattern
 from steppe.errors import AccelerationError
 from steppe.ops.backend import backend_of
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import restore_ as take_out_plugins_
+from steppe.plugins.applied import sparsification_of
 from steppe.record import APPLIED
-from steppe.routing.route import Route, has_foreign_forward, owners_of, places_of
+from steppe.routing.foreign import has_foreign_forward
+from steppe.routing.laying import lay
+from steppe.routing.places import owners_of, places_of
+from steppe.routing.route import Route
 from steppe.surgery.journal import Journal, forget_compiled_code
 from steppe.surgery.pattern_notes import forget_patterns_, note_patterns_
 from steppe.surgery.swapping import plain_class
@@ -31,12 +51,12 @@ _ATTRIBUTE = "_steppe_acceleration"
 
 @dataclass
 class Acceleration:
-    """What `accelerate_` did to a model.
+    """An accelerated model: its routes, and how to take them back.
 
     Attributes:
         routes: of the blocks.
-        settings: the other arguments that it was called with.
-        journal: takes it back.
+        settings: the other arguments of `accelerate_`.
+        journal: takes all edits back.
     """
 
     routes: list[Route]
@@ -45,13 +65,13 @@ class Acceleration:
 
     @property
     def blocks(self) -> list[MLPBlock]:
-        """Those that are routed."""
+        """The blocks that are routed."""
         return [route.block for route in self.routes]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `accelerate_`, as there."""
+    """Arguments of `accelerate_`, under the same names."""
 
     max_density: float | None = None
     max_candidates: float | None = None
@@ -59,7 +79,7 @@ class Settings:
     check: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what is no share."""
+        """Refuse a limit that is no share."""
         for name in ("max_density", "max_candidates"):
             share = getattr(self, name)
             if share is not None and not 0.0 <= share <= 1.0:
@@ -78,38 +98,41 @@ def accelerate_(
 ) -> nn.Module:
     """Run the MLP blocks of a ReLU-type model on exact sparse kernels, forward and backward.
 
-    The same function at any density: nothing is dropped and nothing is predicted. Of a block's
-    products only those terms are computed that its active entries need. Which they are is known
-    from the first product, or, where few can be, from an int8 product and a bound that misses none.
-    For backward a block keeps the list of its active entries. Call it after `sparsify_`; calling it
+    The same function at any density: nothing is dropped and nothing is predicted. The kernels
+    compute only the terms that a block's active entries need. The first product finds these
+    entries, or, where few can be active, an int8 product and a bound that misses none. For backward
+    a block keeps its active entries as column-tiled CSR. Call it after `sparsify_`; calling it
     again starts over.
 
     Parameters stay the same objects under the same names. A block runs its own modules, dense,
     where too many entries are active or there is too little to do, and wherever the kernels would
     compute something else: while a hook that is not steppe's is on one of its modules, a module or
-    its ``forward`` has been replaced, or torch.func transforms the call. So it does for dtypes
-    other than float32 and bfloat16 and for other devices than the CPU. `explain` says how each
+    its ``forward`` has been replaced, or torch.func transforms the call. The same holds for dtypes
+    other than float32 and bfloat16 and for devices other than the CPU. `explain` says how each
     block ran last, and why. `watch` and `measure` go on working.
 
     In inference the kernels read copies of some weights in another layout. A copy is used only
-    while nothing was written to its weight, whether through PyTorch, ``.data`` or NumPy, as the
-    system's page protection tells (Linux 6.7 and newer). Elsewhere no copies are kept, and blocks
-    of few tokens run dense, unless `weights_are_final`.
+    while nothing was written to its weight, through PyTorch, ``.data`` or NumPy; the system's page
+    protection shows writes (Linux 6.7 and newer). Elsewhere no copies are kept, and decoding runs
+    dense, unless `weights_are_final`.
 
     Args:
         model: the model; wrappers are seen through.
         where: which blocks; all by default.
         patterns: patterns of your own for `find_blocks`, which are noted with the model.
-        max_density: up to which density a block runs sparse, in [0, 1], however little there is to
-            do; by default what `steppe calibrate` has measured on this machine, else a table.
-        max_candidates: up to which share of candidates, the entries that the int8 product cannot
-            rule out, the first product is screened, in [0, 1], 0 for never; by default as above.
+        max_density: highest density at which a block runs sparse, in [0, 1], however little there
+            is to do; by default the limit that `steppe calibrate` has measured on this machine,
+            else that of a built-in table.
+        max_candidates: highest share of candidates, the entries that the int8 product cannot rule
+            out, at which the first product is screened, in [0, 1], 0 for never; by default as
+            above.
         weights_are_final: nobody changes weights from now on past PyTorch's own counter, as through
             ``.data`` or NumPy; changes that PyTorch counts, as an optimizer's, are always noticed.
         check: run each block once on random input through its own modules and on the kernels,
             forward and backward, in evaluation and in training, and refuse it where they differ.
-            Without, the first call of each mode looks at what flows between a block's modules.
-        strict: refuse a model of which some MLPs are not found, instead of warning once.
+            Otherwise the first call of each mode compares the tensors that flow between a block's
+            modules.
+        strict: refuse a model if some of its MLPs are not found, instead of warning once.
 
     Returns:
         The model.
@@ -153,7 +176,7 @@ def _route(
     settings: Settings,
     patterns: Sequence[BlockPattern] = (),
 ) -> None:
-    """Lay the routes of some blocks, check them, and note the patterns that they were found by."""
+    """Lay the routes of some blocks, check them, and note the patterns that found the blocks."""
     for weight in [linear_weight(block.down) for block in blocks]:
         backend = backend_of(weight)
         if backend is not None and settings.max_density is None:
@@ -168,8 +191,9 @@ def _route(
         routes = []
         places = places_of(root)
         for owner, computation in zip(owners_of(root, blocks), computations, strict=True):
-            routes.append(Route(computation.block, owner, computation))
-            routes[-1].lay(places, journal)
+            route = Route(computation.block, owner, computation)
+            lay(route, places, journal)
+            routes.append(route)
         if settings.check:
             check_routes(routes)
         for weight in [linear_weight(layer) for block in blocks for layer in block.layers]:
@@ -188,9 +212,9 @@ def _route(
 
 @dataclass(frozen=True)
 class _Again:
-    """Accelerates a copy of a model as the model was.
+    """Accelerates a copy of an accelerated model in the same way.
 
-    Its weights are other memory, so nobody has said that they are final.
+    The copy's weights are other memory, so nobody has said that they are final.
     """
 
     names: tuple[str, ...]
@@ -205,8 +229,8 @@ class _Again:
 def restore_(model: nn.Module) -> nn.Module:
     """Take everything back that `accelerate_` and `sparsify_` did: the exact inverse.
 
-    Values that training has given to the model's own parameters stay; the zeroth biases are gone,
-    and so are noted patterns.
+    Values that training has given to the model's own parameters stay; the plug-ins' parameters and
+    the noted patterns go.
 
     Args:
         model: a model that `accelerate_` or `sparsify_` changed.
@@ -219,19 +243,19 @@ def restore_(model: nn.Module) -> nn.Module:
     """
     acceleration = acceleration_of(model)
     if acceleration is None:
-        return plugins.restore_(model)
+        return take_out_plugins_(model)
     _decelerate(acceleration)
     if sparsification_of(model) is not None:
-        return plugins.restore_(model)
+        return take_out_plugins_(model)
     forget_patterns_(model)
     return model
 
 
 def acceleration_of(model: nn.Module) -> Acceleration | None:
-    """What `accelerate_` did to a model, or to the one in it (an ``AveragedModel``'s), or None.
+    """The acceleration of a model, or of the one in it (an ``AveragedModel``'s), or None.
 
     Raises:
-        AccelerationError: to several models in it.
+        AccelerationError: several models in it are accelerated.
     """
     root = unwrap(model)
     if _ATTRIBUTE in vars(root):
@@ -246,7 +270,7 @@ def acceleration_of(model: nn.Module) -> Acceleration | None:
 
 
 def _decelerate(acceleration: Acceleration) -> None:
-    """Take an acceleration back and free what it kept."""
+    """Take an acceleration back and free the memory that it kept."""
     for route in acceleration.routes:
         route.computation.forget()
     acceleration.journal.undo()
@@ -280,7 +304,7 @@ def _check(block: MLPBlock) -> None:
         if not is_finite:
             raise AccelerationError(
                 f"{block.name}: a weight is NaN or infinite, and zero times that is not zero."
-                " Load the model anew, or start training again from an earlier checkpoint"
+                " Load the model again, or start training again from an earlier checkpoint"
             )
     dropout = block.dropout
     if dropout is not None and plain_class(type(dropout)) not in (nn.Dropout, nn.Identity):
@@ -299,7 +323,7 @@ def _check(block: MLPBlock) -> None:
 
 
 def _described(module: Any) -> str:
-    """A module's class, with the class that it is a kind of."""
+    """A module's class, and the class of torch's that it is a subclass of."""
     kind = plain_class(type(module))
     base = next((base for base in (nn.Linear, nn.Dropout) if issubclass(kind, base)), kind)
     return kind.__name__ if base is kind else f"{kind.__name__}, a subclass of nn.{base.__name__}"

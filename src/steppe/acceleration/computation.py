@@ -1,4 +1,4 @@
-"""Computes a routed block from its input: on the kernels, or says why it cannot."""
+"""Computation: a routed block from its input on the kernels, or the reason why not."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from steppe.blocks.linear import PartOfLinear, held_by, linear_weight
 from steppe.ops.backend import backend_of
 from steppe.ops.mlp import mlp, support
 from steppe.ops.outcome import noted
-from steppe.ops.plan import BlockKernels, Limits, Plan, Saved
+from steppe.ops.plan import BlockKernels, Limits, Plan
 from steppe.ops.reference import Weights
-from steppe.plugins.penalty import is_penalized
-from steppe.plugins.rising_threshold import activated_bias, threshold_of
+from steppe.plugins.base import effective_bias, needs_hidden, shifts_of
 from steppe.routing.route import Route
 from steppe.surgery.swapping import plain_class
 
@@ -37,14 +36,20 @@ def _nothing(x: Tensor) -> Tensor | None:
 class Computation:
     """Computes a block from its input, on the kernels of the device that the input is on.
 
+    Three ways lead to the kernels, the cheapest first. A decoding step like the last one takes
+    `run_again`: the backend compares a few addresses and versions and calls the kernel, since at
+    10 µs a step every attribute that Python looks up shows. Another call of few tokens takes
+    `decode`, one kernel for the whole block. All others take the op `steppe::mlp`, or, without
+    gradients, the same function past the dispatcher.
+
     Args:
         block: the block.
-        max_density: as of `accelerate_`.
-        max_candidates: likewise.
+        max_density: as `accelerate_` takes it.
+        max_candidates: as `accelerate_` takes it.
 
     Attributes:
-        is_again: whether a call is a decoding step like the last one, of which all was looked at
-            but for foreign hooks.
+        is_again: whether a call is a decoding step like the last one, apart from foreign hooks,
+            which the route checks.
         run_again: the output of such a call; None where it did not end as the last one.
     """
 
@@ -64,13 +69,13 @@ class Computation:
         self._device = ""  # that the kernels are of
 
     def take_stock(self, route: Route) -> None:
-        """Tell a route of the calls like the last one that were made since it was told."""
+        """Note on a route the repeated calls since the last time that this was asked."""
         repeated = None if self._kernels is None else self._kernels.take_repeated()
         if repeated is not None:
             route.note(*repeated)
 
     def has_too_little(self, x: Tensor) -> str:
-        """Why a call has too little to do for a detour; empty if it has enough or was asked for."""
+        """Why a call has too little to do to be routed; empty if it has enough, or is forced."""
         backend = backend_of(x)
         if backend is None:
             return f"there are no kernels for {x.device.type}"
@@ -80,13 +85,11 @@ class Computation:
         return _TOO_LITTLE if backend.has_too_little(rows, self._shape) else ""
 
     def plan_and_count(self, x: Tensor, traced: bool) -> Plan:
-        """How a call runs; counts it as one. A compiled op decides when it is called."""
+        """The plan of a call, which is counted; a compiled op decides later, when it is called."""
         device = x.device.type
         is_cast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_cast else x.dtype
-        reason = self._cannot(x, dtype, is_cast, traced)
-        if not reason and is_penalized(self.block):
-            reason = "its loss has a penalty on the activations themselves"
+        reason = self._cannot(x, dtype, is_cast, traced) or needs_hidden(self.block)
         if reason or traced:
             return Plan(reason)
         trains = torch.is_grad_enabled() and (
@@ -116,7 +119,7 @@ class Computation:
         return reason or self._sigma.unfit()
 
     def forget(self) -> None:
-        """Free what the kernels keep between calls."""
+        """Free the memory that the kernels keep between calls."""
         if self._kernels is not None:
             self._kernels.forget()
         for weight in map(linear_weight, self.block.layers):
@@ -129,9 +132,9 @@ class Computation:
         return self._places
 
     def layer_tensors(self) -> list[Tensor | None]:
-        """What the layers compute with, which a parametrization makes anew each time.
+        """The tensors that the layers compute with; a parametrization makes new ones each time.
 
-        Of a layer that is a part of a larger one that is the whole of it.
+        For a layer that is a part of a larger one, they are the larger one's.
         """
         tensors: list[Tensor | None] = []
         layers: list[Any] = self.block.layers
@@ -160,9 +163,9 @@ class Computation:
 
         Args:
             x: the block's input.
-            dtype: that it is computed in.
+            dtype: of the computation.
             is_cast: whether autocast casts to that.
-            traced: whether torch.compile traces the call, which may be with tensors of its own.
+            traced: whether torch.compile traces the call, with tensors of a class of its own.
         """
         if type(x) not in _PLAIN and not traced:
             return f"its input is a {type(x).__name__}"
@@ -180,11 +183,11 @@ class Computation:
         return "" if traced else backend.reason() or self._sigma.unfit() or _transformed()
 
     def __call__(self, route: Route, x: Tensor, plan: Plan | None) -> Tensor:
-        """The block's output, and its support for whoever watches."""
+        """The block's output ``[*, D]``; the observers get its support."""
         if plan is not None and self._decodes(route, x):
             assert self._kernels is not None
             may_repeat = (
-                not (self.block.dropout or route.dropout or threshold_of(self.block))
+                not (self.block.dropout or route.dropout or shifts_of(self.block))
                 and self._sigma.is_fixed
             )
             coefficients = self._sigma.coefficients()
@@ -195,7 +198,7 @@ class Computation:
         return self._compute(route, x, plan)
 
     def _decodes(self, route: Route, x: Tensor) -> bool:
-        """Whether a call has few tokens, and nothing else to it."""
+        """Whether a call is a plain decoding step, for `BlockKernels.decode`."""
         block, backend = route.block, backend_of(x)
         return (
             backend is not None
@@ -208,23 +211,22 @@ class Computation:
             and x.is_contiguous()
             and not torch.is_autocast_enabled(x.device.type)
             and not route.drops()
-            and (not block.activated.training or threshold_of(block) is None)
+            and not (block.activated.training and shifts_of(block))
         )
 
     def bias_sources(self) -> list[Tensor]:
-        """What the bias of the activated layer is made of, if it is not that layer's own."""
-        threshold = threshold_of(self.block)
-        sources = [] if threshold is None else [threshold.multiple, threshold.deviation]
+        """The tensors that the effective bias is computed from; none for the layer's own bias."""
+        sources = [tensor for shift in shifts_of(self.block) for tensor in shift.sources()]
         if not sources and not self._sigma.shift:
             return []
         bias = _bias(self.block.activated)
         return sources if bias is None else [*sources, bias]
 
     def _compute(self, route: Route, x: Tensor, plan: Plan | None) -> Tensor:
-        """A block from its input, and its support for whoever watches."""
+        """The block's output by the op ``[*, D]``; the observers get its support."""
         block = route.block
-        # A trial runs without hooks, by which the block's own modules have the threshold.
-        weights = self._weights(with_threshold=not route.trial)
+        # A trial runs without hooks, by which the block's own modules have the shifts.
+        weights = self._weights(with_shifts=not route.trial)
         alpha, beta, mix = self._sigma.coefficients()
         dropout = route.drops()
         flat = x.reshape(-1, block.d_model)
@@ -232,34 +234,34 @@ class Computation:
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-        threshold = threshold_of(block)
-        if threshold is not None and block.activated.training and not route.trial:
-            threshold.see_x(flat, weights.activated, _bias(block.activated))
+        if block.activated.training and not route.trial:
+            for shift in shifts_of(block):
+                shift.see_x(flat, weights.activated, _bias(block.activated))
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         if plan is not None and not trains and self._kernels is not None and _is_plain(x):
             first, *others = tensors
             coefficients = alpha, beta, mix
-            saved = self._kernels.mlp(first, Weights(*others), coefficients, dropout, plan)
+            z, saved = self._kernels.mlp(first, Weights(*others), coefficients, dropout, plan)
         else:
             limits = self.limits
-            if plan is not None and trains:  # all is made anew, so the plan holds as it is
+            if plan is not None and trains:  # nothing is cached, so the plan holds as it is
                 limits = Limits(plan.max_density, plan.max_candidates)
-            saved = Saved(*mlp(*tensors, alpha, beta, mix, dropout, trains, *limits))
+            z, *saved = mlp(*tensors, alpha, beta, mix, dropout, trains, *limits)
         if plan is not None:
             route.note(noted())
         if route.observers and not route.trial:
-            listed = [t.detach() for t in (saved.r, saved.up, saved.indices, saved.offsets)]
-            active, slopes = support(*listed, len(flat), block.d_hidden, alpha, beta, mix)
+            parts = [part.detach() for part in saved]
+            active, slopes = support(parts, len(flat), block.d_hidden, alpha, beta, mix)
             shape = (*x.shape[:-1], block.d_hidden)
             for observer in route.observers:
                 observer.see_support(x, active.view(shape), slopes.view(shape))
-        return saved.z.view(*x.shape[:-1], block.d_model)
+        return z.view(*x.shape[:-1], block.d_model)
 
     def weights(self) -> Weights:
-        """What the kernels decode with now."""
-        return self._weights(with_threshold=True)
+        """The block's parameters as they are now, plug-ins applied."""
+        return self._weights(with_shifts=True)
 
-    def _weights(self, with_threshold: bool) -> Weights:
+    def _weights(self, with_shifts: bool) -> Weights:
         """The block's parameters as the op takes them, each ``[F, D]``."""
         block, shift = self.block, self._sigma.shift
         layers = zip(block.layers, self._is_transposed, strict=True)
@@ -268,7 +270,7 @@ class Computation:
         ]
         up = None if block.gate is None else block.up
         weight = matrices[0]
-        bias = activated_bias(block) if with_threshold else _bias(block.activated)
+        bias = effective_bias(block) if with_shifts else _bias(block.activated)
         if shift:
             bias = weight.new_full((len(weight),), -shift) if bias is None else bias - shift
         return Weights(

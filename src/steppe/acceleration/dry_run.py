@@ -1,8 +1,8 @@
-"""Runs each routed block once before anybody relies on it: on the kernels, and by its own modules.
+"""The dry run: each routed block once by its own modules and once on the kernels, compared.
 
 A block is run through its owner, on a few tokens of random input, in evaluation and in training,
-forward and backward. What its own modules hand on to each other is looked at too
-(`steppe.wiring.witness`): that is exact, where the comparison of results is within rounding.
+forward and backward. A witness compares the tensors that its own modules hand on to each other
+(`steppe.wiring.witness`): exactly, where results can only be compared within rounding.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from steppe.ops.backend import backend_of
 from steppe.routing.route import Route, Trial
 
 _TOKENS = 6
-# How far results may be apart, as a share of their norm. The kernels and dense products differ by
-# rounding, a hundred times less; a block that computes something else by much more.
+# Largest difference of two results, as a share of their norm. The kernels and dense products differ
+# by rounding, a hundred times less; a block that computes something else differs by much more.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _NOTHING = 1e-3  # of the largest gradient's norm
 _OUTPUT = "the output"
@@ -32,8 +32,8 @@ _Results = dict[str, Tensor]
 def check_routes(routes: Sequence[Route]) -> None:
     """Compare each block on the kernels with its own modules.
 
-    Blocks that cannot be run alone are left to the witness of their first call. Gradients are
-    compared for the first block of each kind: those of the same modules are wired alike.
+    A block that cannot be run alone is left to the witness of its first call. Gradients are
+    compared for the first block of each kind: blocks of the same modules are wired alike.
 
     Args:
         routes: of the blocks.
@@ -48,11 +48,11 @@ def check_routes(routes: Sequence[Route]) -> None:
             for training in (False, True):
                 _check(route, training, with_gradients=(kind, training) not in seen)
                 seen.add((kind, training))
-            route.computation.forget()  # whoever trains keeps no copies of weights
+            route.computation.forget()  # a model that trains needs no copies of weights
 
 
 def _kind_of(route: Route) -> tuple[object, ...]:
-    """What two blocks have in common that are wired alike."""
+    """The properties that blocks share if they are wired alike."""
     parts = (
         (name, type(part), tuple(name for name, _ in part.named_parameters(recurse=False)))
         for name, part in route.owner.named_modules()
@@ -88,7 +88,7 @@ def _check(route: Route, training: bool, with_gradients: bool) -> None:
             try:
                 routed = _run(route.owner, x, with_gradients)
                 mismatch = _difference(own, routed, _TOLERANCE[weight.dtype])
-            except Exception as error:  # a module of others' that cannot take what it gets
+            except Exception as error:  # a foreign module that cannot take the block's input
                 mismatch = f"the kernels' way through it fails: {type(error).__name__}: {error}"
             finally:
                 route.trial = None
@@ -101,11 +101,11 @@ def _check(route: Route, training: bool, with_gradients: bool) -> None:
 
 
 def _run_own(route: Route, x: Tensor, with_gradients: bool) -> _Results | None:
-    """A block by its own modules, seen by a witness; None where it cannot be run alone."""
+    """The results of a block's own modules before a witness; None where it cannot run alone."""
     route.trial = Trial.WITNESSED
     try:
         return _run(route.owner, x, with_gradients)
-    except Exception:  # of others' code, which may want more than an input
+    except Exception:  # of foreign code, which may want more than an input
         return None
     finally:
         route.trial = None
@@ -113,7 +113,7 @@ def _run_own(route: Route, x: Tensor, with_gradients: bool) -> _Results | None:
 
 def _run(owner: nn.Module, x: Tensor, with_gradients: bool) -> _Results:
     """The output for an input, and the gradients of a random projection of it, by name."""
-    torch.manual_seed(0)  # what else is random is the same in each run
+    torch.manual_seed(0)  # anything else that is random is the same in each run
     x = x.clone().requires_grad_(with_gradients)
     with torch.set_grad_enabled(with_gradients):
         z = _first_tensor(owner(x))
@@ -132,13 +132,13 @@ def _run(owner: nn.Module, x: Tensor, with_gradients: bool) -> _Results:
 
 
 def _parameters_of(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Larger parameters that a layer computes with a part of; empty for most."""
+    """The larger parameters that a layer is a part of; empty for most layers."""
     held = held_by(layer) if isinstance(layer, PartOfLinear) else []
     return {name: part for parameters, name in held if (part := parameters.get(name)) is not None}
 
 
 def _first_tensor(output: Any) -> Tensor:
-    """The first tensor of what a module has returned."""
+    """The first tensor in a module's output."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, dict) else output
@@ -146,7 +146,7 @@ def _first_tensor(output: Any) -> Tensor:
 
 
 def _difference(own: _Results, routed: _Results, tolerance: float) -> str:
-    """Which result is another one; empty for none."""
+    """The first result that differs, and by how much; empty for none."""
     sizes = {name: expected.double().norm().item() for name, expected in own.items()}
     largest = max((size for name, size in sizes.items() if name != _OUTPUT), default=0.0)
     for name, expected in own.items():
@@ -160,7 +160,7 @@ def _difference(own: _Results, routed: _Results, tolerance: float) -> str:
 
 @contextmanager
 def _undropped(route: Route) -> Iterator[None]:
-    """A route without the dropout that it does for its owner."""
+    """A route without the dropout that it applies for its owner."""
     dropout, route.dropout = route.dropout, 0.0
     try:
         yield

@@ -37,13 +37,13 @@ class BlockExplanation:
         how: ``sparse``, ``screened`` (sparse, its first product screened), ``dense`` (the kernels
             found too many active entries), ``own modules`` (dense, as without steppe), ``not yet``.
         calls: number of calls since `accelerate_`, by how they ran.
-        is_few: whether it was computed in one call for few tokens.
+        is_few: whether the call was decoding: few tokens, the block in one kernel.
         trains: whether a backward pass could follow.
-        tokens: of the call.
+        tokens: number of tokens of the call.
         density: share of the hidden entries that were active; NaN where they were not counted.
         candidates: share that the int8 product could not rule out; NaN where it was not used.
-        max_density: up to which density a call like the last one runs sparse.
-        max_candidates: up to which share of candidates its first product is screened.
+        max_density: highest density at which a call like the last one runs sparse.
+        max_candidates: highest share of candidates at which its first product is screened.
         source: where these two limits come from.
         reason: why it did not run sparse; empty if it did.
     """
@@ -73,9 +73,9 @@ class Explanation:
 
     Attributes:
         blocks: in forward order.
-        kernels: what there is on this machine.
-        unwatched: why copies of weights are kept of final weights alone; empty where writes to a
-            weight are seen.
+        kernels: the kernels of this machine.
+        unwatched: why copies are kept only of final weights; empty where writes to a weight are
+            seen.
     """
 
     blocks: tuple[BlockExplanation, ...]
@@ -135,8 +135,7 @@ def explain(model: nn.Module) -> Explanation:
         model: a model that `accelerate_` has changed; wrappers are seen through.
 
     Returns:
-        A row for each block that is routed. Code that torch.compile has made decides by itself and
-        is not seen here.
+        A row for each block that is routed. Compiled code decides by itself and is not seen here.
 
     Raises:
         AccelerationError: the model is not accelerated.

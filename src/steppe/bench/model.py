@@ -14,7 +14,7 @@ from steppe.bench.times import time_against_dense
 from steppe.blocks.find import MLPBlock, find_blocks, unwrap
 from steppe.blocks.linear import linear_weight
 from steppe.blocks.patterns import BlockPattern
-from steppe.plugins.rising_threshold import activated_bias
+from steppe.plugins.base import effective_bias
 from steppe.timing import LEAST_TURNS
 
 
@@ -93,6 +93,6 @@ def _block_alone(block: MLPBlock) -> Block:
         copied.weight = nn.Parameter(
             (weight if hasattr(layer, "in_features") else weight.T).clone()
         )
-        bias = activated_bias(block) if layer is block.activated else layer.bias
+        bias = effective_bias(block) if layer is block.activated else layer.bias
         copied.bias = None if bias is None else nn.Parameter(bias.detach().clone())
     return alone.eval()

@@ -1,4 +1,4 @@
-"""Teaches PEFT to save the plug-ins of a model beside its adapter, and to load them from there.
+"""Teach PEFT to save the plug-ins of a model beside its adapter, and to load them from there.
 
 PEFT saves the adapter alone; the plug-ins are part of the model below it. Two more files hold them,
 and the adapter's type in ``adapter_config.json`` is one that PEFT knows only where steppe is
@@ -23,15 +23,12 @@ from transformers import PreTrainedModel
 from wrapt import wrap_function_wrapper
 
 from steppe.blocks.find import unwrap
-from steppe.checkpoints.load import ADAPTER_RECORD, apply_record_, current_own, parse_record
+from steppe.checkpoints.load import apply_record_
+from steppe.checkpoints.saved_record import ADAPTER_RECORD, current_own, parse_record
 from steppe.checkpoints.weights import Weights, find, read_json
 from steppe.errors import CheckpointError, SparsificationError
-from steppe.plugins.sparsify import (
-    added_parameters,
-    advance_,
-    changed_tensors,
-    sparsification_of,
-)
+from steppe.plugins.applied import added_parameters, changed_tensors, sparsification_of
+from steppe.plugins.constrain import advance_
 from steppe.record import RECORD_KEY
 from steppe.sharding import full
 
@@ -59,10 +56,10 @@ def register() -> None:
 
 
 def _init(init: _Call, model: PeftModel, args: _Args, kwargs: _Kwargs) -> None:
-    """Refuse an adapter around a layer that has a plug-in; say what is frozen.
+    """Refuse an adapter around a layer that has a plug-in; warn of frozen parameters.
 
     Raises:
-        SparsificationError: the adapter would not see what the plug-in adds to the layer's input.
+        SparsificationError: the adapter would not see the plug-in's addition to the input.
     """
     init(*args, **kwargs)
     if sparsification_of(model) is None:
@@ -75,7 +72,7 @@ def _init(init: _Call, model: PeftModel, args: _Args, kwargs: _Kwargs) -> None:
     for name, module in unwrap(model).named_modules():
         if module in adapted and any(one.startswith(f"{name}.") for one in changed):
             raise SparsificationError(
-                f"{name}: has a plug-in, and the adapter would not see what it does. Name the"
+                f"{name}: has a plug-in, and the adapter would not see its effect. Name the"
                 " attention alone in target_modules and modules_to_save, or leave the block out:"
                 " steppe.sparsify_(..., where=...)"
             )
@@ -192,7 +189,7 @@ def _beside(folder: str, subfolder: str | None) -> tuple[dict[str, Any], Weights
     if weights is None or not isinstance(content, dict) or RECORD_KEY not in content:
         raise CheckpointError(
             f"{path}: expected a record under {RECORD_KEY!r}, and {_WEIGHTS} beside it. Copy the"
-            " folder anew from where it was saved."
+            " folder again from where it was saved."
         )
     return content[RECORD_KEY], Weights.in_files(folder, [weights])
 

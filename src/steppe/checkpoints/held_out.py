@@ -1,10 +1,8 @@
-"""Measure saved checkpoints on held-out data: what stands behind ``steppe measure``."""
+"""Measure saved checkpoints on held-out data, as ``steppe measure`` does."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,22 +17,22 @@ from transformers import PreTrainedModel
 from steppe.activations import name_of
 from steppe.blocks.find import find_blocks, shifts_labels
 from steppe.blocks.patterns import BlockPattern
-from steppe.checkpoints.loading import load_checkpoint, load_config
+from steppe.checkpoints.load_by_config import load_checkpoint, load_config
+from steppe.checkpoints.steps import steps_of
 from steppe.data.batches import Batch, Batches, load_batches
-from steppe.data.sources import Source, first_line
+from steppe.data.read_errors import first_line
+from steppe.data.sources import Source
 from steppe.errors import CheckpointError, DeviceError
 from steppe.measures.losses import terms_of
 from steppe.measures.measure import call_model, measure
 from steppe.measures.report import Report
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import sparsification_of
 from steppe.runs import Run, versions
 
 Labels = Literal["data", "model"]
 OnBatch = Callable[[str, int, int | None], None]
 """Called with a checkpoint, the batches of it that are done, and their number where it is known."""
 _SAMPLING_SEED = 0  # of labels="model"
-_MOST_STEPS = 2**53
-_NUMBERED = re.compile(r"-(\d+)$")  # checkpoint-1234, as the Trainer names them
 
 
 def measure_checkpoints(
@@ -54,14 +52,14 @@ def measure_checkpoints(
         labels: see `steppe.measure`; None for densities alone.
         max_batches: stop after so many.
         device: where to compute; a CUDA device if there is one, else the CPU.
-        on_batch: told of the progress.
+        on_batch: called with the progress.
         patterns: patterns of your own for `steppe.find_blocks`; those that a checkpoint's record
             has are known.
 
     Returns:
         A run with one held-out report a checkpoint, in the order of their steps: those of
-        ``trainer_state.json``, else of their names, or 0, 1, 2, … in the order given if any tells
-        none. `Run.quality` is that of the last: ``loss``, the mean over what is predicted, in nats,
+        ``trainer_state.json``, else of their names, or 0, 1, 2, … in the order given if one has
+        none. `Run.quality` is that of the last: ``loss``, the mean over all predictions, in nats,
         and ``accuracy`` of classifiers.
 
     Raises:
@@ -69,7 +67,7 @@ def measure_checkpoints(
         DeviceError: the device is not there.
         DataError: the data is not there, cannot be read, or does not fit the models.
         MissingExtraError: a package that the data needs is not installed.
-        SteppeError: what `steppe.measure` raises.
+        SteppeError: as `steppe.measure`.
         ValueError: there is no checkpoint, or `max_batches` is below 1.
     """
     names = [str(checkpoint) for checkpoint in checkpoints]
@@ -78,7 +76,7 @@ def measure_checkpoints(
             f"measure_checkpoints: expected at least one checkpoint and batch, got {len(names)}"
             f" checkpoints, {max_batches=}"
         )
-    steps = _steps_of(names)
+    steps = steps_of(names)
     names.sort(key=steps.__getitem__)
     for name in names:
         load_config(name)  # before any is measured
@@ -94,6 +92,36 @@ def measure_checkpoints(
         measured.append(_measure(name, model, where, batches, labels, max_batches, on_batch))
         del model  # before the next is loaded
     assert batches is not None
+    settings = {
+        **asdict(source),
+        "split": batches.split,
+        "checkpoints": names,
+        "labels": labels,
+        "max_batches": max_batches,
+        "device": where.type,
+        "notes": list(batches.notes),
+    }
+    return _run_of(measured, steps, settings)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The results of a checkpoint, kept when its model is gone."""
+
+    name: str
+    model: str
+    layout: list[tuple[str, int, int]]
+    activations: list[str]
+    plugins: list[dict[str, Any]]
+    report: Report
+    quality: dict[str, float]
+
+
+def _run_of(
+    measured: Sequence[_Measured], steps: Mapping[str, int], settings: dict[str, Any]
+) -> Run:
+    """The checkpoints as one run; model, plug-ins and quality are those of the last."""
+    names = [one.name for one in measured]
     last = measured[-1]
     blocks = [block for one in measured for block in one.report.blocks[:1]]
     return Run(
@@ -102,15 +130,7 @@ def measure_checkpoints(
         tokens_per_sample=sum(b.tokens for b in blocks) / sum(b.samples for b in blocks),
         activations=last.activations,
         plugins=last.plugins,
-        settings={
-            **asdict(source),
-            "split": batches.split,
-            "checkpoints": names,
-            "labels": labels,
-            "max_batches": max_batches,
-            "device": where.type,
-            "notes": list(batches.notes),
-        },
+        settings=settings,
         versions={
             **versions(),
             "transformers": transformers.__version__,
@@ -125,19 +145,6 @@ def measure_checkpoints(
         ],
         quality=last.quality,
     )
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What is kept of a checkpoint when its model is gone."""
-
-    name: str
-    model: str
-    layout: list[tuple[str, int, int]]
-    activations: list[str]
-    plugins: list[dict[str, Any]]
-    report: Report
-    quality: dict[str, float]
 
 
 def _measure(
@@ -176,7 +183,7 @@ def _measure(
 
 
 class _Counted:
-    """Batches that tell how far they have come; of those wanted, none is made too many."""
+    """Batches that report how far they have come; no more are made than are wanted."""
 
     def __init__(
         self, batches: Batches, most: int | None, name: str, on_batch: OnBatch | None
@@ -191,13 +198,13 @@ class _Counted:
     def __iter__(self) -> Iterator[Batch]:
         """The batches; each is done when the next is asked for."""
         done = 0
-        self._tell(done)
+        self._report(done)
         for batch in islice(self._batches, self._most):
             yield batch
             done += 1
-            self._tell(done)
+            self._report(done)
 
-    def _tell(self, done: int) -> None:
+    def _report(self, done: int) -> None:
         if self._on_batch is not None:
             self._on_batch(self._name, done, self._total)
 
@@ -212,7 +219,7 @@ class _Recorder:
         self._terms = 0
 
     def __call__(self, model: nn.Module, batch: Batch) -> Any:
-        """What the model returns."""
+        """Output of the model."""
         output = call_model(model, batch)
         labels, loss = batch.get("labels"), getattr(output, "loss", None)
         if labels is not None and isinstance(loss, Tensor):
@@ -231,40 +238,6 @@ class _Recorder:
         if self._classifies:
             quality["accuracy"] = self._correct / self._terms
         return quality
-
-
-def _steps_of(names: Sequence[str]) -> dict[str, int]:
-    """The optimizer step of each checkpoint; their order in the list if any tells none."""
-    told = {name: _step_of(name) for name in names}
-    if len(told) < len(names):
-        raise CheckpointError("the same checkpoint is named twice; name each once")
-    steps = {name: step for name, step in told.items() if step is not None}
-    if len(steps) < len(names):
-        return {name: number for number, name in enumerate(names)}
-    if len(set(steps.values())) < len(names):
-        raise CheckpointError(
-            f"expected checkpoints of one run, got two of the same step: {steps}. Measure each run"
-            " by itself, and compare what was written by `steppe report`"
-        )
-    return steps
-
-
-def _step_of(name: str) -> int | None:
-    """The optimizer step of a checkpoint, by its files or its name."""
-    path = Path(name) / "trainer_state.json"
-    if path.is_file():
-        try:
-            step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
-            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < _MOST_STEPS:
-                raise ValueError("global_step is no number of steps")
-            return step
-        except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path}: damaged ({type(error).__name__}: {first_line(error)}). Copy it anew, or"
-                " remove it: then the folder's name tells the step."
-            ) from None
-    numbered = _NUMBERED.search(name.rstrip("/"))
-    return int(numbered[1]) if numbered and Path(name).is_dir() else None
 
 
 def _layout(model: nn.Module) -> list[tuple[str, int, int]]:

@@ -1,100 +1,36 @@
-"""Load a checkpoint of a sparsified model: the stock model, and what steppe did to it.
+"""Load a checkpoint of a sparsified model: the stock model, then the plug-ins of its record.
 
-``save_pretrained`` needs no help: the plug-ins' tensors are in the state dict, and what was done
-stands in the config. Loading reads safetensors only; nothing is ever unpickled.
+``save_pretrained`` needs no help: the plug-ins' tensors are in the state dict, and the record of
+the plug-ins is in the config. Loading reads safetensors only; nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from steppe.blocks.find import coverage, owner_name, unwrap
-from steppe.blocks.pattern_values import fault_in
+from steppe.blocks.find import unwrap
 from steppe.blocks.patterns import BlockPattern
-from steppe.checkpoints.weights import Weights, find, read_json
+from steppe.checkpoints.saved_record import (
+    ADAPTER_RECORD,
+    CONFIG,
+    Own,
+    Record,
+    given_own,
+    read_record,
+)
+from steppe.checkpoints.tensor_names import renaming_of, saved_names
+from steppe.checkpoints.weights import Weights, find
 from steppe.errors import CheckpointError, SteppeError
-from steppe.plugins.base import Plugin, plugin_from_settings
-from steppe.plugins.sparsify import PLUGINS, advance_, sparsification_of, sparsify_
-from steppe.plugins.zeroth_bias import PARAMETER_NAME, ZerothBias
-from steppe.record import RECORD_KEY, RECORD_VERSION, erase_records
-from steppe.schema import fault_of
-from steppe.surgery.pattern_notes import Noted, forget_patterns_, note_record_
-
-_CONFIG = "config.json"
-ADAPTER_RECORD = "steppe_config.json"  # beside an adapter of PEFT
-
-
-@dataclass(frozen=True)
-class Own:
-    """What of the user's own a record may name.
-
-    Attributes:
-        patterns: go before those of the record.
-        plugins: classes of plug-ins.
-    """
-
-    patterns: Sequence[BlockPattern] = ()
-    plugins: Sequence[type[Plugin]] = ()
-
-
-# What `load_pretrained` was given, for the loader that it calls.
-_current_own: ContextVar[Own | None] = ContextVar("current_own", default=None)
-
-
-@contextmanager
-def _told(own: Own) -> Iterator[None]:
-    """Within it, `current_own` is `own`."""
-    token = _current_own.set(own)
-    try:
-        yield
-    finally:
-        _current_own.reset(token)
-
-
-def current_own() -> Own:
-    """What the `load_pretrained` around this call was given."""
-    return _current_own.get() or Own()
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a config says that was done.
-
-    Attributes:
-        applied: the plug-ins with the names of their blocks.
-        progress: share of the run that was done, in [0, 1].
-        patterns: of the user's, as plain values, with the names of the blocks that they match.
-    """
-
-    applied: list[tuple[Plugin, list[str]]]
-    progress: float
-    patterns: list[Noted]
-
-    @property
-    def blocks(self) -> set[str]:
-        """The names of all blocks."""
-        return {name for _, names in self.applied for name in names}
-
-
-@dataclass(frozen=True)
-class _RecordFields:
-    """What every record has, and what one with patterns of the user's has."""
-
-    version: int
-    progress: float
-    plugins: list[dict[str, Any]]
-    patterns: list[dict[str, Any]] = field(default_factory=list)
-
-
-_FIELDS = tuple(one.name for one in fields(_RecordFields))
+from steppe.plugins.applied import sparsification_of
+from steppe.plugins.base import Plugin
+from steppe.plugins.constrain import advance_
+from steppe.plugins.sparsify import sparsify_
+from steppe.record import erase_records
 
 
 def load_pretrained(
@@ -125,12 +61,12 @@ def load_pretrained(
         ``model = load_pretrained(AutoModelForCausalLM.from_pretrained, "out")``
     """
     folder, own = str(folder), Own(tuple(patterns), tuple(plugins))
-    if find(folder, _CONFIG) is None and find(folder, ADAPTER_RECORD) is not None:
-        with _told(own):
+    if find(folder, CONFIG) is None and find(folder, ADAPTER_RECORD) is not None:
+        with given_own(own):
             return load(folder)  # by PEFT, which steppe has taught to do the rest
-    record = _read_record(folder, own)
+    record = read_record(folder, own)
     weights = Weights.of(folder)
-    with _told(own), _held_load_reports() as reports:
+    with given_own(own), _held_load_reports() as reports:
         model = load(folder)
     root = unwrap(model)
     # Of a folder without marks, or by a loader of the user's, the model comes without plug-ins.
@@ -146,13 +82,13 @@ def load_pretrained(
 def apply_record_(
     root: nn.Module, record: Record, weights: Weights, own: Own, by_file_names: bool = True
 ) -> set[str]:
-    """Do to a stock model what a record says, and fill what that adds.
+    """Apply a record to a stock model, and fill the tensors that this adds.
 
     Args:
         root: the model, with the weights of its own.
         record: of its config.
         weights: of its checkpoint.
-        own: what the record may name.
+        own: plug-ins and patterns of the user's that the record may name.
         by_file_names: whether the names in the files are those of ``save_pretrained``, and not the
             model's.
 
@@ -164,16 +100,16 @@ def apply_record_(
     """
     erase_records(root)
     before = set(root.state_dict())
-    to_model = _renaming(root, record, own.patterns, weights.place)
+    to_model = renaming_of(root, record, own.patterns, weights.place)
     try:
-        _refuse_longer_biases(root, record, weights)
+        _refuse_other_lengths(root, record, weights)
         for plugin, names in record.applied:
             _sparsify_blocks(root, plugin, {to_model(name) for name in names}, own.patterns)
     except SteppeError as error:
         raise CheckpointError(f"{weights.place}: the record cannot be applied: {error}") from None
     advance_(root, record.progress)
     state = root.state_dict()
-    saved_as = _saved_names(root, state) if by_file_names else {name: name for name in state}
+    saved_as = saved_names(root, state) if by_file_names else {name: name for name in state}
     in_file = {to_model(name): name for name in weights.files}
     ours = {saved_as[name]: state[name] for name in state if name not in before}
     weights.copy_into(ours, in_file)
@@ -199,7 +135,7 @@ def load_weights_(model: nn.Module, folder: str | Path) -> nn.Module:
     root = unwrap(model)
     weights = Weights.of(str(folder))
     state = root.state_dict()
-    saved_as = _saved_names(root, state)
+    saved_as = saved_names(root, state)
     held = {state[name].data_ptr() for name in state if saved_as[name] in weights.files}
     # Of tied tensors one is saved.
     wanted = {
@@ -211,138 +147,17 @@ def load_weights_(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def parse_record(record: Any, path: str, own: Own) -> Record:
-    """A record of the JSON values that stand in a config.
-
-    Args:
-        record: the values.
-        path: what errors name.
-        own: the plug-ins that it may name besides steppe's.
-
-    Raises:
-        CheckpointError: it is damaged, or of a newer steppe.
-        ValueError: a plug-in of the user's has the key of another.
-    """
-    values = record if isinstance(record, dict) else {}
-    values = {key: values[key] for key in _FIELDS if key in values}
-    fault = fault_of(_RecordFields, values)
-    if fault is not None:
-        raise CheckpointError(f"{path}: the record under {RECORD_KEY!r} is damaged ({fault})")
-    version, progress = values["version"], float(values["progress"])
-    if version != RECORD_VERSION or not 0.0 <= progress <= 1.0:
-        raise CheckpointError(
-            f"{path}: expected a record of version {RECORD_VERSION} with progress in 0 … 1, got"
-            f" version {version!r}, progress {progress}. A newer steppe may have written it."
-        )
-    plugins = _with_blocks(values["plugins"], path)
-    patterns = _with_blocks(values.get("patterns", []), path)
-    if not plugins:
-        raise CheckpointError(f"{path}: the record under {RECORD_KEY!r} is damaged (no plug-in)")
-    noted = [name for _, names in patterns for name in names]
-    if len(set(noted)) < len(noted):
-        raise CheckpointError(
-            f"{path}: the record under {RECORD_KEY!r} is damaged (two patterns for one block)"
-        )
-    for pattern, _ in patterns:
-        fault = fault_in(pattern)
-        if fault is not None:
+def _refuse_other_lengths(root: nn.Module, record: Record, weights: Weights) -> None:
+    """Refuse a record of longer tensors than were saved, before memory is taken for them."""
+    asked = [item for plugin, _ in record.applied for item in plugin.added_lengths(root).items()]
+    for tensor, length in asked:
+        names = [name for name in weights.files if name.endswith(f".{tensor}")]
+        saved = {length for name in names for length in weights.shape_of(name)[:1]}
+        if length not in saved:
             raise CheckpointError(
-                f"{path}: a pattern in the record under {RECORD_KEY!r} is damaged ({fault})"
+                f"{tensor} has {length} positions by the record, and in the weights"
+                f" {', '.join(map(str, saved)) or 'none'}. The files are of different checkpoints."
             )
-    kinds = (*PLUGINS, *own.plugins)
-    for kind in own.plugins:
-        if [one.key for one in kinds].count(kind.key) > 1:
-            raise ValueError(
-                f"{kind.__name__}: another plug-in has the key {kind.key!r}. Give it its own."
-            )
-    applied = [(plugin_from_settings(entry, kinds), names) for entry, names in plugins]
-    return Record(applied, progress, patterns)
-
-
-def _with_blocks(entries: Sequence[Mapping[str, Any]], path: str) -> list[Noted]:
-    """Entries of a record, each with the names of its blocks."""
-    found = []
-    for entry in entries:
-        rest = dict(entry)
-        names = rest.pop("blocks", None)
-        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-            raise CheckpointError(
-                f"{path}: the record under {RECORD_KEY!r} is damaged (blocks: expected a list of"
-                " names)"
-            )
-        found.append((rest, names))
-    return found
-
-
-def _read_record(folder: str, own: Own) -> Record:
-    """The record in the ``config.json`` of a folder or a hub repository."""
-    path = find(folder, _CONFIG)
-    if path is None:
-        raise CheckpointError(f"{folder}: expected a model folder or hub id, found no {_CONFIG}")
-    config = read_json(path)
-    record = config.get(RECORD_KEY) if isinstance(config, dict) else None
-    if record is None:
-        raise CheckpointError(
-            f"{path}: no record of steppe; this is a plain model. Load it as such, then"
-            " steppe.sparsify_(model, [...])"
-        )
-    return parse_record(record, str(path), own)
-
-
-def _refuse_longer_biases(root: nn.Module, record: Record, weights: Weights) -> None:
-    """Refuse a record of longer zeroth biases than were saved, before memory is taken for them."""
-    asked = {
-        plugin.resolve(root, ()).max_tokens
-        for plugin, _ in record.applied
-        if isinstance(plugin, ZerothBias)
-    }
-    names = [name for name in weights.files if name.endswith(f".{PARAMETER_NAME}")]
-    saved = {length for name in names for length in weights.shape_of(name)[:1]} if asked else set()
-    if not asked <= saved:
-        raise CheckpointError(
-            f"{PARAMETER_NAME} has {(asked - saved).pop()} positions by the record, and in the"
-            f" weights {', '.join(map(str, saved)) or 'none'}. The files are of different"
-            " checkpoints."
-        )
-
-
-def _renaming(
-    root: nn.Module, record: Record, patterns: Sequence[BlockPattern], place: str
-) -> Callable[[str], str]:
-    """How names in the checkpoint become names in the model, which gets the record's patterns.
-
-    They differ by the prefix of the base model where one of the two has a head and the other not.
-    """
-    prefix = f"{getattr(root, 'base_model_prefix', '')}."
-    for rename in (_same, _Prefix(prefix, add=False), _Prefix(prefix, add=True)):
-        if note_record_(root, record.patterns, rename, place):
-            found = {block.name for block in coverage(root, patterns).blocks}
-            if {rename(name) for name in record.blocks} <= found:
-                return rename
-            forget_patterns_(root)
-    found = {block.name for block in coverage(root, patterns).blocks}
-    named = {*record.blocks, *(name for _, names in record.patterns for name in names)}
-    modules = {owner_name(name, module) for name, module in root.named_modules()}
-    raise CheckpointError(
-        f"{place}: the record names blocks that {type(root).__name__} does not have:"
-        f" {', '.join((sorted(named - modules) or sorted(named - found))[:3])}; it has"
-        f" {', '.join(sorted(found)[:3]) or 'none'}. Is this the checkpoint of another model?"
-    )
-
-
-def _same(name: str) -> str:
-    return name
-
-
-class _Prefix:
-    """Adds a prefix to names, or takes it off where it is."""
-
-    def __init__(self, prefix: str, add: bool) -> None:
-        self._prefix = prefix
-        self._add = add
-
-    def __call__(self, name: str) -> str:
-        return self._prefix + name if self._add else name.removeprefix(self._prefix)
 
 
 def _sparsify_blocks(
@@ -352,27 +167,9 @@ def _sparsify_blocks(
     sparsify_(root, [plugin], where=lambda block: block.name in names, patterns=patterns)
 
 
-def _saved_names(root: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """The name in the checkpoint of each tensor of the model.
-
-    Transformers 5 keeps the names of older versions in the file for some architectures (ViT).
-    """
-    if not hasattr(root, "save_pretrained"):
-        return {name: name for name in state}
-    # Here, not above: `load` has imported transformers, `import steppe` does not.
-    from transformers.core_model_loading import revert_weight_conversion
-
-    saved_as: dict[str, str] = {}
-    for name, tensor in state.items():
-        # One by one: the result does not say which name became which.
-        names = list(revert_weight_conversion(root, {name: tensor}))  # type: ignore[arg-type]
-        saved_as[name] = names[0] if len(names) == 1 else name
-    return saved_as
-
-
 @contextmanager
 def _held_load_reports() -> Iterator[list[logging.LogRecord]]:
-    """Collect what Transformers logs of a checkpoint's keys instead of printing it."""
+    """Hold back the load report that Transformers logs about a checkpoint's keys."""
     held: list[logging.LogRecord] = []
 
     def hold(record: logging.LogRecord) -> bool:

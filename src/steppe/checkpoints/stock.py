@@ -1,7 +1,7 @@
-"""Teaches Transformers to mark the folders of models with plug-ins, and to load them.
+"""Teach Transformers to mark the folders of models with plug-ins, and to load them.
 
-Transformers lets a library change a model while it is loaded, as what it calls a quantizer. Here
-the model gets its plug-ins, once its own weights are there.
+Transformers lets a library change a model while it is loaded, through a class that it calls a
+quantizer. Here that class adds the plug-ins, once the model's own weights are there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from wrapt import wrap_function_wrapper
 
 from steppe.blocks.experts import ExpertLayer
 from steppe.blocks.find import matches
-from steppe.checkpoints.load import Record, apply_record_, current_own, parse_record
+from steppe.checkpoints.load import apply_record_
+from steppe.checkpoints.saved_record import Record, current_own, parse_record
 from steppe.checkpoints.weights import Weights
 from steppe.errors import CheckpointError
 from steppe.record import METHOD, RECORD_KEY, WEIGHTS_MARK, with_marks
@@ -116,5 +117,5 @@ def _marked(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """What ``save_pretrained`` writes of a config."""
+    """The content of a config as ``save_pretrained`` writes it."""
     return with_marks(to_diff_dict(*args, **kwargs))

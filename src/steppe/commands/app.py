@@ -217,7 +217,8 @@ def train(
     _quieten_libraries()
     with _extra("train", "recipes"):
         from steppe.report import find_runs, recipe_table, write_report
-        from steppe.training.recipe import list_recipes, read_recipe
+        from steppe.training.recipe import read_recipe
+        from steppe.training.recipe_file import list_recipes
         from steppe.training.recipe_keys import keys_of
         from steppe.training.run_recipe import run_recipe
     if list_them or recipe is None:
@@ -444,7 +445,7 @@ def blocks(
     """Show the MLP blocks of a model, and what looks like one and is not found; without weights."""
     _quieten_libraries()
     with _extra("blocks", "recipes"):
-        from steppe.checkpoints.loading import empty_model
+        from steppe.checkpoints.load_by_config import empty_model
         from steppe.report import blocks_table
     from steppe.blocks.candidates import Candidate, listed
     from steppe.blocks.find import coverage

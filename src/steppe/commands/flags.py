@@ -30,6 +30,7 @@ FLAGS: dict[str, dict[str, str]] = {
                 "text_column",
                 "tokenizer",
                 "vocab_size",
+                "xavier",
             )
         },
     },

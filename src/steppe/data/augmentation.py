@@ -1,4 +1,4 @@
-"""Augmentation of batches on their device, by Kornia."""
+"""Augment batches of images on their device, by Kornia."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from steppe.errors import DataError
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to images in training.
+    """Random changes of images in training.
 
     Attributes:
         rand_augment: magnitude of RandAugment's two operations, 0 … 30; 0 for none.
@@ -45,7 +45,7 @@ class Augmentation:
     cutmix: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse values out of range."""
         if (
             not 0 <= self.rand_augment <= 30
             or not 0.0 <= self.random_erasing <= 1.0
@@ -58,10 +58,10 @@ class Augmentation:
 
 
 class BatchAugmenter:
-    """Augments batches; what is random comes from torch's global generator alone.
+    """Augments batches; all random numbers come from torch's global generator.
 
     Args:
-        augmentation: what is done.
+        augmentation: the changes.
         size: height and width of the images.
         channels: 1 or 3.
         classes: number of classes.
@@ -105,10 +105,10 @@ class BatchAugmenter:
         mixing = self._draw_mixing()
         if mixing is None:
             return images, labels
-        images, told = mixing(images, labels)
-        own, other, share = told.reshape(-1, 3).unbind(-1)
+        images, mixed = mixing(images, labels)
+        own, other, share = mixed.reshape(-1, 3).unbind(-1)
         if isinstance(mixing, RandomCutMixV2):
-            share = 1.0 - share  # it tells the share that is the image's own
+            share = 1.0 - share  # CutMix gives the share of the image's own pixels
         first = F.one_hot(own.long(), self._classes)
         second = F.one_hot(other.long(), self._classes)
         return images, torch.lerp(first.float(), second.float(), share[:, None].float())

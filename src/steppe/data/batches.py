@@ -17,19 +17,19 @@ from transformers.models.auto.modeling_auto import (
 
 from steppe.blocks.find import forward_parameters
 from steppe.data.columns import Classes
-from steppe.data.embedded import TensorDataset, load_digits_split, load_pydoc_split
-from steppe.data.image_batches import Images, image_shape_of
-from steppe.data.sources import EMBEDDED, Rows, Source, open_rows
-from steppe.data.text_batches import (
-    ClassifiedTexts,
-    CorruptedWindows,
-    MaskedWindows,
-    Pairs,
-    Windows,
-    check_bytes,
+from steppe.data.embedded import EMBEDDED, TensorDataset, load_digits_split, load_pydoc_split
+from steppe.data.image_batches import ImageBatches
+from steppe.data.image_processor import image_shape_of
+from steppe.data.rows import Rows, open_rows
+from steppe.data.sources import Source
+from steppe.data.text_batches import ClassifiedBatches, PairBatches
+from steppe.data.text_limits import check_bytes, tokens_per_window
+from steppe.data.tokenizer import load_tokenizer
+from steppe.data.window_batches import (
+    CorruptedBatches,
+    MaskedBatches,
+    WindowBatches,
     corrupts_spans,
-    load_tokenizer,
-    tokens_per_window,
 )
 from steppe.errors import DataError
 from steppe.tokens import IGNORED_LABEL
@@ -47,7 +47,7 @@ class Preparation(Protocol):
         """One batch."""
 
     def restart(self) -> None:
-        """Begin anew, so that the next pass gives the same batches."""
+        """Go back to the first sample, so that the next pass gives the same batches."""
 
 
 class Batches:
@@ -57,8 +57,8 @@ class Batches:
         preparation: of the samples.
         size: samples per batch; the last may have fewer.
         split: the split's name.
-        total: number of batches, None where only reading the data would tell.
-        notes: what was assumed of the data, for the user.
+        total: number of batches, None where it is unknown before all is read.
+        notes: assumptions about the data, for the user.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Batches:
             yield batch
 
 
-class _Embedded:
-    """One of the embedded sets, which are tensors already."""
+class _EmbeddedBatches:
+    """Batches of an embedded set, which is made of tensors already."""
 
     def __init__(self, data: TensorDataset, labelled: bool) -> None:
         self._data = data
@@ -119,7 +119,7 @@ class _Embedded:
         return batch
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Go back to the first sample; nothing is random."""
 
 
 def load_batches(
@@ -161,22 +161,22 @@ def load_batches(
     notes = () if classes is None else classes.notes
     preparation: Preparation
     if takes_images:
-        preparation = Images(rows, model, place, classes)
+        preparation = ImageBatches(rows, model, place, classes)
         return _batches(preparation, rows, rows.number, (*notes, *preparation.notes))
     tokenizer = load_tokenizer(place)
     if classifies:
-        preparation = ClassifiedTexts(rows, model, tokenizer, classes)
+        preparation = ClassifiedBatches(rows, model, tokenizer, classes)
         return _batches(preparation, rows, rows.number, notes)
     if model.config.is_encoder_decoder:
         _require_head(rows.name, kind, labelled)
         if corrupts_spans(rows, tokenizer):
             note = f"{rows.name}: no targets; spans of the text are taken out, as T5 was trained"
-            return _batches(CorruptedWindows(rows, model, tokenizer), rows, notes=(note,))
-        return _batches(Pairs(rows, model, tokenizer), rows, rows.number)
+            return _batches(CorruptedBatches(rows, model, tokenizer), rows, notes=(note,))
+        return _batches(PairBatches(rows, model, tokenizer), rows, rows.number)
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and "ForMaskedLM" in kind:
-        return _batches(MaskedWindows(rows, model, tokenizer), rows)
+        return _batches(MaskedBatches(rows, model, tokenizer), rows)
     language = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return _batches(Windows(rows, model, tokenizer, labelled=language), rows)
+    return _batches(WindowBatches(rows, model, tokenizer, labelled=language), rows)
 
 
 def _batches(
@@ -190,7 +190,7 @@ def _batches(
 def _embedded(
     source: Source, model: PreTrainedModel, takes_images: bool, labelled: bool
 ) -> Batches:
-    """Batches of `digits` or `pydoc`, whose held-out part is always the same."""
+    """Batches of the held-out part of `digits` or `pydoc`."""
     if source.split not in (None, "held_out"):
         raise DataError(
             f"{source.data}: is measured on its held-out part only, got split={source.split};"
@@ -215,7 +215,7 @@ def _embedded(
         length = source.max_length
         data = load_pydoc_split(tokens_per_window(model, length)).held_out
     total = -(-len(data) // source.batch_size)
-    return Batches(_Embedded(data, labelled), source.batch_size, "held_out", total)
+    return Batches(_EmbeddedBatches(data, labelled), source.batch_size, "held_out", total)
 
 
 def _require_head(where: str, kind: str, labelled: bool) -> None:

@@ -1,14 +1,14 @@
-"""Which column of a data set is what, and its classes as those of a model."""
+"""Find the columns of text, images and classes, and map the classes to those of a model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 
-from steppe.data.sources import Rows
+from steppe.data.rows import Rows
 from steppe.errors import DataError
 
 PAIRS = (
@@ -24,12 +24,12 @@ PAIRS = (
     ("question", "answer"),
 )
 """Columns that are taken for the input and the target of an encoder-decoder model."""
-_NAMELESS = re.compile(r"LABEL_\d+")  # what Transformers calls classes that nobody named
+_NAMELESS = re.compile(r"LABEL_\d+")  # Transformers' names for classes without one
 _SHOWN = 5
 
 
 def text_column(rows: Rows) -> str:
-    """The column of the text: the one asked for, ``text``, or the only one of strings.
+    """Name of the column of the text: the one asked for, ``text``, or the only one of strings.
 
     Args:
         rows: the data.
@@ -63,7 +63,7 @@ def pair_columns(rows: Rows) -> tuple[str, str]:
         rows: the data.
 
     Raises:
-        DataError: there are none; lists what is recognised.
+        DataError: there are none; lists the recognised ones.
     """
     source, target = rows.source.text_column, rows.source.target_column
     strings = [column for column in _columns(rows) if _is_text(rows, column)]
@@ -115,7 +115,7 @@ class Classes:
 
     Attributes:
         column: their column.
-        notes: what was assumed, for the user.
+        notes: assumptions, for the user.
     """
 
     def __init__(self, rows: Rows, config: Any) -> None:
@@ -129,12 +129,13 @@ class Classes:
         names = feature.names if isinstance(feature, datasets.ClassLabel) else None
         self._table = None if names is None else self._mapped(names)
 
-    def __call__(self, value: Any) -> int:
-        """The model's class for a value of the column.
+    def __call__(self, row: Mapping[str, Any]) -> int:
+        """The model's class for a row.
 
         Raises:
             DataError: it has none.
         """
+        value = row[self.column]
         if isinstance(value, str):
             known = self._by_name.get(value, int(value) if value.isdecimal() else None)
         else:

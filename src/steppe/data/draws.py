@@ -1,4 +1,4 @@
-"""Which sample is drawn when, and what its randomness is: fixed by seed, epoch and position."""
+"""The order of random draws and the seed of each: fixed by the run's seed, epoch and position."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SEEDS = 2**62
 
 
 class Draw(NamedTuple):
-    """A sample, and the seed of what is random about it this time."""
+    """A sample, and the seed of its random numbers this time."""
 
     sample: int
     seed: int
@@ -21,10 +21,10 @@ class Draw(NamedTuple):
 class DrawSampler(Sampler[Draw]):
     """Random draws that depend on nothing but seed, epoch and position.
 
-    So a run that is resumed in the middle of an epoch, with any number of workers, sees what the
-    uninterrupted one sees. With `repeats` every image drawn comes so many times in a row, each
-    time with another seed (Hoffer et al. 2020, repeated augmentation); an epoch has as many draws
-    as samples all the same.
+    So a run that is resumed in the middle of an epoch, with any number of workers, sees the same
+    samples as the uninterrupted one. With `repeats` every image drawn comes so many times in a row,
+    each time with another seed (Hoffer et al. 2020, repeated augmentation); an epoch has as many
+    draws as samples all the same.
 
     Args:
         length: number of samples.
@@ -41,7 +41,7 @@ class DrawSampler(Sampler[Draw]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew, as of this epoch.
+        """Draw for another epoch from now on.
 
         Args:
             epoch: from 0.
@@ -62,9 +62,9 @@ class DrawSampler(Sampler[Draw]):
 
 
 def as_draw(key: Draw | int) -> Draw:
-    """A draw, of a bare index one that is always the same.
+    """A draw as it is; a bare index becomes a draw that is always the same.
 
     Args:
-        key: what a data set is asked for.
+        key: index of a data set's item.
     """
     return key if isinstance(key, Draw) else Draw(int(key), int(key))

@@ -11,6 +11,8 @@ from torch.utils.data import Dataset
 
 from steppe.errors import MissingExtraError
 
+EMBEDDED = ("digits", "pydoc")
+"""Their names; a folder of the name is ``./digits``."""
 BYTES = 256  # size of the vocabulary of bytes
 _PIXEL_MEAN, _PIXEL_STD = 4.88, 6.02  # over all digits; a pixel is 0 … 16
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import datasets
 import torch
 from torch import Tensor
 
+from steppe.data.opened import Opened, Opener
 from steppe.errors import DataError
 
 MAX_BYTES = 1 << 30
@@ -27,15 +30,6 @@ _CURE = (
     " package dataset-fashion-mnist) and name it"
 )
 _NAMED = {"data_dir": "FOLDER"}
-
-
-def is_idx_folder(folder: Path) -> bool:
-    """Whether a folder has IDX files, complete or not.
-
-    Args:
-        folder: maybe not there.
-    """
-    return folder.is_dir() and any(folder.glob("*-idx[13]-ubyte*"))
 
 
 def load_idx_folder(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -82,8 +76,37 @@ def read_idx(path: Path) -> Tensor:
             return _read(path, file)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path}: cannot be read, or is cut short ({error}). Fetch it anew."
+            f"{path}: cannot be read, or is cut short ({error}). Fetch it again."
         ) from None
+
+
+def _takes(data: str, path: Path) -> bool:
+    """A folder that has IDX files, complete or not."""
+    return path.is_dir() and any(path.glob("*-idx[13]-ubyte*"))
+
+
+def _open(data: str, path: Path, streaming: bool) -> Opened:
+    """MNIST's four files: in memory, and as streams of rows; streaming or not is the same.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    parts = load_idx_folder(path)
+    splits = {
+        split: datasets.IterableDataset.from_generator(
+            _rows, features, gen_kwargs={"folder": str(path), "split": split}
+        )
+        for split in parts
+    }
+    return Opened(splits, is_local=True, tensors=parts)
+
+
+def _rows(folder: str, split: str) -> Iterator[dict[str, Any]]:
+    """Rows of an image and its class."""
+    images, labels = load_idx_folder(Path(folder))[split]
+    for image, label in zip(images.numpy(), labels.tolist(), strict=True):
+        yield {"image": image, "label": label}
 
 
 def _read(path: Path, file: BinaryIO | gzip.GzipFile) -> Tensor:
@@ -92,19 +115,19 @@ def _read(path: Path, file: BinaryIO | gzip.GzipFile) -> Tensor:
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != _UINT8:
         raise DataError(
             f"{path}: expected an IDX file of unsigned bytes (00 00 08 …), it begins with"
-            f" {magic.hex(' ') or 'nothing'}. Fetch it anew."
+            f" {magic.hex(' ') or 'nothing'}. Fetch it again."
         )
     header = file.read(4 * magic[3])
     sizes = [int.from_bytes(header[at : at + 4], "big") for at in range(0, 4 * magic[3], 4)]
     said = f"{path}: its header says {' × '.join(map(str, sizes[:_SHOWN]))} bytes"
     if len(header) < 4 * magic[3] or not 0 < math.prod(sizes) <= MAX_BYTES:
-        raise DataError(f"{said}, expected 1 … {MAX_BYTES}. Fetch it anew.")
+        raise DataError(f"{said}, expected 1 … {MAX_BYTES}. Fetch it again.")
     # Little by little: a damaged header may say anything.
     data = bytearray()
     while len(data) < math.prod(sizes) and (block := file.read(_BLOCK)):
         data += block
     if len(data) != math.prod(sizes) or file.read(1):
-        raise DataError(f"{said}, got {len(data)}. Was it downloaded whole? Fetch it anew.")
+        raise DataError(f"{said}, got {len(data)}. Was it downloaded whole? Fetch it again.")
     return torch.frombuffer(data, dtype=torch.uint8).reshape(sizes)
 
 
@@ -114,3 +137,6 @@ def _file(folder: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise DataError(f"{folder}: found no {name}, nor {name}.gz. {_CURE}", _NAMED)
+
+
+IDX = Opener("IDX", _takes, _open)

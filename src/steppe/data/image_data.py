@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import datasets
@@ -16,10 +17,11 @@ from torch.utils.data import Dataset
 
 from steppe.data.columns import image_column, label_column
 from steppe.data.draws import Draw, as_draw
-from steppe.data.idx import is_idx_folder, load_idx_folder
-from steppe.data.image_files import decode_image
-from steppe.data.sources import HELD_OUT, Rows, Source, first_line, open_splits
-from steppe.errors import DataError
+from steppe.data.images import Images, RowImages, TensorImages, mode_of
+from steppe.data.opened import Opened
+from steppe.data.rows import Rows
+from steppe.data.sources import Source, open_data
+from steppe.data.splits import training_splits
 
 Item: TypeAlias = dict[str, Tensor]
 _SHORTER_SIDE = 256 / 224  # of held-out images before the crop, over the crop's
@@ -34,7 +36,7 @@ class ImageData:
         train: items by `Draw` or index: ``pixel_values`` uint8 ``[C, size, size]``, ``labels``.
         held_out: the same, nothing random about it.
         classes: their names.
-        notes: what was assumed of the data, for the user.
+        notes: assumptions about the data, for the user.
     """
 
     train: Dataset[Item]
@@ -59,115 +61,80 @@ def load_image_data(
         size: height and width that the model takes.
         channels: 1 (grey) or 3.
         crop: train on random resized crops (Szegedy et al. 2015) and mirror images, and crop the
-            centre of held-out images.
-        held_out_split: by default the validation or test split, or a tenth of the only one.
+            centre of held-out images; IDX images, which are small, are resized whole.
+        held_out_split: by default the validation or test split, or a tenth of the only one; of IDX
+            files always their test part.
         held_out_samples: the first so many of the held-out images; 0 for all.
 
     Raises:
         DataError: the data is not there, cannot be read, or has no images, classes, or split.
     """
-    folder = Path(data).expanduser()
-    if is_idx_folder(folder):
-        parts = load_idx_folder(folder)
-        train, held_out = (_TensorImages(*parts[name], size, channels) for name in parts)
-        names = [str(index) for index in range(int(parts["train"][1].max()) + 1)]
-        return ImageData(train, _first(held_out, held_out_samples), names)
-    splits = open_splits(data, streaming=False)
-    notes: tuple[str, ...] = ()
-    if "train" not in splits and len(splits) > 1:
-        raise DataError(f"{data}: expected a split 'train', it has {', '.join(splits)}")
-    train_rows = splits.get("train", next(iter(splits.values())))
-    name = held_out_split or next((name for name in HELD_OUT if name in splits), None)
-    if name is None:
-        cut = train_rows.train_test_split(_HELD_OUT_SHARE, seed=0)
-        train_rows, held_out_rows = cut["train"], cut["test"]
-        notes = (f"{data}: no held-out split; a tenth of the images is held out",)
-    elif name in splits:
-        held_out_rows = splits[name]
+    opened = open_data(data, streaming=False)
+    mode = mode_of(channels)
+    parts: Sequence[Images]
+    if opened.tensors:
+        parts = [TensorImages(*opened.tensors[name], mode) for name in ("train", "test")]
+        classes = [str(index) for index in range(int(opened.tensors["train"][1].max()) + 1)]
+        notes: tuple[str, ...] = ()
+        crop = False
     else:
-        raise DataError(
-            f"{data}: expected a split {name!r}, it has {', '.join(splits)}",
-            {"held_out_split": "NAME"},
-        )
+        train_table, held_out_table, notes = _tables(data, opened, held_out_split)
+        parts, classes = _images(data, train_table, held_out_table, mode)
+    train = _Items(parts[0], size, is_random=crop, is_cropped=crop)
+    held_out: Dataset[Item] = _Items(parts[1], size, is_random=False, is_cropped=crop)
+    if held_out_samples:
+        first = range(min(held_out_samples, len(parts[1])))
+        held_out = torch.utils.data.Subset(held_out, first)
+    return ImageData(train, held_out, classes, notes)
+
+
+def _tables(
+    data: str, opened: Opened, held_out_split: str | None
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """The tables to train on and to hold out, and a note where they are parts of one."""
+    train, held_out = training_splits(data, opened.splits, held_out_split)
+    if held_out is not None:
+        return opened.splits[train], opened.splits[held_out], ()
+    cut = opened.splits[train].train_test_split(_HELD_OUT_SHARE, seed=0)
+    note = f"{data}: no held-out split; a tenth of the images is held out"
+    return cut["train"], cut["test"], (note,)
+
+
+def _images(data: str, train: Any, held_out: Any, mode: str) -> tuple[list[RowImages], list[str]]:
+    """The images of both tables, and the names of their classes, which are numbered together."""
     source = Source(data)
-    rows = Rows(train_rows, source, "train", is_local=True)
+    rows = Rows(train, source, "train", is_local=True)
     image, label = image_column(rows), label_column(rows)
-    feature = train_rows.features[label]
-    if not isinstance(feature, datasets.ClassLabel):
-        train_rows = train_rows.class_encode_column(label)
-        held_out_rows = held_out_rows.cast_column(label, train_rows.features[label])
-        feature = train_rows.features[label]
-    undecoded = datasets.Image(decode=False)
+    if not isinstance(train.features[label], datasets.ClassLabel):
+        train = train.class_encode_column(label)
+        held_out = held_out.cast_column(label, train.features[label])
     made = [
-        _RowImages(split.cast_column(image, undecoded), image, label, size, channels, *how)
-        for split, how in ((train_rows, (crop, crop)), (held_out_rows, (False, crop)))
+        RowImages(Rows(table, source, name, is_local=True), image, mode, itemgetter(label))
+        for table, name in ((train, "train"), (held_out, "held out"))
     ]
-    return ImageData(made[0], _first(made[1], held_out_samples), list(feature.names), notes)
+    return made, list(train.features[label].names)
 
 
-class _TensorImages(Dataset[Item]):
-    """Grey images that fit into memory."""
+class _Items(Dataset[Item]):
+    """Images as tensors of the model's size."""
 
-    def __init__(self, images: Tensor, labels: Tensor, size: int, channels: int) -> None:
+    def __init__(self, images: Images, size: int, is_random: bool, is_cropped: bool) -> None:
         self._images = images
-        self._labels = labels
         self._size = size
-        self._channels = channels
+        self._crop = RandomResizedCrop((size, size), scale=(0.08, 1.0)) if is_random else None
+        self._is_cropped = is_cropped
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, key: Draw | int) -> Item:
-        index = as_draw(key).sample
-        image = self._images[index]
-        if image.shape != (self._size, self._size):
-            image = _as_tensor(Image.fromarray(image.numpy()), self._size, False)[0]
-        return {
-            "pixel_values": image.expand(self._channels, -1, -1),
-            "labels": self._labels[index],
-        }
-
-
-class _RowImages(Dataset[Item]):
-    """Images that are decoded when they are asked for."""
-
-    def __init__(
-        self,
-        rows: Any,
-        image: str,
-        label: str,
-        size: int,
-        channels: int,
-        is_random: bool,
-        is_cropped: bool,
-    ) -> None:
-        self._rows = rows
-        self._image = image
-        self._label = label
-        self._size = size
-        self._mode = "L" if channels == 1 else "RGB"
-        self._crop = RandomResizedCrop((size, size), scale=(0.08, 1.0)) if is_random else None
-        self._is_cropped = is_cropped
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, key: Draw | int) -> Item:
         draw = as_draw(key)
-        try:
-            row = self._rows[draw.sample]
-            image = decode_image(row[self._image]).convert(self._mode)  # type: ignore[union-attr]
-        except DataError:
-            raise
-        except (OSError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"image {draw.sample} cannot be read ({first_line(error)}). Fetch it anew."
-            ) from None
+        image, label = self._images[draw.sample]
         if self._crop is None:
             pixels = _as_tensor(image, self._size, self._is_cropped)
         else:
             pixels = self._random_part(image, draw.seed)
-        return {"pixel_values": pixels, "labels": torch.tensor(row[self._label])}
+        return {"pixel_values": pixels, "labels": torch.tensor(label)}
 
     def _random_part(self, image: Image.Image, seed: int) -> Tensor:
         """A random part, resized by Pillow (antialiased, quicker than tensors), maybe mirrored.
@@ -205,10 +172,3 @@ def _pixels(image: Image.Image) -> Tensor:
     """uint8 ``[C, H, W]``."""
     array = torch.from_numpy(np.array(image))
     return array[None] if array.dim() == 2 else array.permute(2, 0, 1).contiguous()
-
-
-def _first(data: Dataset[Item], number: int) -> Dataset[Item]:
-    """The first so many items; all for 0."""
-    if not number:
-        return data
-    return torch.utils.data.Subset(data, range(min(number, len(data))))  # type: ignore[arg-type]

@@ -50,5 +50,5 @@ def decode_image(value: Mapping[str, Any] | None) -> Image.Image | None:
     except MemoryError:
         raise OutOfMemoryError(f"{path}: the image does not fit into the memory") from None
     except Exception as error:  # Pillow's decoders raise anything, SyntaxError for one
-        told = str(error).partition(" '")[0].partition(" <")[0] or type(error).__name__
-        raise DataError(f"{path}: the image cannot be read ({told}). Fetch it anew.") from None
+        reason = str(error).partition(" '")[0].partition(" <")[0] or type(error).__name__
+        raise DataError(f"{path}: the image cannot be read ({reason}). Fetch it again.") from None

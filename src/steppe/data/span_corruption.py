@@ -1,4 +1,4 @@
-"""Span corruption, what T5 is trained on (Raffel et al. 2020, section 3.1.4)."""
+"""Span corruption, the training task of T5 (Raffel et al. 2020, section 3.1.4)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SpanCorruption:
         sentinels: their ids, in the order in which they are used.
         end: id that ends input and answer.
         density: share of the tokens that is taken out.
-        mean_span: mean length of what is taken out, in tokens.
+        mean_span: mean length of a span that is taken out, in tokens.
     """
 
     sentinels: Sequence[int]
@@ -61,7 +61,7 @@ class SpanCorruption:
 
         Args:
             ids: int64 ``[L]``, without sentinels.
-            generator: what is random.
+            generator: of the random cuts.
 
         Returns:
             int64 each: the text with a sentinel for each span, and each sentinel with its span;
@@ -82,7 +82,7 @@ class SpanCorruption:
         return torch.cat([marked, end]), torch.cat([answered, end])
 
     def _counts(self, length: int) -> tuple[int, int]:
-        """Tokens that are taken out of a text, and in how many spans."""
+        """Tokens that are taken out of a text, and the number of spans."""
         taken = min(max(round(length * self.density), 1), length - 1)
         return taken, max(round(taken / self.mean_span), 1)
 

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,10 +18,12 @@ from torch.utils.data import Dataset
 
 from steppe.data.columns import text_column
 from steppe.data.draws import Draw, as_draw
-from steppe.data.sources import HELD_OUT, Rows, Source, open_splits
+from steppe.data.rows import Rows
+from steppe.data.sources import Source, open_data
 from steppe.data.span_corruption import SpanCorruption, corruption_of
-from steppe.data.text_batches import load_tokenizer
-from steppe.data.tokenizer import load_or_train_tokenizer
+from steppe.data.splits import training_splits
+from steppe.data.tokenizer import load_or_train_tokenizer, load_tokenizer
+from steppe.data.windows import layout_of, pack
 from steppe.errors import DataError
 
 Item: TypeAlias = dict[str, Tensor]
@@ -38,7 +40,7 @@ class TextData:
         train: items by `Draw` or index, or a stream: ``input_ids`` and ``labels``, int64.
         held_out: the same, nothing random about it.
         tokenizer: of Transformers.
-        notes: what was assumed of the data, for the user.
+        notes: assumptions about the data, for the user.
     """
 
     train: Any
@@ -86,56 +88,38 @@ def load_text_data(data: str, settings: TextSettings) -> TextData:
         DataError: the data is not there, cannot be read, or is too short.
         OutputError: the tokenizer cannot be kept.
     """
-    splits = open_splits(data, settings.streaming)
-    if "train" not in splits and len(splits) > 1:
-        raise DataError(f"{data}: expected a split 'train', it has {', '.join(splits)}")
-    name = "train" if "train" in splits else next(iter(splits))
-    rows = Rows(splits[name], Source(data, text_column=settings.text_column), name, is_local=True)
-    column = text_column(rows)
-    tokenizer = _tokenizer(data, splits[name], column, settings)
-    corruption = corruption_of(tokenizer) if settings.corrupted else None
-    raw = corruption.raw_length(settings.length) if corruption else settings.length
-    # Lines of plain text belong together; rows of all else are texts of their own.
-    is_plain = getattr(splits[name].info, "builder_name", None) == "text"
-    end = None if is_plain else tokenizer.eos_token_id
-    pack = partial(_pack, tokenizer=tokenizer, column=column, length=raw, end=end)
-    windows = {key: _packed(split, pack) for key, split in splits.items()}
-    held_out_name = settings.held_out_split or next((n for n in HELD_OUT if n in splits), None)
-    if held_out_name is not None and held_out_name not in splits:
-        raise DataError(
-            f"{data}: expected a split {held_out_name!r}, it has {', '.join(splits)}",
-            {"held_out_split": "NAME"},
-        )
-    train = windows[name]
-    notes: tuple[str, ...] = ()
-    if held_out_name is not None:
-        held_out = windows[held_out_name]
-        number = settings.held_out_samples
-        if settings.streaming:
-            held_out = datasets.Dataset.from_list(list(islice(held_out, number or None)))
-    elif settings.streaming:
+    splits = open_data(data, settings.streaming).splits
+    train_name, held_out_name = training_splits(data, splits, settings.held_out_split)
+    if held_out_name is None and settings.streaming:
         raise DataError(
             f"{data}: a stream needs a split 'validation' or 'test', it has {', '.join(splits)}."
             " Name files so (validation-0.jsonl), or read it whole",
             {"streaming": False},
         )
+    table = splits[train_name]
+    # Of any text files: those that `save_to_disk` or the hub has, too.
+    is_plain = getattr(table.info, "builder_name", None) == "text"
+    source = Source(data, text_column=settings.text_column)
+    column = text_column(Rows(table, source, train_name, is_local=True))
+    tokenizer = _tokenizer(data, table, column, settings)
+    corruption = corruption_of(tokenizer) if settings.corrupted else None
+    raw = corruption.raw_length(settings.length) if corruption else settings.length
+    layout = layout_of(tokenizer, raw, is_plain, with_special=False)
+    cut = partial(pack, tokenizer=tokenizer, column=column, layout=layout)
+    train = _packed(table, cut)
+    notes: tuple[str, ...] = ()
+    if held_out_name is None:
+        train, held_out, notes = _hold_out(data, train, raw)
     else:
-        first = len(train) - max(1, round(len(train) * _HELD_OUT_SHARE))
-        _require_windows(data, len(train), raw, least=2)
-        held_out = train.select(range(first, len(train)))
-        train = train.select(range(first))
-        notes = (f"{data}: no held-out split; its last twentieth is held out",)
-    if settings.held_out_samples:
-        held_out = held_out.select(range(min(settings.held_out_samples, len(held_out))))
+        held_out = _packed(splits[held_out_name], cut)
+    held_out = _first(held_out, settings.held_out_samples)
     _require_windows(data, len(held_out), raw)
     if settings.streaming:
-        return TextData(
-            train.map(partial(_streamed, corruption=corruption)).with_format("torch"),
-            _Windows(held_out, corruption),
-            tokenizer,
-        )
-    _require_windows(data, len(train), raw)
-    return TextData(_Windows(train, corruption), _Windows(held_out, corruption), tokenizer, notes)
+        train = train.map(partial(_streamed, corruption=corruption)).with_format("torch")
+    else:
+        _require_windows(data, len(train), raw)
+        train = _Windows(train, corruption)
+    return TextData(train, _Windows(held_out, corruption), tokenizer, notes)
 
 
 def require_shards(train: Any, processes: int) -> None:
@@ -157,7 +141,7 @@ def require_shards(train: Any, processes: int) -> None:
 
 
 class _Windows(Dataset[Item]):
-    """Windows by number, with spans taken out as a draw's seed wants them."""
+    """Windows by number; with span corruption, a draw's seed decides the spans."""
 
     def __init__(self, rows: Any, corruption: SpanCorruption | None) -> None:
         self._rows = rows.with_format("torch")
@@ -172,7 +156,7 @@ class _Windows(Dataset[Item]):
 
 
 def _item(ids: Tensor, seed: int, corruption: SpanCorruption | None) -> Item:
-    """What the model takes for one window."""
+    """A window as the model takes it."""
     if corruption is None:
         return {"input_ids": ids, "labels": ids}
     input_ids, labels = corruption(ids, torch.Generator().manual_seed(seed))
@@ -180,31 +164,35 @@ def _item(ids: Tensor, seed: int, corruption: SpanCorruption | None) -> Item:
 
 
 def _streamed(row: Mapping[str, Any], corruption: SpanCorruption | None) -> Mapping[str, Any]:
-    """The same of a stream, whose windows have no number: the text itself tells the seed."""
+    """An item of a stream; its windows have no number, so the seed is a checksum of the text."""
     ids = torch.tensor(row["input_ids"])
     item = _item(ids, zlib.crc32(ids.numpy().tobytes()), corruption)
     return {key: value.tolist() for key, value in item.items()}
 
 
-def _packed(split: Any, pack: Any) -> Any:
-    """Windows of a split, made once and kept, or made as they are asked for."""
+def _packed(split: Any, cut: Any) -> Any:
+    """Windows of a split, made once and cached, or made as they are asked for."""
     columns = list(split.column_names or split.features or ())
-    return split.map(pack, batched=True, batch_size=_ROWS, remove_columns=columns)
+    return split.map(cut, batched=True, batch_size=_ROWS, remove_columns=columns)
 
 
-def _pack(
-    rows: Mapping[str, list[str]], tokenizer: Any, column: str, length: int, end: int | None
-) -> dict[str, list[list[int]]]:
-    """Windows of the tokens of some texts, one text after the other."""
-    texts = [text for text in rows[column] if text]
-    told = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    after = [] if end is None else [end]
-    ids = list(chain.from_iterable(chain(own, after) for own in told))
-    return {"input_ids": [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]}
+def _hold_out(data: str, windows: Any, raw: int) -> tuple[Any, Any, tuple[str, ...]]:
+    """The windows of a single split in two parts, and a note that says so."""
+    _require_windows(data, len(windows), raw, least=2)
+    end = len(windows) - max(1, round(len(windows) * _HELD_OUT_SHARE))
+    note = f"{data}: no held-out split; its last twentieth is held out"
+    return windows.select(range(end)), windows.select(range(end, len(windows))), (note,)
+
+
+def _first(windows: Any, number: int) -> Any:
+    """The first so many windows, all for 0; those of a stream are read and kept in memory."""
+    if isinstance(windows, datasets.IterableDataset):
+        return datasets.Dataset.from_list(list(islice(windows, number or None)))
+    return windows.select(range(min(number, len(windows)))) if number else windows
 
 
 def _tokenizer(data: str, split: Any, column: str, settings: TextSettings) -> Any:
-    """The tokenizer that was named, or one of the text's own."""
+    """The tokenizer that was named, or one that is trained on the text."""
     if settings.tokenizer:
         return load_tokenizer(settings.tokenizer)
     path = Path(data).expanduser()

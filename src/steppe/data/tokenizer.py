@@ -1,4 +1,4 @@
-"""A tokenizer for a text: a saved one, or one that is trained on the text and kept."""
+"""Tokenizers: of a checkpoint, or trained on a text and kept in a cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from steppe.data.sources import first_line
+from steppe.data.read_errors import first_line
 from steppe.data.span_corruption import SENTINELS
 from steppe.errors import DataError
 from steppe.files import write_folder
@@ -20,11 +20,39 @@ _T5_SPECIAL = ["<pad>", "</s>", "<unk>"]  # ids 0, 1, 2
 _logger = logging.getLogger(__name__)
 
 
+def load_tokenizer(place: str) -> Any:
+    """The tokenizer of a checkpoint; code that comes with it is never run.
+
+    Args:
+        place: a folder or a hub id.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer("a", verbose=False)  # settings of the wrong kind fail here
+    except Exception as error:  # of `tokenizers`, which raises no class of its own
+        raise DataError(
+            f"{place}: its tokenizer cannot be loaded ({first_line(error)}). Save it beside the"
+            " weights, or name one",
+            {"processor": "FOLDER_OR_HUB_ID"},
+        ) from None
+    # Transformers makes an empty tokenizer of a folder that has none.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise DataError(
+            f"{place}: has no tokenizer. Save it beside the weights with"
+            " tokenizer.save_pretrained, or name one",
+            {"processor": "FOLDER_OR_HUB_ID"},
+        )
+    return tokenizer
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, with_sentinels: bool) -> Any:
     """A tokenizer of a text's own: byte-level BPE, or T5's kind with its sentinels.
 
     Args:
-        texts: what it is trained on.
+        texts: to train it on.
         vocab_size: number of ids, special ones included.
         with_sentinels: T5's kind, a unigram model of words with 100 sentinels.
 
@@ -62,7 +90,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, with_sentinels: bool)
 def load_or_train_tokenizer(
     cache: Path, texts: Iterable[str], vocab_size: int, with_sentinels: bool
 ) -> Any:
-    """A tokenizer that was trained before, or a new one, which is kept.
+    """The cached tokenizer of a text, or a new one, which is cached.
 
     Several processes may do this at the same time: each renames a whole folder into place.
 
@@ -80,7 +108,7 @@ def load_or_train_tokenizer(
         try:
             return AutoTokenizer.from_pretrained(str(cache), trust_remote_code=False)
         except Exception as error:  # of `tokenizers`, which raises no class of its own
-            _logger.warning("%s: damaged (%s); trained anew", cache, first_line(error))
+            _logger.warning("%s: damaged (%s); trained again", cache, first_line(error))
     made = train_tokenizer(texts, vocab_size, with_sentinels)
     write_folder(cache, lambda folder: made.save_pretrained(str(folder)))
     return AutoTokenizer.from_pretrained(str(cache), trust_remote_code=False)

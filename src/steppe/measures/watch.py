@@ -31,7 +31,7 @@ from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.report import Report
 from steppe.measures.tally import Tally, report_of, scaled, sum_over
 from steppe.per_thread import PerThread
-from steppe.routing.route import observers_of
+from steppe.routing.observers import observers_of
 from steppe.surgery.journal import Journal
 from steppe.surgery.pattern_notes import note_patterns_
 from steppe.tokens import TokenContext, attach, current_generation, listen

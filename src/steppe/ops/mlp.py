@@ -1,11 +1,27 @@
-"""A whole MLP block as a PyTorch custom op: schema, fake kernel, autograd.
+"""A whole MLP block as PyTorch custom ops: schema, fake kernels, autograd.
 
-The body is the reference. For backward the op saves the list of the active entries only.
+Who owns what:
+
+- This module owns the schema: the arguments, z, the gradients, and how autograd calls the ops.
+- The backend of a device owns `saved`: the five tensors that `mlp` returns beside z, and that
+  `mlp_backward`, `support` and `dropout_mask` take. It alone knows their dtypes, their lengths and
+  their meaning, and nothing outside of it reads them. Their lengths may depend on the data: the CPU
+  keeps the active entries as column-tiled CSR, not one entry more (`steppe.ops.cpu.saved`). Or they
+  may be fixed: a GPU would keep a bit mask and a pool of values of fixed capacity
+  (`steppe.ops.bitmask`), so that no call waits for a count and a CUDA graph can capture all of it.
+- A backend registers a kernel of each op for its device, and with `register_saved` the shapes of
+  `saved`, which the fake kernel gives while a call is traced.
+- The bodies below are the reference, and run where no backend is registered. They compute densely
+  and save r, `up` and the dropout mask of all T · F entries: lengths that are known beforehand.
+
+`saved` is five tensors and not a list, since for an output that is a list PyTorch flattens and
+rebuilds arguments and results in each call, which doubles the time that autograd takes for an op.
+A backend that needs fewer leaves the others empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -14,48 +30,83 @@ from torch import Tensor
 from steppe.ops import reference
 from steppe.ops.reference import Rule, Weights
 
+Five: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Seven: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Fake tensors like `saved`, from x ``[T, D]``, F, whether the block is gated, and dropout.
+FakeSaved: TypeAlias = Callable[[Tensor, int, bool, float], Five]
+_fakes: dict[str, FakeSaved] = {}
+
+
+def register_saved(device: str, fake: FakeSaved) -> None:
+    """Have the fake kernel of `mlp` return a backend's own form of `saved`.
+
+    Args:
+        device: type of the device that the backend has registered kernels for.
+        fake: makes the tensors.
+    """
+    _fakes[device] = fake
 
 
 @torch.library.custom_op("steppe::support", mutates_args=())
 def support(
-    r: Tensor,
-    up: Tensor,
-    index: Tensor,
-    offsets: Tensor,
+    saved: Sequence[Tensor],
     rows: int,
     columns: int,
     alpha: float,
     beta: float,
     mix: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Which hidden entries are active, and where the activation has a slope.
+    """Where hidden entries are active, and where the activation has a slope.
 
-    An op of its own, since how many entries `mlp` has listed is not known while a call is traced.
+    An op of its own, since the lengths of `saved` may not be known while a call is traced.
 
     Args:
-        r: of `mlp`; so the next three.
-        up: of a gated block, else empty.
-        index: as listed.
-        offsets: empty where the block was run dense.
+        saved: of `mlp`.
         rows: T.
         columns: F.
         alpha: as of `mlp`; so the next two.
         beta: β.
-        mix: what β is multiplied by.
+        mix: factor of β.
 
     Returns:
         a ≠ 0 and σ′ ≠ 0, bool ``[T, F]`` each.
     """
-    rule = rule_of(alpha, beta, mix, 0.0)
+    r, up, *_ = saved
+    active, slopes = support_of(r, up, rule_of(alpha, beta, mix, 0.0))
+    return active.view(rows, columns), slopes.view(rows, columns)
+
+
+def support_of(r: Tensor, up: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """`support`, for some entries.
+
+    Args:
+        r: max(p, 0), of any shape.
+        up: of a gated block, of the same shape; else empty.
+        rule: the activation.
+
+    Returns:
+        bool, shape of r.
+    """
     active = rule.activation(r) != 0
     if up.numel():
         active &= up != 0
     slopes = torch.as_tensor(rule.slope(r) != 0, device=r.device) & (r != 0)
-    if offsets.numel():
-        active = reference.densify(active, index, offsets, rows, columns)
-        slopes = reference.densify(slopes, index, offsets, rows, columns)
-    return active.view(rows, columns), slopes.view(rows, columns)
+    return active, slopes
+
+
+@torch.library.custom_op("steppe::dropout_mask", mutates_args=())
+def dropout_mask(saved: Sequence[Tensor], rows: int, columns: int) -> Tensor:
+    """The hidden entries that dropout has kept, of a call with dropout.
+
+    Args:
+        saved: of `mlp`.
+        rows: T.
+        columns: F.
+
+    Returns:
+        bool ``[T · F]``; anything where r = 0.
+    """
+    return saved[2].clone()
 
 
 @torch.library.custom_op("steppe::mlp", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
@@ -75,7 +126,7 @@ def mlp(
     max_density: float | None,
     max_candidates: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """An MLP block.
+    """An MLP block: ``z = σ(x Wᵀ + b) V + c``, or ``(σ(x Wᵀ + b) ⊙ (x Uᵀ + d)) V + c`` if gated.
 
     Args:
         x: ``[T, D]``.
@@ -87,22 +138,19 @@ def mlp(
         down_bias: of `down`.
         alpha: α of the rectifier.
         beta: β of it.
-        mix: 0-dim, what β is multiplied by; None for 1.
+        mix: factor of β, 0-dim; None for 1.
         dropout: of the hidden entries.
         trains: whether a backward pass follows.
-        max_density: use the sparse kernels up to this density; None for what was measured on this
-            machine.
+        max_density: use the sparse kernels up to this density; None for the measured threshold.
         max_candidates: screen the first product up to this share of candidates, see
-            `steppe.ops.screening`; None for what was measured on this machine.
+            `steppe.ops.screening`; None for the measured threshold.
 
     Returns:
-        z ``[T, D]``, and what the backward pass needs: the values of r = max(p, 0), of a gated
-        block's `up`, what dropout keeps, `index` and `offsets`. The last two are empty where the
-        block was run dense, with all T · F values.
+        z ``[T, D]`` and the five tensors of `saved`.
     """
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     z, r, up_values, kept = reference.mlp(x, weights, rule_of(alpha, beta, mix, dropout))
-    return z, r, up_values, kept, *no_list(x.device)
+    return z, r, up_values, kept, x.new_empty(0), x.new_empty(0)
 
 
 @torch.library.custom_op("steppe::mlp_backward", mutates_args=())
@@ -119,35 +167,39 @@ def mlp_backward(
     beta: float,
     mix: Tensor | None,
     dropout: float,
-    r: Tensor,
-    up_values: Tensor,
-    kept: Tensor,
-    index: Tensor,
-    offsets: Tensor,
+    saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `mlp`: of x and of the six weights, empty where none is needed."""
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     rule = rule_of(alpha, beta, mix, dropout)
-    return reference_backward(grad_z, x, weights, rule, r, up_values, kept, index, offsets, needs)
+    r, up_values, kept, *_ = saved
+    return dense_backward(grad_z, x, weights, rule, r, up_values, kept, needs)
 
 
-def reference_backward(
+def dense_backward(
     grad_z: Tensor,
     x: Tensor,
     weights: Weights,
     rule: Rule,
     r: Tensor,
-    up_values: Tensor,
+    up: Tensor,
     kept: Tensor,
-    index: Tensor,
-    offsets: Tensor,
     needs: Sequence[bool],
 ) -> Seven:
-    """`mlp_backward`, dense, also of what a sparse forward pass has kept."""
-    shape = x.shape[0], weights.down.shape[0]
-    r, up_values, kept = (_densified(part, index, offsets, *shape) for part in (r, up_values, kept))
-    grad_x, grads = reference.mlp_backward(grad_z, x, weights, rule, r, up_values, kept)
+    """`mlp_backward` by dense products.
+
+    Args:
+        grad_z: ``[T, D]``.
+        x: ``[T, D]``.
+        weights: of the block.
+        rule: activation and dropout.
+        r: max(p, 0), ``[T · F]``.
+        up: of a gated block, ``[T · F]``; else empty.
+        kept: the entries that dropout has kept, bool ``[T · F]``; empty without dropout.
+        needs: whether each gradient is needed.
+    """
+    grad_x, grads = reference.mlp_backward(grad_z, x, weights, rule, r, up, kept)
     return only_needed((grad_x, *grads), (x, *weights), needs)
 
 
@@ -173,26 +225,9 @@ def differentiable_gradients(
     return reference.mlp_backward(grad_z, x, weights, rule, r, up, kept)
 
 
-def _densified(part: Tensor, index: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:
-    """All T · F values of what was saved for backward as a list, or as they are."""
-    if not offsets.numel() or not part.numel():
-        return part
-    return reference.densify(part, index, offsets, rows, columns).flatten()
-
-
 def rule_of(alpha: float, beta: float, mix: Tensor | None, dropout: float) -> Rule:
-    """The rule that an op's arguments describe."""
-    if mix is None:
-        return Rule(alpha, beta, dropout)
-    return Rule(alpha, beta * mix.item() if mix.is_cpu else beta * mix, dropout)
-
-
-def no_list(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The `index` and `offsets` of a block that was run dense."""
-    return (
-        torch.empty(0, dtype=torch.int16, device=device),
-        torch.empty(0, dtype=torch.int64, device=device),
-    )
+    """The rule that an op's arguments describe; `mix` is not read, which on a GPU would wait."""
+    return Rule(alpha, beta if mix is None else beta * mix, dropout)
 
 
 def only_needed(
@@ -222,18 +257,20 @@ def _seven(tensors: Sequence[Tensor]) -> Seven:
 
 @support.register_fake
 def _(
-    r: Tensor,
-    up: Tensor,
-    index: Tensor,
-    offsets: Tensor,
+    saved: Sequence[Tensor],
     rows: int,
     columns: int,
     alpha: float,
     beta: float,
     mix: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    shape = rows, columns
-    return r.new_empty(shape, dtype=torch.bool), r.new_empty(shape, dtype=torch.bool)
+    one, other = (saved[0].new_empty(rows, columns, dtype=torch.bool) for _ in range(2))
+    return one, other
+
+
+@dropout_mask.register_fake
+def _(saved: Sequence[Tensor], rows: int, columns: int) -> Tensor:
+    return saved[0].new_empty(rows * columns, dtype=torch.bool)
 
 
 @mlp.register_fake
@@ -253,14 +290,20 @@ def _(
     max_density: float | None,
     max_candidates: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    values = torch.library.get_ctx().new_dynamic_size()
+    fake = _fakes.get(x.device.type, fake_dense)
+    saved = fake(x, down.shape[0], up is not None, dropout)
+    return x.new_empty(x.shape[0], down.shape[1]), *saved
+
+
+def fake_dense(x: Tensor, hidden: int, gated: bool, dropout: float) -> Five:
+    """Fake tensors like `saved` of the reference; arguments as of `FakeSaved`."""
+    entries = x.shape[0] * hidden
     return (
-        x.new_empty(x.shape[0], down.shape[1]),
-        x.new_empty(values),
-        x.new_empty(0 if up is None else values),
-        x.new_empty(values if dropout else 0, dtype=torch.bool),
-        x.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int16),
-        x.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64),
+        x.new_empty(entries),
+        x.new_empty(entries if gated else 0),
+        x.new_empty(entries if dropout else 0, dtype=torch.bool),
+        x.new_empty(0),
+        x.new_empty(0),
     )
 
 
@@ -278,11 +321,7 @@ def _(
     beta: float,
     mix: Tensor | None,
     dropout: float,
-    r: Tensor,
-    up_values: Tensor,
-    kept: Tensor,
-    index: Tensor,
-    offsets: Tensor,
+    saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (x, activated, activated_bias, up, up_bias, down, down_bias)
@@ -301,30 +340,21 @@ def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _mlp_backward(ctx: Any, grad_z: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    x, *weights, mix, r, up_values, kept, index, offsets = ctx.saved_tensors
     if grad_z is None:
         return (None,) * len(ctx.needs_input_grad)
+    x, activated, activated_bias, up, up_bias, down, down_bias, mix, *saved = ctx.saved_tensors
+    weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     if torch.is_grad_enabled():  # create_graph=True: these gradients are differentiated in turn
         rule = rule_of(ctx.alpha, ctx.beta, mix, ctx.dropout)
-        kept = _densified(kept, index, offsets, x.shape[0], weights[4].shape[0])
-        of_x, of_weights = differentiable_gradients(grad_z, x, Weights(*weights), rule, kept)
+        kept = x.new_empty(0, dtype=torch.bool)
+        if ctx.dropout:
+            kept = dropout_mask([part.detach() for part in saved], len(x), len(down))
+        of_x, of_weights = differentiable_gradients(grad_z, x, weights, rule, kept)
         return of_x, *of_weights, *(None,) * 7
-    grads = mlp_backward(
-        grad_z,
-        x,
-        *weights,
-        ctx.alpha,
-        ctx.beta,
-        mix,
-        ctx.dropout,
-        r,
-        up_values,
-        kept,
-        index,
-        offsets,
-        ctx.needs_input_grad[:7],
-    )
-    wanted = zip(grads, ctx.needs_input_grad[:7], strict=True)
+    needs = ctx.needs_input_grad[:7]
+    rule_arguments = ctx.alpha, ctx.beta, mix, ctx.dropout
+    grads = mlp_backward(grad_z, x, *weights, *rule_arguments, saved, needs)
+    wanted = zip(grads, needs, strict=True)
     return *(grad if needed else None for grad, needed in wanted), *(None,) * 7
 
 

@@ -44,17 +44,6 @@ class Plan(NamedTuple):
     screen_is_measured: bool = False
 
 
-class Saved(NamedTuple):
-    """What a call of a block gives, as `steppe.ops.mlp.mlp` returns it."""
-
-    z: Tensor
-    r: Tensor
-    up: Tensor
-    kept: Tensor
-    indices: Tensor
-    offsets: Tensor
-
-
 class BlockSource(Protocol):
     """What a backend asks of a block whose weights it lays out for decoding."""
 
@@ -115,8 +104,8 @@ class BlockKernels(Protocol):
         coefficients: Coefficients,
         dropout: float,
         plan: Plan,
-    ) -> Saved:
-        """The block past the dispatcher, without gradients; arguments as of `steppe.ops.mlp`."""
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Z and `saved`, see `steppe.ops.mlp`, without gradients and without the dispatcher."""
 
     def forget(self) -> None:
         """Free what is kept between calls, but for copies of weights."""

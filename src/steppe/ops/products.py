@@ -1,12 +1,27 @@
-"""The sparse products as PyTorch custom ops: schema, fake kernel, autograd.
+"""Building blocks: single sparse products as PyTorch custom ops, for blocks of another kind.
 
-The bodies are the reference. `compact`, `spmm`, `spmm_t` and `sampled` are closed under
-differentiation: the gradient of each is made of the others, so all of them can be differentiated
-again. `steppe.ops.reference` describes the lists.
+`accelerate_` does not need them: it runs a whole block as one op, `steppe.ops.mlp`. They are for
+whoever builds another layer from the same kernels. A sparse matrix ``[T, F]`` is column-tiled CSR,
+three tensors: `values` ``[nnz]``, `index` and `offsets` (`steppe.ops.reference` has the layout).
+
+| op | computes |
+|---|---|
+| `compact` | the CSR of max(p, 0) |
+| `spmm` | A M, sparse × dense |
+| `spmm_t` | Aᵀ G, transposed sparse × dense |
+| `sddmm` | the entries of G Mᵀ on a support: sampled dense × dense |
+| `scatter` | the dense matrix of a CSR |
+| `gather` | the entries of a dense matrix on a support |
+
+Each has a fake kernel and is differentiable in `values` and in the dense matrices. The gradient of
+each is made of the others, so all of them can be differentiated again. Float32 and bfloat16 on the
+CPU run the native kernels; any other dtype or device runs the bodies below, which are the
+reference. docs/building_blocks.md builds a layer from them.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,38 +32,139 @@ from steppe.ops import reference
 
 @torch.library.custom_op("steppe::compact", mutates_args=())
 def compact(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.compact`."""
+    """The column-tiled CSR of max(p, 0): the entries that are not ≤ 0, so NaN is kept.
+
+    Args:
+        p: ``[T, F]``, floating point.
+
+    Returns:
+        `values` ``[nnz]`` in p's dtype, `index` int16 ``[nnz]``, `offsets` int64
+        ``[tiles · T + 1]``. Only `values` has a gradient.
+
+    Example:
+        >>> values, index, offsets = compact(torch.tensor([[-1.0, 2.0], [3.0, 0.0]]))
+        >>> values.tolist(), index.tolist(), offsets.tolist()
+        ([2.0, 3.0], [1, 0], [0, 1, 2])
+    """
     return reference.compact(p)
 
 
 @torch.library.custom_op("steppe::spmm", mutates_args=())
 def spmm(values: Tensor, index: Tensor, offsets: Tensor, rows: int, matrix: Tensor) -> Tensor:
-    """See `reference.spmm`."""
+    """Sparse × dense, ``A M``.
+
+    Args:
+        values: of A ``[T, F]``, ``[nnz]``.
+        index: int16 ``[nnz]``.
+        offsets: int64 ``[tiles · T + 1]``.
+        rows: T.
+        matrix: M, ``[F, D]``, dtype of the values, of any strides.
+
+    Returns:
+        ``[T, D]``, dtype of the values.
+
+    Example:
+        >>> sparse = compact(torch.tensor([[-1.0, 2.0], [3.0, 0.0]]))
+        >>> spmm(*sparse, 2, torch.tensor([[10.0], [1.0]])).tolist()
+        [[2.0], [30.0]]
+    """
     return reference.spmm(values, index, offsets, rows, matrix)
 
 
 @torch.library.custom_op("steppe::spmm_t", mutates_args=())
 def spmm_t(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, columns: int) -> Tensor:
-    """See `reference.spmm_t`."""
+    """Transposed sparse × dense, ``Aᵀ G``: the gradient of a weight.
+
+    Args:
+        values: of A ``[T, F]``, ``[nnz]``.
+        index: int16 ``[nnz]``.
+        offsets: int64 ``[tiles · T + 1]``.
+        matrix: G, ``[T, D]``, dtype of the values, of any strides.
+        columns: F.
+
+    Returns:
+        ``[F, D]``, dtype of the values.
+
+    Example:
+        >>> sparse = compact(torch.tensor([[-1.0, 2.0], [3.0, 0.0]]))
+        >>> spmm_t(*sparse, torch.tensor([[10.0], [1.0]]), 2).tolist()
+        [[3.0], [20.0]]
+    """
     return reference.spmm_t(values, index, offsets, matrix, columns)
 
 
-@torch.library.custom_op("steppe::sampled", mutates_args=())
-def sampled(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """See `reference.sampled`."""
-    return reference.sampled(index, offsets, left, right)
+@torch.library.custom_op("steppe::sddmm", mutates_args=())
+def sddmm(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Sampled dense × dense (SDDMM): the entries of ``G Mᵀ`` on a support.
+
+    Args:
+        index: of the support in ``[T, F]``, int16 ``[nnz]``.
+        offsets: int64 ``[tiles · T + 1]``.
+        left: G, ``[T, D]``.
+        right: M, ``[F, D]``, dtype of G, of any strides.
+
+    Returns:
+        Values ``[nnz]``, dtype of G.
+
+    Example:
+        >>> _, index, offsets = compact(torch.tensor([[-1.0, 2.0], [3.0, 0.0]]))
+        >>> sddmm(index, offsets, torch.ones(2, 1), torch.tensor([[10.0], [1.0]])).tolist()
+        [1.0, 10.0]
+    """
+    return reference.sddmm(index, offsets, left, right)
 
 
 @torch.library.custom_op("steppe::scatter", mutates_args=())
 def scatter(values: Tensor, index: Tensor, offsets: Tensor, rows: int, columns: int) -> Tensor:
-    """See `reference.densify`."""
+    """The dense matrix of a column-tiled CSR; zero off the support.
+
+    Args:
+        values: ``[nnz]``.
+        index: int16 ``[nnz]``.
+        offsets: int64 ``[tiles · T + 1]``.
+        rows: T.
+        columns: F.
+
+    Returns:
+        ``[T, F]``, dtype of the values.
+
+    Example:
+        >>> scatter(*compact(torch.tensor([[-1.0, 2.0], [3.0, 0.0]])), 2, 2).tolist()
+        [[0.0, 2.0], [3.0, 0.0]]
+    """
     return reference.densify(values, index, offsets, rows, columns)
 
 
 @torch.library.custom_op("steppe::gather", mutates_args=())
 def gather(matrix: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
-    """The entries of a matrix ``[T, F]`` on a support: the inverse of `scatter`."""
+    """The entries of a dense matrix on a support: the inverse of `scatter`.
+
+    Args:
+        matrix: ``[T, F]``.
+        index: int16 ``[nnz]``.
+        offsets: int64 ``[tiles · T + 1]``.
+
+    Returns:
+        Values ``[nnz]``, dtype of the matrix.
+
+    Example:
+        >>> _, index, offsets = compact(torch.tensor([[-1.0, 2.0], [3.0, 0.0]]))
+        >>> gather(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), index, offsets).tolist()
+        [2.0, 3.0]
+    """
     return matrix[reference.positions(index, offsets, *matrix.shape)]
+
+
+def sampled(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The old name of `sddmm`, here and as an op."""
+    warnings.warn("steppe::sampled is now called steppe::sddmm", DeprecationWarning, stacklevel=2)
+    return sddmm(index, offsets, left, right)
+
+
+torch.library.define(
+    "steppe::sampled", "(Tensor index, Tensor offsets, Tensor left, Tensor right) -> Tensor"
+)
+torch.library.impl("steppe::sampled", "CompositeImplicitAutograd", sampled)
 
 
 @compact.register_fake
@@ -71,7 +187,7 @@ def _(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, columns: i
     return values.new_empty(columns, matrix.shape[1])
 
 
-@sampled.register_fake
+@sddmm.register_fake
 def _(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(index.shape[0])
 
@@ -106,7 +222,7 @@ def _save_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values, index, offsets, matrix = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad_values = sampled(index, offsets, grad, matrix) if needs[0] else None
+    grad_values = sddmm(index, offsets, grad, matrix) if needs[0] else None
     grad_matrix = spmm_t(values, index, offsets, grad, matrix.shape[0]) if needs[4] else None
     return grad_values, None, None, None, grad_matrix
 
@@ -119,16 +235,16 @@ def _save_spmm_t(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _spmm_t_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values, index, offsets, matrix = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad_values = sampled(index, offsets, matrix, grad) if needs[0] else None
+    grad_values = sddmm(index, offsets, matrix, grad) if needs[0] else None
     grad_matrix = spmm(values, index, offsets, matrix.shape[0], grad) if needs[3] else None
     return grad_values, None, None, grad_matrix, None
 
 
-def _save_sampled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_sddmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _sampled_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     index, offsets, left, right = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_left = spmm(grad, index, offsets, left.shape[0], right) if needs[2] else None
@@ -159,7 +275,7 @@ spmm.register_autograd(_spmm_backward, setup_context=_save_spmm)
 
 spmm_t.register_autograd(_spmm_t_backward, setup_context=_save_spmm_t)
 
-sampled.register_autograd(_sampled_backward, setup_context=_save_sampled)
+sddmm.register_autograd(_sddmm_backward, setup_context=_save_sddmm)
 
 scatter.register_autograd(_scatter_backward, setup_context=_save_scatter)
 

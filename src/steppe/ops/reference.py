@@ -131,7 +131,7 @@ def spmm_t(values: Tensor, index: Tensor, offsets: Tensor, matrix: Tensor, colum
     return densify(values, index, offsets, matrix.shape[0], columns).T @ matrix
 
 
-def sampled(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def sddmm(index: Tensor, offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Sampled product: the entries of ``G Mᵀ`` on a support.
 
     Args:

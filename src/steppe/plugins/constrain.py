@@ -1,4 +1,4 @@
-"""Keep the plug-ins within their bounds in any training loop."""
+"""Constraints: advance the plug-ins' schedules and keep their bounds, in any training loop."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ from torch.optim import Optimizer
 
 from steppe.blocks.find import unwrap
 from steppe.errors import ScheduleError
-from steppe.plugins.sparsify import (
-    added_parameters,
-    advance_,
-    project_,
-    require_sparsification,
-)
+from steppe.plugins.applied import added_parameters, require_sparsification
 from steppe.surgery.journal import Journal
 
-_PATIENCE = 8  # SAM changes the weights twice a step, and others now and then
+_PATIENCE = 8  # SAM changes the weights twice a step, other wrappers now and then
 
 
 class Constrained:
@@ -47,9 +42,9 @@ class Constrained:
         self._journal.add_forward_pre_hook(unwrap(model), self._look)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer is self._innermost:  # what it is wrapped in may step, too
-            # GradScaler calls a fused optimizer in any case and tells it on the device whether to
-            # skip. Reading it waits for the device, as it does for every other optimizer.
+        if optimizer is self._innermost:  # its wrappers may step, too
+            # GradScaler calls a fused optimizer in any case, with a flag on the device that says
+            # whether to skip. Reading the flag waits for the device, as for any other optimizer.
             skipped = getattr(optimizer, "found_inf", None)
             if skipped is None or not bool(skipped):
                 self._step += 1
@@ -58,7 +53,7 @@ class Constrained:
         self._version, self._changes = _version(self._watched), 0
 
     def _look(self, module: nn.Module, args: Any) -> None:
-        """Before a forward pass in training, whether somebody else moves the weights."""
+        """Forward pre-hook in training: notices weights that change without a step."""
         if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
             return
         version = _version(self._watched)
@@ -109,12 +104,12 @@ class Constrained:
 def constrain_(
     model: nn.Module, optimizer: Optimizer, total_steps: int | None = None
 ) -> Constrained:
-    """Project a model's plug-ins after every optimizer step, and drive their schedules.
+    """Project a model's plug-ins after every optimizer step, and advance their schedules.
 
     It hangs on ``optimizer.register_step_post_hook``: with gradient accumulation it runs once per
-    step, and a step that AMP's GradScaler skips is no step. Of an optimizer that wraps another
+    step, and a step that AMP's GradScaler skips is no step. If an optimizer wraps another one
     (Accelerate's, SAM, Lookahead, ZeRO), the steps of the innermost one count. A training forward
-    pass raises once the weights have changed several times without a step of it.
+    pass raises once the weights have changed several times without such a step.
 
     Args:
         model: a sparsified model.
@@ -144,7 +139,7 @@ def constrain_(
         )
     if not list(optimizers_in(optimizer)):
         raise ScheduleError(
-            f"constrain_: expected a torch.optim.Optimizer or what holds one, got"
+            f"constrain_: expected a torch.optim.Optimizer or a holder of one, got"
             f" {type(optimizer).__name__}. Without one call, after each step:"
             " steppe.advance_(model, step / total_steps); steppe.project_(model)"
         )
@@ -164,7 +159,7 @@ def constrain_(
 
 
 def optimizers_in(optimizer: Any) -> list[Optimizer]:
-    """An optimizer and those that it wraps, outermost first.
+    """An optimizer and the optimizers that it wraps, outermost first.
 
     Args:
         optimizer: the optimizer, or something that holds one as an attribute.
@@ -175,9 +170,56 @@ def optimizers_in(optimizer: Any) -> list[Optimizer]:
         found.update((id(one), one) for one in layer)
         inside = [value for outer in layer for value in vars(outer).values()]
         layer = [one for one in inside if isinstance(one, Optimizer) and id(one) not in found]
-    # Accelerate's wrapper is one by class alone, and can take no hook.
+    # Accelerate's wrapper is an optimizer by class alone, and can take no hook.
     return [one for one in found.values() if hasattr(one, "_optimizer_step_post_hooks")]
 
 
 def _version(parameter: Tensor | None) -> int:
     return 0 if parameter is None or parameter.is_inference() else parameter._version
+
+
+def advance_(model: nn.Module, progress: float) -> nn.Module:
+    """Set the schedules of a model's plug-ins.
+
+    Args:
+        model: a sparsified model.
+        progress: share of the run that is done, in [0, 1].
+
+    Returns:
+        The model.
+
+    Raises:
+        SparsificationError: the model carries no plug-in.
+        ValueError: `progress` is outside [0, 1].
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"advance_: expected a share of the run in 0 … 1, got {progress}")
+    root = unwrap(model)
+    sparsification = require_sparsification(root)
+    sparsification.progress = progress
+    for constraint in sparsification.constraints:
+        constraint.advance(progress)
+    sparsification.keep()
+    return model
+
+
+def project_(model: nn.Module) -> nn.Module:
+    """Bring the parameters of a model's plug-ins back within their bounds, after a step.
+
+    With `RisingThreshold` it takes up the step's statistics, summed over all processes: every
+    process must call it, once a step.
+
+    Args:
+        model: a sparsified model, on one device or sharded by FSDP2.
+
+    Returns:
+        The model.
+
+    Raises:
+        SparsificationError: the model carries no plug-in.
+        ScheduleError: there is an `ActivationPenalty`, and no loss got it.
+        LossError: the loss that got it gives it no gradient.
+    """
+    for constraint in require_sparsification(model).constraints:
+        constraint.project()
+    return model

@@ -1,4 +1,4 @@
-"""`fold_`: a threshold becomes part of a bias, and nothing is left of the plug-in."""
+"""`fold_`: moves thresholds into biases, so that nothing is left of the plug-in."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from steppe.blocks.find import MLPBlock, find_blocks, unwrap
 from steppe.blocks.fused import Half
 from steppe.blocks.linear import linear_weight
 from steppe.errors import SparsificationError
-from steppe.plugins.rising_threshold import Rising, Threshold, activated_bias
-from steppe.plugins.sparsify import sparsification_of, take_out_
+from steppe.plugins.applied import sparsification_of, take_out_
+from steppe.plugins.base import shifted_bias
+from steppe.plugins.rising_threshold import Rising, Threshold
 from steppe.record import config_of
 from steppe.sharding import is_sharded
 
@@ -26,12 +27,12 @@ def fold_(model: nn.Module) -> nn.Module:
     """Move the thresholds of `RisingThreshold` into the biases, and take the plug-in out.
 
     ``b − τ · s_u`` takes the place of the bias b of `up`, of a gated block's `gate`, in the same
-    Parameter; where there is none, one is made. What is left computes the same and needs no steppe
-    to be loaded, if no other plug-in is in the model. Other plug-ins stay. All is checked before
-    anything is changed.
+    Parameter; a layer without a bias gets one. The model computes the same, and loads without
+    steppe if it has no other plug-in. Other plug-ins stay. All is checked before anything is
+    changed.
 
-    A Hugging Face model whose stock class has no bias there gets it by its config where that has a
-    setting for it (``mlp_bias``); where it has none (T5, Qwen 2) a warning says that
+    If the stock class of a Hugging Face model has no bias there, ``mlp_bias`` of its config is
+    switched on. Where the config has no such setting (T5, Qwen 2), a warning says that
     ``from_pretrained`` would leave the bias out.
 
     Args:
@@ -57,14 +58,17 @@ def fold_(model: nn.Module) -> nn.Module:
             f"fold_: {type(root).__name__} carries no threshold, or its threshold is folded"
             " already. First: steppe.sparsify_(model, [steppe.RisingThreshold()]), and train"
         )
-    blocks = [threshold.block for _, thresholds in folded for threshold in thresholds]
-    for _, thresholds in folded:
-        for threshold in thresholds:
-            _check(threshold)
+    thresholds = [threshold for _, of_plugin in folded for threshold in of_plugin]
+    blocks = [threshold.block for threshold in thresholds]
+    for threshold in thresholds:
+        _check(threshold)
     bare = [block for block in blocks if _has_no_bias(block.activated)]
     configs = _bias_configs(root, bare)
     with torch.no_grad():
-        biases = {block.activated: activated_bias(block) for block in blocks}
+        biases = {
+            threshold.block.activated: shifted_bias(threshold.block.activated, [threshold])
+            for threshold in thresholds
+        }
         # The setting is for every linear layer of every block.
         for block in find_blocks(root) if configs else ():
             if id(_bias_config(root, block)) in configs:
@@ -79,7 +83,7 @@ def fold_(model: nn.Module) -> nn.Module:
 
 
 def _check(threshold: Threshold) -> None:
-    """Refuse a threshold that is not known yet, or a bias that is not whole."""
+    """Refuse a threshold that is not known yet, or a layer that is sharded."""
     block = threshold.block
     if block.is_routed and not isinstance(linear_weight(block.activated), nn.Parameter):
         raise SparsificationError(
@@ -95,7 +99,7 @@ def _check(threshold: Threshold) -> None:
 
 
 def _refuse_sharded(layer: nn.Module, name: str) -> None:
-    """Refuse a layer that is not whole."""
+    """Refuse a layer that is sharded."""
     if is_sharded(linear_weight(layer)):
         raise SparsificationError(
             f"fold_: {name} is sharded over processes. Save the model, load it in one process"
@@ -143,7 +147,7 @@ def _write(biases: Mapping[Any, Tensor | None], configs: Sequence[Any]) -> None:
 
 
 def _set_bias(layer: Any, bias: nn.Parameter | None) -> None:
-    """Put a bias in the place of none, or the other way round; of a half in the fused layer."""
+    """Give a layer a bias, or take it away; for a half, in the fused layer."""
     if not isinstance(layer, Half):
         layer.bias = bias
         return
@@ -154,17 +158,17 @@ def _set_bias(layer: Any, bias: nn.Parameter | None) -> None:
         zeros = bias.new_zeros(whole.out_features)
         whole.bias = nn.Parameter(zeros, requires_grad=bias.requires_grad)
         layer.bias.copy_(bias)  # type: ignore[union-attr]  # there is one now
-    # Else it is the other half's bias that was put there, and is put back whole.
+    # Else the fused bias was made for the other half, and goes or stays with that.
 
 
 def _bias_configs(root: nn.Module, bare: Sequence[MLPBlock]) -> dict[int, Any]:
-    """The configs that say whether these blocks' layers have biases, by id."""
+    """The configs that decide whether these blocks' layers have biases, by id."""
     found = (_bias_config(root, block) for block in bare)
     return {id(config): config for config in found if config is not None}
 
 
 def _warn_of_lost(root: nn.Module, bare: Sequence[MLPBlock]) -> None:
-    """Say which biases the stock class of a Hugging Face model does not know."""
+    """Warn of a bias that the stock class of a Hugging Face model does not have."""
     lost = [block.name for block in bare if _bias_config(root, block) is None]
     if lost and any(hasattr(module, "save_pretrained") for module in root.modules()):
         _logger.warning(
@@ -176,7 +180,7 @@ def _warn_of_lost(root: nn.Module, bare: Sequence[MLPBlock]) -> None:
 
 
 def _bias_config(root: nn.Module, block: MLPBlock) -> Any:
-    """The nearest config around a block that says whether its layers have biases, or None."""
+    """The nearest config around a block that decides whether its layers have biases, or None."""
     around = [
         config
         for module in root.modules()  # outermost first

@@ -9,7 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from steppe.activations import Activation, Rectifier, derivative, evaluate, is_relu
+from steppe.activations import (
+    Activation,
+    KnownRectifier,
+    Rectifier,
+    derivative,
+    evaluate,
+    is_relu,
+)
 from steppe.blocks.find import MLPBlock
 from steppe.blocks.linear import linear_weight
 from steppe.errors import UnfitBlockError
@@ -24,9 +31,9 @@ JUMPING_SQUARED_RELU = (1.0, 0.5)  # α, β of ((p+1)² − 1)/2
 class JumpingSquaredReLU(Plugin):
     """``((p+1)² − 1)/2`` for p > 0, else 0: a larger activation gradient, so fewer active units.
 
-    From scratch (``ramp=0``) it takes the place of ReLU at once. Finetuning (``ramp > 0``): it is
-    mixed in linearly over the first `ramp` of the run; from ReLU by one coefficient, from GELU,
-    SiLU or any other elementwise activation by blending the two.
+    From scratch (``ramp=0``) it takes the place of ReLU at once. In finetuning (``ramp > 0``) it is
+    mixed in linearly over the first `ramp` of the run: one coefficient if the model has ReLU, a
+    blend of the two functions for GELU, SiLU or any other elementwise activation.
 
     Args:
         ramp: share of the run over which the activation changes, in [0, 1].
@@ -90,11 +97,11 @@ class JumpingSquaredReLU(Plugin):
         return constraints
 
 
-class MixedActivation(nn.Module):
-    """``(1 − k) · original(p) + k · J-SquaredReLU(p)``; from ReLU that is ``r + k/2 · r²``.
+class MixedActivation(KnownRectifier, nn.Module):
+    """``(1 − k) · original(p) + k · J-SquaredReLU(p)``; for ReLU that is ``r + k/2 · r²``.
 
-    k is the buffer `mix`, a 0-dim tensor, so that it can change without recompiling and is saved
-    with the model.
+    k is the buffer `mix`, a 0-dim tensor: it changes without recompiling and is saved with the
+    model.
 
     Args:
         original: elementwise activation to start from.
@@ -105,12 +112,13 @@ class MixedActivation(nn.Module):
     def __init__(self, original: Activation) -> None:
         super().__init__()
         self.original = original
+        self._from_relu = is_relu(original)
         self.register_buffer("mix", torch.zeros(()))
 
     def forward(self, p: Tensor) -> Tensor:
         """σ(p), shape and dtype of p."""
         alpha, beta = JUMPING_SQUARED_RELU
-        if is_relu(self.original):
+        if self._from_relu:
             return rectifier(p, alpha, beta * self.mix)
         mix = self.mix.to(p.dtype)
         return (1.0 - mix) * evaluate(self.original, p) + mix * rectifier(p, alpha, beta)
@@ -118,12 +126,21 @@ class MixedActivation(nn.Module):
     def derivative(self, p: Tensor) -> Tensor:
         """σ′(p), shape and dtype of p."""
         alpha, beta = JUMPING_SQUARED_RELU
-        if is_relu(self.original):
+        if self._from_relu:
             return rectifier_derivative(p, alpha, beta * self.mix)
         mix = self.mix.to(p.dtype)
         return (1.0 - mix) * derivative(self.original, p) + mix * rectifier_derivative(
             p, alpha, beta
         )
+
+    def coefficients(self) -> tuple[float, float, Tensor | None]:
+        """α, β and the mix; from another activation than ReLU those of the end of the ramp."""
+        return *JUMPING_SQUARED_RELU, self.mix if self._from_relu else None
+
+    def unfit(self) -> str:
+        """Why it is no rectifier now: another activation than ReLU is still mixed in."""
+        mix = 1.0 if self._from_relu else float(self.mix)
+        return "" if mix == 1.0 else f"its activation is mixed, {mix:.2g} of J-SquaredReLU"
 
 
 class _Mixing(Constraint):

@@ -1,4 +1,4 @@
-"""Activation penalty: the L1 norm of the activations in the loss, which is not the paper's."""
+"""Activation penalty: the L1 norm of the activations, added to the loss; not the paper's."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from steppe.blocks.find import MLPBlock, Slot
+from steppe.blocks.find import MLPBlock
 from steppe.blocks.linear import linear_weight
 from steppe.errors import LossError, ScheduleError, SparsificationError
-from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
+from steppe.plugins.base import (
+    Constraint,
+    LossTerm,
+    Plugin,
+    loss_terms_of,
+    ramp_progress,
+    require_share,
+)
 from steppe.surgery.journal import Journal
 from steppe.tokens import TokenContext, attach, listen
-
-_MARK = "_steppe_penalty"  # on the second layer of a block that has one
 
 
 @dataclass(frozen=True)
 class ActivationPenalty(Plugin):
     """``λ · Σ_blocks mean over tokens of Σ_i |a_i|``, added to the loss while the model trains.
 
-    a is what the block's second layer receives, before dropout; padding does not count. In a loop
+    a is the input of the block's second layer, before dropout; padding does not count. In a loop
     of your own: ``loss = steppe.penalize(loss, model)``. In the Trainer `SteppeCallback` does it.
     In evaluation there is no penalty.
 
@@ -53,6 +58,10 @@ class ActivationPenalty(Plugin):
         """Whether λ rises."""
         return self.ramp > 0
 
+    def needs_hidden(self, training: bool) -> str:
+        """In training: the penalty is the norm of the hidden tensor."""
+        return "its loss has a penalty on the activations themselves" if training else ""
+
     def check(self, block: MLPBlock) -> None:
         """Every block fits."""
 
@@ -66,13 +75,13 @@ class ActivationPenalty(Plugin):
         journal.add_forward_pre_hook(model, penalty.begin)
         attach(journal, hooks)
         for block, context in zip(blocks, contexts, strict=True):
-            journal.add_attribute(Slot(block.down, _MARK), penalty)
+            penalty.join(block, journal)
             receiver = block.down if block.dropout is None else block.dropout
             journal.add_forward_pre_hook(receiver, partial(penalty.see_a, block, context))
         return [penalty]
 
 
-class Penalty(Constraint):
+class Penalty(LossTerm):
     """The penalty of all blocks together.
 
     Args:
@@ -90,8 +99,9 @@ class Penalty(Constraint):
         self.strength = torch.full((), strength * ramp_progress(0.0, ramp), device=device)
         self._means: list[Tensor] = []  # of the last forward pass
         self._is_due = False
-        # Reentrant checkpointing runs the blocks without a graph first. Their gradient comes in
-        # when they run again; by then it is known what the loss was multiplied by.
+        # Reentrant checkpointing first runs the blocks without a graph, so their means give no
+        # gradient. The gradient is added when they run again in the backward pass; the factor of
+        # the loss is known by then, because backward has passed the loss.
         self._bare: set[str] = set()
         self._factor: Tensor | None = None
 
@@ -100,10 +110,10 @@ class Penalty(Constraint):
         self.strength.fill_(self._most * ramp_progress(progress, self._ramp))
 
     def project(self) -> None:
-        """Refuse a step whose loss has not got the penalty, or no gradient of it.
+        """Refuse a step whose loss did not get the penalty, or got it without a gradient.
 
         Raises:
-            ScheduleError: no loss got it; says what to write.
+            ScheduleError: no loss got it; names the line to write.
             LossError: the forward pass had no graph.
         """
         is_due, has_no_graph = self._is_due, bool(self._bare)
@@ -117,19 +127,19 @@ class Penalty(Constraint):
         if has_no_graph:
             raise LossError(
                 "ActivationPenalty: the loss has the penalty of a forward pass under"
-                " torch.no_grad(), from which no gradient comes. Penalize the loss right after the"
-                " forward pass that it is of"
+                " torch.no_grad(), from which no gradient comes. Penalize the loss right after its"
+                " forward pass"
             )
 
     def begin(self, *arguments: Any) -> None:
-        """Forget what an earlier pass has left; a forward pre-hook on the model."""
+        """Forget the state of an earlier pass; a forward pre-hook on the model."""
         self._means, self._is_due, self._factor = [], False, None
         self._bare.clear()
 
     def see_a(
         self, block: MLPBlock, context: TokenContext, module: nn.Module, args: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Forward pre-hook on what receives a block's activations."""
+        """Forward pre-hook on the module that receives a block's activations."""
         a = args[0]
         if not block.down.training or a.shape[-1] != block.d_hidden:
             return None
@@ -146,11 +156,11 @@ class Penalty(Constraint):
         return None
 
     def add_to(self, loss: Tensor, share: float = 1.0) -> Tensor:
-        """The loss with the penalty of the last forward pass, which is then done with.
+        """The loss with the penalty of the last forward pass, which is then used up.
 
         Args:
             loss: scalar.
-            share: of the batch that this pass was of, where the loss is of the whole batch.
+            share: this pass's share of the batch, if the loss is of the whole batch.
         """
         means, self._means = self._means, []
         self._is_due = False
@@ -169,37 +179,34 @@ class Penalty(Constraint):
         return added
 
     def take_factor(self, factor: Tensor) -> None:
-        """Be told of the gradient that each block's mean has."""
+        """Take the gradient of each block's mean."""
         self._factor = factor
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: not the graph of the last forward pass."""
+        """The state of a copy: without the graph of the last forward pass."""
         passing = {"_means": [], "_is_due": False, "_bare": set(), "_factor": None}
         return {**self.__dict__, **passing}
 
 
 class _Added(torch.autograd.Function):
-    """Loss + penalty, whose backward tells what the sum is multiplied by.
-
-    Everything that the loss depends on runs backward after it.
-    """
+    """Loss + penalty; its backward keeps the factor of the sum, for blocks that run again later."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, penalty: Tensor, weight: Tensor, told: Penalty) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, penalty: Tensor, weight: Tensor, taker: Penalty) -> Tensor:
         """The sum."""
-        ctx.told = told
+        ctx.taker = taker
         ctx.weight = weight
         return loss + penalty
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """The gradient as it is, for both."""
-        ctx.told.take_factor(grad.detach() * ctx.weight)
+        ctx.taker.take_factor(grad.detach() * ctx.weight)
         return grad, grad, None, None
 
 
 class _WithGradient(torch.autograd.Function):
-    """The activations as they are, whose backward gives their mean a gradient of its own."""
+    """The activations as they are; its backward also gives their mean a gradient."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
@@ -236,7 +243,7 @@ def mean_l1(a: Tensor, counted: Tensor | None) -> Tensor:
 def penalize(loss: Tensor, model: nn.Module) -> Tensor:
     """A loss with the `ActivationPenalty` of the model's last forward pass.
 
-    After a forward pass in evaluation mode it is the loss as it was. With gradient accumulation,
+    After a forward pass in evaluation mode the loss stays as it was. With gradient accumulation,
     call it for each micro-batch, before dividing.
 
     Args:
@@ -244,7 +251,7 @@ def penalize(loss: Tensor, model: nn.Module) -> Tensor:
         model: a model that carries the plug-in; wrappers are seen through.
 
     Returns:
-        A scalar; λ Σ_blocks mean over tokens of Σ_i |a_i| more.
+        A scalar: ``loss + λ · Σ_blocks mean over tokens of Σ_i |a_i|``.
 
     Raises:
         SparsificationError: the model carries no `ActivationPenalty`.
@@ -260,16 +267,6 @@ def penalize(loss: Tensor, model: nn.Module) -> Tensor:
     return loss
 
 
-def penalties_of(model: nn.Module) -> list[Penalty]:
-    """The penalties of a model's blocks: one for each time that `sparsify_` put one in."""
-    found = {
-        id(penalty): penalty
-        for module in model.modules()
-        if isinstance(penalty := module.__dict__.get(_MARK), Penalty)
-    }
-    return list(found.values())
-
-
-def is_penalized(block: MLPBlock) -> bool:
-    """Whether a block's activations are in the loss of a training step."""
-    return block.down.training and _MARK in block.down.__dict__
+def penalties_of(model: nn.Module) -> list[LossTerm]:
+    """The terms that plug-ins add to a model's loss, `ActivationPenalty` and others."""
+    return loss_terms_of(model)

@@ -22,10 +22,9 @@ class RestrictedNorm(Plugin):
     """A floor under the norm's scale: a larger input to the MLP, so fewer active units.
 
     From scratch (``ramp=0``): the norm's bias, which must be zero, is frozen there, and the scale
-    is clamped to ≥ `floor` after every optimizer step. Finetuning (``ramp > 0``): the bias is
+    is clamped to ≥ `floor` after every optimizer step. In finetuning (``ramp > 0``) the bias is
     frozen as it is, and |scale| is raised to the floor linearly over the first `ramp` of the run,
-    signs kept. LayerNorm and RMSNorm alike; of Gemma's
-    kind the scale is 1 + weight.
+    signs kept. It fits LayerNorm and RMSNorm; the scale of Gemma's norms is 1 + weight.
 
     Args:
         floor: lower bound of the scale, > 0.
@@ -141,5 +140,5 @@ class _Floor(Constraint):
         else:
             scale = local + offset if offset else local  # −0 + 0 has lost its sign
             floored = torch.copysign(scale.abs().clamp_(min=self._current), scale)
-            # What is above the floor keeps its bits.
+            # A scale above the floor keeps its bits.
             local.copy_(torch.where(scale.abs() < self._current, floored - offset, local))

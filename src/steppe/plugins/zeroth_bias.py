@@ -28,11 +28,11 @@ class ZerothBias(Plugin):
 
     A parameter ``zeroth_bias [max_tokens, d_model]``, zero at start, stands beside the weight of
     `up` and is added to the input of `up` and `gate` at the token's absolute position; nothing else
-    sees it. After every optimizer step it is clipped to ± `limit` · |norm scale|: that of the norm
-    before the MLP, 1 + weight for Gemma's kind and 1 for a norm without weight.
+    sees it. After every optimizer step it is clipped to ± `limit` · |norm scale|. The norm is that
+    before the MLP; the scale of Gemma's norms is 1 + weight, and that of a norm without weight 1.
 
     Args:
-        max_tokens: longest sequence, in tokens; by default what the model's config says.
+        max_tokens: longest sequence, in tokens; by default the limit in the model's config.
         limit: bound of the bias relative to the scale of the block's norm, > 0.
 
     Raises:
@@ -55,6 +55,11 @@ class ZerothBias(Plugin):
             raise ValueError(f"ZerothBias: expected max_tokens ≥ 1, a whole number, got {tokens}")
         if self.limit <= 0:
             raise ValueError(f"ZerothBias: expected limit > 0, got {self.limit}")
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """The number of positions; None while it is not decided."""
+        return self.max_tokens
 
     def resolve(self, model: nn.Module, blocks: Sequence[MLPBlock]) -> ZerothBias:
         """The same with `max_tokens` decided."""
@@ -118,6 +123,12 @@ class ZerothBias(Plugin):
                 journal.add_forward_pre_hook(block.gate, add)
             constraints.append(_Clipped(block, self.limit))
         return constraints
+
+    def added_lengths(self, model: nn.Module) -> dict[str, int]:
+        """The number of positions."""
+        length = self.resolve(model, ()).max_tokens
+        assert length is not None
+        return {PARAMETER_NAME: length}
 
 
 class _AddZerothBias:

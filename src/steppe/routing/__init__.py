@@ -1,1 +1,1 @@
-"""A block's input, led around its own modules to where the block is computed at once."""
+"""The way of a block's input around its own modules, to where the whole block is computed."""

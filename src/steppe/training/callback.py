@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,78 +21,59 @@ from transformers.training_args import ParallelMode
 
 from steppe.blocks.find import MLPBlock
 from steppe.blocks.patterns import BlockPattern
-from steppe.errors import NonFiniteLossError, ScheduleError
-from steppe.files import prepare_folder
+from steppe.errors import ScheduleError
 from steppe.measures.tally import Tally
 from steppe.plugins.penalty import penalties_of
-from steppe.plugins.sparsify import (
-    advance_,
-    project_,
-    sparsification_of,
-)
-from steppe.runs import RUN_FILE, Run, write_run
+from steppe.runs import Run
 from steppe.surgery.journal import Journal
 from steppe.tokens import arguments_by_name
-from steppe.training.history import HEADLINE, History, means_of
+from steppe.training.history import History
 from steppe.training.interception import AroundCallback, attend, resumed_from
 from steppe.training.outside_loss import seen_from_outside
 from steppe.training.penalized import PenalizedLoss
-from steppe.training.resumed import complete_weights_
-
-# What a reader of a run wants to know of how it was trained.
-_SETTINGS = (
-    "learning_rate",
-    "weight_decay",
-    "optim",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "world_size",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "bf16",
-    "fp16",
-    "gradient_checkpointing",
-    "torch_compile",
-    "seed",
+from steppe.training.record import record_of, trainer_settings, write_record
+from steppe.training.reporters import (
+    means_of,
+    off_console,
+    require_finite,
+    training_metrics,
+    with_prefix,
 )
+from steppe.training.resuming import complete_weights_
+from steppe.training.schedules import advance_to_, finish_step_
 
 
 class SteppeCallback(History, AroundCallback, ExportableState):
     """Constraints, schedules and metrics of steppe in a stock ``transformers.Trainer``.
 
     If the model carries plug-ins, their schedules follow ``global_step / max_steps`` and they are
-    projected after every optimizer step; an `ActivationPenalty` is added to the model's loss, with
-    which it is logged. Every `every` steps the passes of one step are measured:
-    what `BlockReport` has, AF and its factors from the step's own backward pass. Each log gets
-    ``density`` and ``derivative_density`` of the steps measured since the last one,
-    ``training_density`` (the mean over all steps measured so far, the paper's training density),
-    the other measures as means over the blocks, and the same per block.
+    projected after every optimizer step. An `ActivationPenalty` is added to the model's loss, also
+    to the loss that is logged. One step in `every` is measured: all numbers of a `BlockReport`, AF
+    and its factors from the step's own backward pass. Each log gets ``density`` and
+    ``derivative_density`` of the steps measured since the last log, ``training_density`` (the mean
+    over all steps measured so far, the paper's training density), the other measures as means over
+    the blocks, and the same per block.
 
-    Every evaluation of the Trainer is measured too, whoever asks for it: ``eval_density`` and the
-    rest are among its metrics (``metric_for_best_model="eval_density"``), also per block in its
-    log. What it generates (``predict_with_generate``) is left out.
+    Every evaluation of the Trainer is measured too: ``eval_density`` and the rest are among its
+    metrics (``metric_for_best_model="eval_density"``), also per block in its log. Generated text
+    (``predict_with_generate``) does not count.
 
-    Logs are complete before the Trainer sends them, so all of it is in
-    ``trainer.state.log_history`` and with every reporter that ``report_to`` names. On the console
-    the densities of the whole model stand for it. The run's own survive resuming from a checkpoint.
-    Sums go over processes, once per log.
+    Logs are complete before the Trainer sends them, so all metrics are in
+    ``trainer.state.log_history`` and reach every reporter that ``report_to`` names. The console
+    shows the densities of the whole model only. Sums go over processes, once per log.
 
-    Resuming goes on with the same history, whatever `every` and the others were before. Where the
-    stock Trainer resumes without some of the weights (ViT), they are loaded, with a warning. Each
-    trial of a hyper-parameter search has a record of its own, in the folder of its checkpoints.
+    A resumed run goes on with the same history, also with another `every`. Where the stock Trainer
+    resumes without some of the weights (ViT), they are loaded, with a warning. Each trial of a
+    hyper-parameter search has its own record, in the folder of its checkpoints.
 
-    Nothing stays on the model: it is watched only while the Trainer is in the very step or
-    evaluation that is measured, however that ends.
+    Nothing stays on the model: it has hooks only while the Trainer runs a step or an evaluation
+    that is measured, also if that ends by an error.
 
     ``steppe.json`` in the output folder has all of it, for ``steppe report``.
 
-    A loss that is made outside of the model (label smoothing, ``compute_loss_func``, a
-    ``compute_loss`` of your own) is taken for a mean over labels: over those of the whole step
-    where the Trainer tells the function their number, else over those of the micro-batch.
+    A loss that is computed outside of the model (label smoothing, ``compute_loss_func``, a
+    ``compute_loss`` of your own) counts as a mean over labels: over those of the whole step where
+    the Trainer passes their number to the function, else over those of the micro-batch.
 
     Args:
         every: measure one optimizer step in so many, ≥ 1.
@@ -118,20 +98,15 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         where: Callable[[MLPBlock], bool] | None = None,
         patterns: Sequence[BlockPattern] = (),
     ) -> None:
-        if every < 1:
-            raise ValueError(f"SteppeCallback: expected every ≥ 1, got {every}")
-        super().__init__(where, patterns)
-        self.every = every
-        self.per_block = per_block
-        self.flatness = flatness
+        super().__init__(every, per_block, flatness, where, patterns)
         self._is_training = False
-        self._is_turn = False  # of the step that runs, to be measured
-        self._folder = ""  # of the run's record
+        self._is_turn = False  # whether the step that runs is measured
+        self._folder = ""  # where the record of the run is written
         self._penalized: PenalizedLoss | None = None
         self._evaluated_last: tuple[str, list[Tally], dict[str, Any]] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What ``trainer_state.json`` keeps of this callback; asked of the first process only."""
+        """The part of ``trainer_state.json`` for this callback; only the first process asks."""
         return {
             "args": {
                 "every": self.every,
@@ -144,7 +119,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Be there also where the Trainer evaluates before it trains."""
+        """Attend the Trainer from the start: it may evaluate before it trains."""
         attend(self)
 
     def on_train_begin(
@@ -155,10 +130,10 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Get ready to measure; take up what a checkpoint kept.
+        """Get ready to measure, from the state of a checkpoint if the run resumes from one.
 
         Raises:
-            ScheduleError: several GPUs in one process, which ``nn.DataParallel`` would share out.
+            ScheduleError: one process has several GPUs, which ``nn.DataParallel`` would use.
         """
         assert model is not None
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
@@ -171,14 +146,14 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         self._folder = str(args.output_dir)
         if state.is_hyper_param_search:  # not a recipe's, which writes its checkpoints elsewhere
             self._folder = str(Trainer._get_output_dir(trainer, trainer._trial))
-        # Of a run that starts anew the state holds what this object had from the last one.
-        self._begin(model, self.flatness, self._kept_by(state) if state.global_step > 0 else {})
+        # Where a run starts anew, the state holds what this object had from the last one.
+        self._begin(model, self._kept_by(state) if state.global_step > 0 else {})
         self._penalized = None
         if penalties_of(model):
             together = args.world_size if args.average_tokens_across_devices else 1
             self._penalized = PenalizedLoss(model, args.gradient_accumulation_steps * together)
         self._is_training, self._is_turn = True, False
-        _advance(model, state, state.global_step)
+        advance_to_(model, state.global_step, state.max_steps)
 
     def on_step_begin(
         self,
@@ -188,12 +163,12 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Measure this step if it is its turn."""
+        """Decide whether this step is measured, and note the factor of its loss."""
         assert self._monitor is not None
         self._is_turn = state.global_step % self.every == 0
         scaler = getattr(optimizer, "scaler", None)  # of accelerate's optimizer, with fp16
         if self._is_turn and scaler is not None:
-            # What it multiplies by, on the device: get_scale would wait.
+            # The factor as a tensor on the device: get_scale would wait.
             self._monitor.loss_factor = scaler.scale(torch.ones((), device=args.device))
 
     def on_optimizer_step(
@@ -206,9 +181,8 @@ class SteppeCallback(History, AroundCallback, ExportableState):
     ) -> None:
         """Set the schedules and project, also after a step that AMP skipped: it changed nothing."""
         assert model is not None
-        if sparsification_of(model) is not None:
-            _advance(model, state, state.global_step + 1)  # it counts this step only later
-            project_(model)
+        # The Trainer counts this step only later.
+        finish_step_(model, state.global_step + 1, state.max_steps)
 
     def on_step_end(
         self,
@@ -243,7 +217,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Take down what an evaluation during training counted."""
+        """Put an evaluation during training into the history."""
         if self._evaluated_last is not None and self._is_training:
             self._note_held_out(state.global_step, self._evaluated_last[1])
         self._evaluated_last = None
@@ -256,7 +230,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         metrics: Any,
         **kwargs: Any,
     ) -> None:
-        """Forget what a prediction counted; its metrics have it."""
+        """Drop the entry of a prediction; its metrics have the numbers."""
         self._evaluated_last = None
 
     def on_save(
@@ -267,7 +241,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write what is known of the run."""
+        """Write the record of the run so far."""
         self._write(args, state, model)
 
     def on_log(
@@ -284,12 +258,9 @@ class SteppeCallback(History, AroundCallback, ExportableState):
             NonFiniteLossError: the loss is NaN or infinite.
         """
         loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the training loss is {loss} at step {state.global_step}. Clip gradients"
-                " (max_grad_norm=1.0), warm up longer, or lower the learning rate",
-                {"learning_rate": args.learning_rate / 10},
-            )
+        if loss is not None:
+            instead = {"learning_rate": args.learning_rate / 10}
+            require_finite(loss, state.global_step, "max_grad_norm=1.0", instead)
 
     def on_train_end(
         self,
@@ -299,9 +270,9 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Leave the model at the schedule of the weights that it has."""
+        """Set the schedules to the step of the weights that the model has, and write the record."""
         if model is not None and args.load_best_model_at_end and state.best_global_step:
-            _advance(model, state, state.best_global_step)
+            advance_to_(model, state.best_global_step, state.max_steps)
         self._settle()
         self._write(args, state, model)
         self._is_training, self._monitor, self._penalized = False, None, None
@@ -315,10 +286,10 @@ class SteppeCallback(History, AroundCallback, ExportableState):
                 stack.enter_context(self._monitor.attached())
                 if self.flatness:
                     names = ("model", "inputs", "num_items_in_batch")
-                    told = arguments_by_name(names, args, kwargs)
-                    items = told.get("num_items_in_batch")
+                    given = arguments_by_name(names, args, kwargs)
+                    items = given.get("num_items_in_batch")
                     stack.enter_context(
-                        seen_from_outside(trainer, self._monitor, told.get("inputs"), items)
+                        seen_from_outside(trainer, self._monitor, given.get("inputs"), items)
                     )
             if self._penalized is not None and trainer.model is not None:
                 journal = Journal(transient=True)
@@ -329,15 +300,14 @@ class SteppeCallback(History, AroundCallback, ExportableState):
     def around_evaluation_loop(
         self, trainer: Trainer, loop: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """One pass over held-out data, whose metrics get the densities."""
+        """One pass over held-out data; its metrics get the densities."""
         assert trainer.model is not None
         with self._monitor_of_evaluation(trainer.model).attached():
             output = loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval") + "_"
         tallies, entry = self._evaluated()
         self._evaluated_last = prefix, tallies, entry
-        for key, value in means_of([entry]).items():
-            output.metrics[prefix + key] = value
+        output.metrics.update(with_prefix(prefix, means_of([entry])))
         return output
 
     def around_log(
@@ -348,20 +318,18 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """One log, which everybody gets whole; the caller's has what it had."""
+        """One log: every reporter gets all metrics, the caller's dictionary keeps its own."""
         parts: list[tuple[str, dict[str, float]]] = []
         if "loss" in logs or "train_loss" in logs:
-            parts.append(("", self._metrics_since_last_log(self.per_block)))
+            new = self._not_logged()
+            parts.append(("", training_metrics(new, self._names(), self.training_density)))
         if self._evaluated_last is not None:
             prefix, _, entry = self._evaluated_last
             if f"{prefix}density" in logs:
-                names = self._names_of_evaluation() if self.per_block else ()
-                parts.append((prefix, means_of([entry], names)))
-        metrics = {prefix + key: value for prefix, part in parts for key, value in part.items()}
+                parts.append((prefix, means_of([entry], self._names_of_evaluation())))
+        metrics = {key: value for part in parts for key, value in with_prefix(*part).items()}
         whole = {**logs, **metrics}
-        self.unprinted = frozenset(
-            prefix + key for prefix, part in parts for key in part.keys() - HEADLINE
-        )
+        self.unprinted = frozenset().union(*(off_console(*part) for part in parts))
         try:
             log(whole, *args, **kwargs)
         finally:
@@ -380,32 +348,26 @@ class SteppeCallback(History, AroundCallback, ExportableState):
     def run(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, name: str = ""
     ) -> Run:
-        """What is known of the run.
+        """The record of the run so far.
 
         Args:
             args: the Trainer's.
             state: the Trainer's.
             model: the model, to name its class, its activations and its plug-ins.
-            name: what to call the run; the output folder's name by default.
+            name: of the run; the output folder's name by default.
         """
-        settings: dict[str, Any] = {key: getattr(args, key) for key in _SETTINGS}
-        settings["lr_scheduler_type"] = str(getattr(args.lr_scheduler_type, "value", ""))
-        settings["optim"] = str(getattr(args.optim, "value", args.optim))
-        return self._run(
-            model,
+        return record_of(
             name or Path(self._folder or str(args.output_dir)).resolve().name,
-            {**settings, "measured_every": self.every},
-            {"transformers": transformers.__version__},
+            model,
+            self._blocks(model),
+            self.history,
+            self.held_out_history,
             state.log_history,
+            {**trainer_settings(args), "measured_every": self.every},
+            {"transformers": transformers.__version__},
         )
 
     def _write(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
+        """Write the record of the run, in the first process."""
         if model is not None and state.is_world_process_zero:
-            folder = prepare_folder(self._folder, "output_dir")
-            write_run(self.run(args, state, model), folder / RUN_FILE)
-
-
-def _advance(model: nn.Module, state: TrainerState, step: int) -> None:
-    """Set the schedules of the model's plug-ins, if it has any, to a step of the run."""
-    if sparsification_of(model) is not None:
-        advance_(model, min(1.0, step / max(1, state.max_steps)))
+            write_record(self.run(args, state, model), self._folder, "output_dir")

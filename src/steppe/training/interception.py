@@ -1,11 +1,12 @@
-"""Stand around methods of the Trainer that calls a callback.
+"""Run a callback around the methods of its Trainer, not only at the Trainer's events.
 
-A callback is told what has happened, after the reporters have had it, and is told nothing of an
-exception. Hooks that are in the model only while one of the Trainer's own methods runs are gone
-whatever ends it, and metrics that are in a log before the Trainer sends it reach everybody.
-Transformers hands no Trainer to its callbacks, but it calls them, so it is on the stack. Its class
-is then swapped for a subclass of the same name: methods of its own on the object would refer to it,
-and keep it and its model alive until the garbage collector comes by.
+A callback of Transformers hears of an event after the reporters have, and never of an exception.
+Around a method, hooks are in the model only while the method runs, however it ends, and metrics are
+in a log before the Trainer sends it, so every reporter gets them.
+
+Transformers hands no Trainer to its callbacks. But the Trainer calls them, so it is found on the
+stack. Its class is then swapped for a subclass of the same name. Methods set on the object instead
+would refer to it, and keep it and its model alive until the garbage collector runs.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ _SUBCLASSES: dict[type, type] = {}
 
 
 class AroundCallback(TrainerCallback):
-    """A callback that runs around methods of its Trainer, in place of which it is called.
+    """A callback that is called in place of methods of its Trainer, and calls them itself.
 
     Attributes:
-        unprinted: what those who print are to leave out of the log that is being sent.
+        unprinted: names in the log that is being sent, which the console leaves out.
     """
 
     unprinted: frozenset[str] = frozenset()
@@ -63,19 +64,19 @@ class AroundCallback(TrainerCallback):
 
 
 def attend(callback: AroundCallback) -> Trainer:
-    """Let a callback run around methods of the Trainer that calls an event of it just now.
+    """Let a callback run around methods of the Trainer that is calling it.
 
-    What prints is told of events after all others from now on, and not of all metrics. Nothing more
-    changes if this is called again.
+    Callbacks that print get events last from now on, and logs without the unprinted names. A second
+    call changes nothing more.
 
     Args:
-        callback: one of the Trainer's callbacks. Once it is none any more, the methods run alone.
+        callback: one of the Trainer's callbacks. Once it is removed, the methods run alone.
 
     Returns:
         The Trainer.
 
     Raises:
-        ScheduleError: no Trainer calls.
+        ScheduleError: no Trainer is on the stack.
     """
     trainer = _calling_trainer(callback)
     if not isinstance(trainer, _Attended):
@@ -87,16 +88,16 @@ def attend(callback: AroundCallback) -> Trainer:
         for one in handler.callbacks
         if not isinstance(one, _CONSOLES) and not (isinstance(one, _Shorten) and one.of is callback)
     ]
-    # Another list: the handler is going through this one.
+    # A new list: the handler is iterating over the old one.
     handler.callbacks = [*others, _Shorten(callback), *consoles]
     return trainer
 
 
 def resumed_from(trainer: Trainer) -> str | None:
-    """The folder that a Trainer has resumed from, asked while it trains; None if it starts anew."""
+    """The folder that a Trainer has resumed from, asked while it trains; None for a new run."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        # Of no other frame: one whose variables are asked for keeps what they are, long after.
+        # Reading f_locals keeps a frame's objects alive, so no other frame is read.
         if frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
             folder = frame.f_locals.get("resume_from_checkpoint")
             return folder if isinstance(folder, str) else None
@@ -105,7 +106,7 @@ def resumed_from(trainer: Trainer) -> str | None:
 
 
 class _Shorten(TrainerCallback):
-    """Stands before those who print."""
+    """The callback before those that print: it takes the unprinted names out of a log."""
 
     def __init__(self, of: AroundCallback) -> None:
         self.of = of
@@ -118,12 +119,13 @@ class _Shorten(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Leave out what is not to be printed."""
+        """Take the unprinted names out."""
         for key in self.of.unprinted:
             (logs or {}).pop(key, None)
 
 
 def _calling_trainer(callback: AroundCallback) -> Trainer:
+    """The Trainer on the stack that has the callback."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         found = frame.f_locals.get("self")
@@ -139,7 +141,7 @@ def _calling_trainer(callback: AroundCallback) -> Trainer:
 
 
 class _Attended:
-    """What a Trainer with an `AroundCallback` does otherwise."""
+    """The methods of a Trainer that its `AroundCallback`s run around."""
 
     callback_handler: Any
 
@@ -156,11 +158,12 @@ class _Attended:
         return self._through_callbacks("log", args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As an object of the Trainer's own class, and attended again."""
+        """Pickle as the Trainer's own class; the copy is attended again."""
         reduced: Any = object.__reduce_ex__(self, 2)
         return _blank, (type(self).__mro__[2],), *reduced[2:]
 
     def _through_callbacks(self, name: str, args: Any, kwargs: Any) -> Any:
+        """Call a method of the Trainer with every callback around it."""
         run = getattr(super(), name)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, AroundCallback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,14 +13,22 @@ from torch import Tensor, nn
 
 from steppe.blocks.find import MLPBlock, find_blocks
 from steppe.blocks.patterns import BlockPattern
-from steppe.errors import MissingExtraError, NonFiniteLossError, ScheduleError
-from steppe.files import prepare_folder
-from steppe.plugins.constrain import Constrained, constrain_
+from steppe.errors import MissingExtraError
+from steppe.plugins.applied import sparsification_of
+from steppe.plugins.constrain import Constrained
 from steppe.plugins.penalty import penalties_of
-from steppe.plugins.sparsify import sparsification_of
 from steppe.record import APPLIED
-from steppe.runs import RUN_FILE, Run, write_run
-from steppe.training.history import History, means_of
+from steppe.runs import Run
+from steppe.training.history import History
+from steppe.training.record import record_of, write_record
+from steppe.training.reporters import (
+    means_of,
+    of_the_model,
+    require_finite,
+    training_metrics,
+    with_prefix,
+)
+from steppe.training.schedules import constrain_only_
 
 try:
     if importlib.util.find_spec("lightning") is None:
@@ -37,24 +44,24 @@ except ModuleNotFoundError as error:
 class LightningCallback(History, pl.Callback):
     """Constraints, schedules and metrics of steppe in a ``Trainer`` of Lightning.
 
-    It is to Lightning what `SteppeCallback` is to Transformers. If the module has a model with
-    plug-ins in it, their schedules follow the optimizer steps and they are projected after each of
-    them, by `constrain_`; an `ActivationPenalty` is added to the loss before the backward pass, and
-    is not in what the module logs. Every `every` steps the passes of one step are measured: what
-    `BlockReport` has, AF and its factors from the step's own backward pass. At every log
-    ``density``, ``training_density`` and the rest go to the loggers and to ``callback_metrics``, at
-    every validation ``val_density`` and the rest (``EarlyStopping(monitor="val_density")``), at
-    every test ``test_density``; those of the blocks as ``density_per_block/NAME``. All survive
-    resuming from a checkpoint. Sums go over processes, once per log.
+    The counterpart of `SteppeCallback` for Transformers. If the module contains a model with
+    plug-ins, `constrain_` drives their schedules and projects them after each optimizer step. An
+    `ActivationPenalty` is added to the loss before the backward pass, and is not in the loss that
+    the module logs. One step in `every` is measured: all numbers of a `BlockReport`, AF and its
+    factors from the step's own backward pass. At every log ``density``, ``training_density`` and
+    the rest go to the loggers and to ``callback_metrics``, at every validation ``val_density`` and
+    the rest (``EarlyStopping(monitor="val_density")``), at every test ``test_density``; those of
+    the blocks as ``density_per_block/NAME``. A resumed run goes on with the same history. Sums go
+    over processes, once per log.
 
-    Nothing stays on the model, also where training ends by an error: it is watched only while a
-    step or an evaluation that is measured runs.
+    Nothing stays on the model, also if training ends by an error: it has hooks only while a step or
+    an evaluation that is measured runs.
 
     ``steppe.json`` in the log's folder (``trainer.log_dir``, else ``default_root_dir``) has all of
     it, for ``steppe report``.
 
-    A loss that the module computes from logits is taken for a mean over the samples of the
-    micro-batch; of a Hugging Face model's own loss each sample's is told.
+    A loss that the module computes from logits counts as a mean over the samples of the
+    micro-batch; for a Hugging Face model's own loss the scale of each sample is known.
 
     Args:
         every: measure one optimizer step in so many, ≥ 1.
@@ -80,20 +87,15 @@ class LightningCallback(History, pl.Callback):
         where: Callable[[MLPBlock], bool] | None = None,
         patterns: Sequence[BlockPattern] = (),
     ) -> None:
-        if every < 1:
-            raise ValueError(f"LightningCallback: expected every ≥ 1, got {every}")
-        super().__init__(where, patterns)
-        self.every = every
-        self.per_block = per_block
-        self.flatness = flatness
+        super().__init__(every, per_block, flatness, where, patterns)
         self._restored: dict[str, Any] = {}
         self._logs: list[dict[str, Any]] = []
         self._constrained: Constrained | None = None
         self._turn: int | None = None  # the step that is measured, counted from 1
-        self._passing = ExitStack()  # what is on the model now
+        self._passing = ExitStack()  # takes the hooks off the model
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of Lightning keeps; all processes call this."""
+        """The part of a Lightning checkpoint that is this callback's; all processes call this."""
         self._settle()
         return {**self._kept(), "logs": self._logs}
 
@@ -102,7 +104,7 @@ class LightningCallback(History, pl.Callback):
         self._restored = state_dict
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Get ready to measure; take up what a checkpoint kept.
+        """Get ready to measure, from the state of a checkpoint if the run resumes from one.
 
         Raises:
             ScheduleError: not one optimizer, or a schedule and no end of the run.
@@ -110,27 +112,14 @@ class LightningCallback(History, pl.Callback):
         self._leave()
         restored, self._restored = self._restored, {}
         model = _model_of(pl_module, self.patterns)
-        self._begin(model, self.flatness, restored)
+        self._begin(model, restored)
         self._logs = list(restored.get("logs", []))
         self._turn = None
-        if sparsification_of(model) is None:
-            return
-        if len(trainer.optimizers) != 1:
-            raise ScheduleError(
-                f"LightningCallback: expected one optimizer, got {len(trainer.optimizers)}. Take"
-                " the callback out, and after each step of the one that trains the plug-ins call"
-                " steppe.project_(model)"
-            )
-        total = trainer.estimated_stepping_batches
-        if math.isinf(total) and sparsification_of(model).has_schedule:  # type: ignore[union-attr]
-            raise ScheduleError(
-                "LightningCallback: the plug-ins' ramps need the length of the run:"
-                " Trainer(max_steps=10_000)"
-            )
-        self._constrained = constrain_(
-            model, trainer.optimizers[0], None if math.isinf(total) else int(total)
-        )
-        self._constrained.load_state_dict({"step": trainer.global_step})
+        if sparsification_of(model) is not None:
+            total = trainer.estimated_stepping_batches
+            name = type(self).__name__
+            self._constrained = constrain_only_(model, trainer.optimizers, total, name)
+            self._constrained.load_state_dict({"step": trainer.global_step})
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int
@@ -141,7 +130,7 @@ class LightningCallback(History, pl.Callback):
         step = trainer.global_step + 1
         if trainer.global_step % self.every == 0:
             if self._turn != step:
-                self._monitor.reset()  # of a step that did not end
+                self._monitor.reset()  # it has the tallies of a step that did not end
             self._turn = step
             pieces = trainer.accumulate_grad_batches if _is_automatic(pl_module) else 1
             self._monitor.loss_factor = _scale(trainer) / pieces
@@ -159,10 +148,10 @@ class LightningCallback(History, pl.Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put the tallies of a step that is done aside; log them where Lightning logs.
+        """Put the tallies of a finished step aside; log them where Lightning logs.
 
         Raises:
-            NonFiniteLossError: the loss is NaN or infinite; looked at where Lightning logs.
+            NonFiniteLossError: the loss is NaN or infinite; it is checked where Lightning logs.
         """
         self._passing.close()
         step = trainer.global_step
@@ -176,13 +165,8 @@ class LightningCallback(History, pl.Callback):
         log: dict[str, float] = {}
         if isinstance(loss, Tensor):
             log["loss"] = float(loss)
-            if not math.isfinite(log["loss"]):
-                raise NonFiniteLossError(
-                    f"the training loss is {log['loss']} at step {step}. Clip gradients"
-                    " (gradient_clip_val=1.0), warm up longer, or lower the learning rate"
-                )
-        self._settle()
-        metrics = self._metrics_since_last_log(self.per_block)
+            require_finite(log["loss"], step, "gradient_clip_val=1.0")
+        metrics = self._new_metrics()
         pl_module.log_dict(metrics, on_step=True, on_epoch=False)
         self._keep_log(step, {**log, **metrics})
 
@@ -191,13 +175,13 @@ class LightningCallback(History, pl.Callback):
         self._watch_evaluation(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log what a validation measured."""
+        """Log a validation."""
         tallies = self._log_evaluation(pl_module, "val_")
         if _is_of_training(trainer):
             self._note_held_out(trainer.global_step, tallies)
 
     def on_validation_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Keep what everybody logged of a validation."""
+        """Keep all metrics of a validation, those of other callbacks too."""
         if _is_of_training(trainer):
             seen = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self._keep_log(trainer.global_step, seen)
@@ -207,20 +191,19 @@ class LightningCallback(History, pl.Callback):
         self._watch_evaluation(pl_module)
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log what a test measured."""
+        """Log a test."""
         self._log_evaluation(pl_module, "test_")
 
     def on_save_checkpoint(
         self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]
     ) -> None:
-        """Write what is known of the run."""
+        """Write the record of the run so far."""
         if self._monitor is not None:
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Log what no log has had, and write what is known of the run."""
-        self._settle()
-        metrics = self._metrics_since_last_log(self.per_block)
+        """Log the steps that no log has had, and write the record of the run."""
+        metrics = self._new_metrics()
         if metrics:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
@@ -236,12 +219,12 @@ class LightningCallback(History, pl.Callback):
         self._leave()
 
     def run(self, trainer: Any, pl_module: nn.Module, name: str = "") -> Run:
-        """What is known of the run.
+        """The record of the run so far.
 
         Args:
             trainer: Lightning's.
             pl_module: the module, to name its model's class, its activations and its plug-ins.
-            name: what to call the run; the name of its folder by default.
+            name: of the run; the name of its folder by default.
         """
         (group, *_) = trainer.optimizers[0].param_groups
         settings: dict[str, Any] = {
@@ -256,13 +239,22 @@ class LightningCallback(History, pl.Callback):
             "precision": str(trainer.precision),
             "measured_every": self.every,
         }
-        return self._run(
-            _model_of(pl_module, self.patterns),
+        model = _model_of(pl_module, self.patterns)
+        return record_of(
             name or _folder(trainer).resolve().name,
+            model,
+            self._blocks(model),
+            self.history,
+            self.held_out_history,
+            self._logs,
             settings,
             {"lightning": getattr(pl, "__version__", "")},
-            self._logs,
         )
+
+    def _new_metrics(self) -> dict[str, float]:
+        """The metrics of the steps measured since the last log; waits for all processes."""
+        self._settle()
+        return training_metrics(self._not_logged(), self._names(), self.training_density)
 
     def _watch_evaluation(self, pl_module: nn.Module) -> None:
         """Watch the model until `_log_evaluation`."""
@@ -271,18 +263,16 @@ class LightningCallback(History, pl.Callback):
         self._passing.enter_context(monitor.attached())
 
     def _log_evaluation(self, pl_module: Any, prefix: str) -> Any:
-        """Log what was measured since `_watch_evaluation`; the tallies."""
+        """Log the evaluation that began with `_watch_evaluation`, and return its tallies."""
         self._passing.close()
         tallies, entry = self._evaluated()
-        names = self._names_of_evaluation() if self.per_block else ()
-        metrics = {prefix + key: value for key, value in means_of([entry], names).items()}
+        metrics = with_prefix(prefix, means_of([entry], self._names_of_evaluation()))
         pl_module.log_dict(metrics, on_step=False, on_epoch=True)
         return tallies
 
     def _keep_log(self, step: int, metrics: dict[str, float]) -> None:
-        """Keep a log for the record of the run; what is of a block stands in the history."""
-        of_model = {name: value for name, value in metrics.items() if "/" not in name}
-        self._logs.append({"step": step, **of_model})
+        """Keep a log for the record of the run."""
+        self._logs.append({"step": step, **of_the_model(metrics)})
 
     def _leave(self) -> None:
         """Take everything off the model and the optimizer."""
@@ -292,9 +282,9 @@ class LightningCallback(History, pl.Callback):
             self._constrained = None
 
     def _write(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Write the record of the run, in the first process."""
         if trainer.is_global_zero:
-            folder = prepare_folder(_folder(trainer), "default_root_dir")
-            write_run(self.run(trainer, pl_module), folder / RUN_FILE)
+            write_record(self.run(trainer, pl_module), _folder(trainer), "default_root_dir")
 
 
 def _model_of(pl_module: nn.Module, patterns: Sequence[BlockPattern]) -> nn.Module:
@@ -320,7 +310,7 @@ def _is_of_training(trainer: Any) -> bool:
 
 
 def _scale(trainer: Any) -> float:
-    """What the loss is multiplied by in half precision."""
+    """The factor of the loss in half precision."""
     scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
 

@@ -1,4 +1,4 @@
-"""The loss that the Trainer makes outside of the model, from labels that the model is not told."""
+"""The loss that the Trainer computes outside of the model, from labels the model does not get."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from steppe.measures.watch import Monitor
 def seen_from_outside(
     trainer: Trainer, monitor: Monitor, inputs: Any, items: Tensor | int | None
 ) -> Iterator[None]:
-    """Within it, a monitor knows how a loss outside of the model is made of the samples'.
+    """Let a monitor see the loss outside of the model, and its scale to the samples' losses.
 
-    It is a mean over the labels of the whole step, all micro-batches and processes, where the
-    Trainer tells their number to the function that makes it (``compute_loss_func``, label
-    smoothing); else, and where ``compute_loss`` is the user's own, over those of this micro-batch.
+    The loss is a mean over labels. Where the Trainer passes their number to the function that
+    computes it (``compute_loss_func``, label smoothing), these are the labels of the whole step, of
+    all micro-batches and processes. Otherwise, and for a ``compute_loss`` of the user's own, they
+    are the labels of this micro-batch.
 
     Args:
-        trainer: whose training step runs within it.
+        trainer: its training step runs within the context.
         monitor: of the training steps, with gradients.
         inputs: of the training step.
         items: labels of the whole step, where the Trainer counts them.
@@ -66,7 +67,7 @@ def seen_from_outside(
 
 
 def _maker(trainer: Trainer) -> str | None:
-    """The attribute that makes the loss, or None where the model does."""
+    """The name of the function that computes the loss, or None where the model does."""
     if type(trainer).compute_loss is not Trainer.compute_loss:
         return "compute_loss"
     names = ("compute_loss_func", "label_smoother")  # the first that there is

@@ -1,4 +1,4 @@
-"""The activation penalty in the loss of a Hugging Face model that the Trainer runs."""
+"""The activation penalty in the loss of a Hugging Face model under the Trainer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from steppe.plugins.penalty import penalties_of
 class PenalizedLoss:
     """A forward hook on a model that adds its penalties to the loss that it returns.
 
-    Where the Trainer tells the model how many labels all micro-batches and processes of the step
-    have together, the loss is this micro-batch's part of the step's and so is the penalty, an equal
-    one for each. (How the labels are counted differs between versions of Transformers.) Else both
-    are means, of which the Trainer takes the mean.
+    Where the Trainer passes the number of labels of the whole step (all micro-batches and
+    processes) to the model, the loss is this micro-batch's part of the step's loss. The penalty is
+    then an equal part for each micro-batch, because versions of Transformers count the labels
+    differently. Otherwise both are means over the micro-batch, and the Trainer averages them.
 
     Args:
         model: the model, with at least one penalty.
@@ -31,7 +31,7 @@ class PenalizedLoss:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Add them.
+        """Add the penalties to the loss of a training pass.
 
         Raises:
             LossError: the model returned no loss to add them to.

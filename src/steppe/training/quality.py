@@ -1,4 +1,4 @@
-"""How well a model does on held-out data, from what evaluation keeps of its logits."""
+"""The quality of a model on held-out data, from the few numbers that evaluation keeps of logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOP = 5
 
 
 def keep_ranks(logits: Any, labels: Tensor) -> Tensor:
-    """Of an image's logits, how many classes stand before the right one.
+    """The rank of each image's class among its logits: the number of classes before it.
 
     Args:
         logits: float ``[B, classes]``, or a tuple with it first.
@@ -29,7 +29,7 @@ def keep_ranks(logits: Any, labels: Tensor) -> Tensor:
 
 
 def keep_correct_next(logits: Any, labels: Tensor) -> Tensor:
-    """Of a language model's logits, how many next tokens they tell; see `keep_correct`.
+    """The number of next tokens that a language model predicts rightly; see `keep_correct`.
 
     Args:
         logits: float ``[B, T, vocabulary]``, or a tuple with it first.
@@ -40,14 +40,14 @@ def keep_correct_next(logits: Any, labels: Tensor) -> Tensor:
 
 
 def keep_correct(logits: Any, labels: Tensor) -> Tensor:
-    """How many labels a model's logits tell.
+    """The number of labels that a model predicts rightly, and of all labels, per sample.
 
     Args:
         logits: float ``[B, T, vocabulary]``, or a tuple with it first.
         labels: int64 ``[B, T]``; those of -100 are not counted.
 
     Returns:
-        int64 ``[B, 2]``: right ones, and all.
+        int64 ``[B, 2]``: right labels, and all labels.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     counted = labels != IGNORED_LABEL
@@ -56,10 +56,10 @@ def keep_correct(logits: Any, labels: Tensor) -> Tensor:
 
 
 def image_quality(prediction: Any) -> dict[str, float]:
-    """Shares of images whose class is the first, or among the first five, of the predicted ones.
+    """Top-1 and top-5 accuracy of images.
 
     Args:
-        prediction: of the Trainer, with what `keep_ranks` kept.
+        prediction: of the Trainer, with the ranks of `keep_ranks`.
 
     Returns:
         ``top1`` and ``top5``, in [0, 1].
@@ -69,10 +69,10 @@ def image_quality(prediction: Any) -> dict[str, float]:
 
 
 def token_quality(prediction: Any) -> dict[str, float]:
-    """Share of the predicted tokens that are right.
+    """Share of the tokens that are predicted rightly.
 
     Args:
-        prediction: of the Trainer, with what `keep_correct` or `keep_correct_next` kept.
+        prediction: of the Trainer, with the numbers of `keep_correct` or `keep_correct_next`.
 
     Returns:
         ``accuracy``, in [0, 1].
@@ -82,11 +82,11 @@ def token_quality(prediction: Any) -> dict[str, float]:
 
 
 Keep = Callable[[Any, Tensor], Tensor]
-"""Makes of logits and labels what evaluation gathers."""
+"""Makes of logits and labels the few numbers that evaluation gathers."""
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where it does not fit a float.
+    """The perplexity exp(loss), infinite where it does not fit a float.
 
     Args:
         loss: in nats per token.

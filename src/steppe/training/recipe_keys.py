@@ -1,24 +1,19 @@
-"""Every key of a recipe with its help: what ``steppe train RECIPE --help`` shows."""
+"""Every key of a recipe with its help, for ``steppe train RECIPE --help``."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import Field, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from steppe.training.recipe import (
-    DEFAULTS,
-    ArmArguments,
-    DataArguments,
-    ModelArguments,
-    default_folder,
-    read_values,
-)
+from steppe.training.recipe import DEFAULTS, default_folder, default_of
+from steppe.training.recipe_arguments import ArmArguments, DataArguments, ModelArguments
+from steppe.training.recipe_file import read_values
 
 _SECTIONS = (
     ("what is trained", ModelArguments),
@@ -34,8 +29,8 @@ class Key:
 
     Attributes:
         name: as in the file.
-        value: what it is if no flag is given, as it would be typed; empty for none.
-        help: what it is for.
+        value: without a flag, as it would be typed; empty for none.
+        help: its purpose in one line.
     """
 
     name: str
@@ -61,18 +56,11 @@ def keys_of(recipe: str | Path) -> dict[str, list[Key]]:
     values = {**DEFAULTS, "output_dir": default_folder(path, arm), **values}
     return {
         title: [
-            Key(one.name, _typed(values.get(one.name, _default(one))), _help(one))
+            Key(one.name, _typed(values.get(one.name, default_of(one))), _help(one))
             for one in sorted(fields(kind), key=lambda one: one.name not in own)
         ]
         for title, kind in _SECTIONS
     }
-
-
-def _default(one: Field[Any]) -> Any:
-    """The default of a field."""
-    if one.default is not MISSING:
-        return one.default
-    return None if one.default_factory is MISSING else one.default_factory()
 
 
 def _typed(value: Any) -> str:

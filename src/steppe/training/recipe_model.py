@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from steppe.blocks.find import find_blocks
-from steppe.checkpoints.loading import load_checkpoint
+from steppe.checkpoints.load_by_config import load_checkpoint
 from steppe.errors import CheckpointError, RecipeError
 from steppe.plugins import (
     ActivationPenalty,
@@ -28,9 +28,10 @@ from steppe.plugins import (
     RisingThreshold,
     ZerothBias,
 )
-from steppe.plugins.sparsify import sparsification_of
+from steppe.plugins.applied import sparsification_of
 from steppe.surgery.pattern_notes import note_patterns_
-from steppe.training.recipe import CAUSAL, IMAGES, SPANS, Recipe, model_settings, patterns_of
+from steppe.training.recipe import Recipe
+from steppe.training.recipe_arguments import CAUSAL, IMAGES, SPANS, model_settings, patterns_of
 
 _MODELS: dict[str, Any] = {
     IMAGES: AutoModelForImageClassification,
@@ -43,11 +44,11 @@ def config_of(recipe: Recipe) -> Any:
     """The model's config, before the data is known.
 
     Args:
-        recipe: what is trained.
+        recipe: its model.
 
     Raises:
         RecipeError: there is no such architecture.
-        CheckpointError: the checkpoint is none, or no vanilla one for the task.
+        CheckpointError: it is no checkpoint, or no vanilla one for the task.
     """
     if recipe.model.checkpoint is not None:
         return _vanilla(recipe.model.checkpoint, recipe.model.task).config
@@ -59,12 +60,12 @@ def build_model(recipe: Recipe, **known: Any) -> PreTrainedModel:
     """The model: a new one, or the vanilla checkpoint.
 
     Args:
-        recipe: what is trained.
-        **known: settings of a new model's config that the data tells, where the recipe does not.
+        recipe: its model.
+        **known: settings of a new model's config that follow from the data; the recipe's go first.
 
     Raises:
-        RecipeError: its settings cannot be.
-        CheckpointError: the checkpoint is none, or no vanilla one for the task.
+        RecipeError: the architecture does not take the settings.
+        CheckpointError: it is no checkpoint, or no vanilla one for the task.
         BlocksNotFoundError: the recipe has patterns, and nothing matches.
     """
     if recipe.model.checkpoint is not None:
@@ -74,6 +75,8 @@ def build_model(recipe: Recipe, **known: Any) -> PreTrainedModel:
         with _of_settings():
             config = AutoConfig.for_model(str(recipe.model.model_type), **settings)
             model = _MODELS[recipe.model.task].from_config(config)
+        if recipe.model.xavier:
+            _draw_by_xavier_(model)
     patterns = patterns_of(recipe.model)
     if patterns:
         find_blocks(model, patterns=patterns)
@@ -81,16 +84,24 @@ def build_model(recipe: Recipe, **known: Any) -> PreTrainedModel:
     return model
 
 
+def _draw_by_xavier_(model: nn.Module) -> None:
+    """Draw the weights of linear layers and of patch embeddings by Xavier's uniform rule."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            # A patch embedding is a linear layer on flattened patches.
+            nn.init.xavier_uniform_(module.weight.data.flatten(1))
+
+
 @contextmanager
 def _of_settings() -> Iterator[None]:
-    """Tell any error as one of the model's settings: its code may divide by them, or index."""
+    """Raise any error as one of the model's settings: its code may divide by them, or index."""
     try:
         yield
     except RecipeError:
         raise
     except Exception as error:
-        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise RecipeError(f"model_type, model_config: {what}") from error
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise RecipeError(f"model_type, model_config: {text}") from error
 
 
 def _vanilla(checkpoint: str, task: str) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Which values the keys of a recipe may have."""
+"""The range of values that each key of a recipe may have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Range:
 
     Attributes:
         expected: the same in words.
-        holds: whether a value is one of them; False for NaN.
+        holds: tells whether a value is one of them; False for NaN.
     """
 
     expected: str
@@ -63,6 +63,7 @@ RANGES: Mapping[str, Range] = {
             "lora_rank",
             "mixup",
             "threshold_multiple",
+            "time_blocks",
             "warmup_steps",
             "weight_decay",
         ),
@@ -85,7 +86,7 @@ RANGES: Mapping[str, Range] = {
         "a share of the run, more than 0 and at most 1", lambda value: 0 < value <= 1
     ),
 }
-"""By key. What is None has not been given and is not asked for."""
+"""By key. A value of None was not given, and is not checked."""
 
 
 def wrong_values(values: Mapping[str, Any]) -> dict[str, str]:
@@ -95,7 +96,7 @@ def wrong_values(values: Mapping[str, Any]) -> dict[str, str]:
         values: of a recipe, by key.
 
     Returns:
-        What was expected and what was found, by key.
+        The expected values and the value found, in words, by key.
 
     Example:
         >>> wrong_values({"max_steps": 0, "length": 128, "data_seed": None})

@@ -1,4 +1,4 @@
-"""The stock Trainer with four of its methods filled in, as it is meant to be."""
+"""The Trainer of recipes: the stock one with its decay, sampler, batches and saving filled in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from steppe.checkpoints import load_weights_
 from steppe.errors import OutputError
 from steppe.files import why_unwritable, writing_to
-from steppe.training.saved import (
+from steppe.training.resuming import (
     UNFINISHED,
     discard_unfinished,
     publish_checkpoint,
@@ -26,7 +26,7 @@ from steppe.training.saved import (
 )
 
 Prepare = Callable[[dict[str, Any], bool], dict[str, Any]]
-"""Makes a batch on the device what the model takes; told whether it is for training."""
+"""Makes of a batch on the device the model's inputs; the flag says whether it is for training."""
 
 
 class RecipeTrainer(Trainer):
@@ -35,7 +35,7 @@ class RecipeTrainer(Trainer):
     Args:
         not_decayed: parameters without weight decay; all others have it, as in the paper.
         prepare: augments and normalises batches on the device.
-        draws: the sampler of the training data; None where it is a stream.
+        draws: the sampler of the training data; None for the Trainer's own, or for a stream.
         settings: of the run, kept in its checkpoints.
         **kwargs: as `transformers.Trainer`.
     """
@@ -62,7 +62,7 @@ class RecipeTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Any:
         """The draws of the training data."""
-        return self._draws
+        return super()._get_train_sampler(train_dataset) if self._draws is None else self._draws
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The batch on the device, augmented where the model trains."""
@@ -107,7 +107,7 @@ class RecipeTrainer(Trainer):
                 seal_checkpoint(self._run_folder / name, self._settings)
                 publish_checkpoint(run, name)
         except Exception as error:
-            # Of a full disk torch.save says nothing but that its writer has failed.
+            # On a full disk torch.save says no more than that its writer has failed.
             reason = why_unwritable(self._run_folder)
             if isinstance(error, OSError | SafetensorError):
                 reason = reason or getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -130,7 +130,7 @@ class RecipeTrainer(Trainer):
 
         Args:
             name: of the folder, within the run's.
-            processor: tokenizer or image processor, saved beside the weights.
+            processor: tokenizer or image processor, saved beside the weights; None for none.
 
         Returns:
             The folder.
@@ -144,7 +144,8 @@ class RecipeTrainer(Trainer):
             self.save_model(str(unfinished))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                processor.save_pretrained(str(unfinished))
+                if processor is not None:
+                    processor.save_pretrained(str(unfinished))
                 publish_checkpoint(run, name)
         return run / name
 
@@ -167,7 +168,7 @@ class SoftCrossEntropy:
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The mean over the samples, those of all accumulated batches where they are told.
+        """The mean over the samples, of all accumulated batches where their number is given.
 
         Args:
             labels: int64 ``[B]``, or float ``[B, classes]`` with rows that sum to 1.

@@ -1,7 +1,9 @@
-"""The calls of one block on the CPU: what was decided for them, and what decoding keeps.
+"""The calls of one block on the CPU: the plan of each, and the layout that decoding reuses.
 
-What a decoding step has laid out is used again, as long as the block's parameters are the same:
-looking at everything anew would take half of such a step.
+A decoding step takes tens of microseconds, and to check everything that it depends on would take as
+long again. So the first step checks all of it and notes what it saw: `_Step`. While the parameters
+are the same objects at the same addresses, and the input, the mode and the number of threads are as
+they were, the next step repeats the native call with another input (`is_again`, `run_again`).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,26 +19,28 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from steppe.ops.cpu import native_ops
+from steppe.ops.cpu.back_off import BackOff
 from steppe.ops.cpu.calls import DECODE_ROWS
 from steppe.ops.cpu.copies import marks_of, why_not_kept
 from steppe.ops.cpu.decode import FewBlock, FewCall, why_not_laid_out
-from steppe.ops.cpu.dispatch import Habit, generation
+from steppe.ops.cpu.dispatch import generation
 from steppe.ops.cpu.memory import scratch
+from steppe.ops.cpu.product_kernels import runs
+from steppe.ops.cpu.scalar import read_scalar
 from steppe.ops.cpu.team import threads
-from steppe.ops.mlp import rule_of
 from steppe.ops.outcome import Outcome, noted
-from steppe.ops.plan import BlockSource, Coefficients, Limits, Plan, Saved
+from steppe.ops.plan import BlockSource, Coefficients, Limits, Plan
 from steppe.ops.reference import Rule, Weights, mlp_from
 
 
 class _Step(NamedTuple):
-    """A decoding step that ran sparse; good for others like it."""
+    """A decoding step that ran sparse, and what has to be the same for the next one."""
 
     call: FewCall
     few: FewBlock
     dtype: torch.dtype
     shape: torch.Size  # of the input
-    habits: tuple[Habit, Habit]  # of the block, and of its screen
+    back_offs: tuple[BackOff, BackOff]  # of the block's density, and of its screen
     context: tuple[int, int]  # number of threads, generation of the thresholds
 
 
@@ -51,16 +56,16 @@ class CpuBlock:
         self._shape, self._limits = shape, limits
         self._few: FewBlock | None = None
         self._last: _Step | None = None
-        self._repeated: FewCall | None = None  # the last call that may be made again
-        self._unkept = ""  # why nothing can be laid out for decoding
+        self._repeated: FewCall | None = None  # the last call that may be repeated
+        self._unkept = ""  # why the block cannot be laid out for decoding
         self._parameters: list[tuple[dict[str, Any], str, Tensor | None]] = []
-        self._habits: defaultdict[float, Habit] = defaultdict(Habit)  # by threshold
+        self._back_offs: defaultdict[float, BackOff] = defaultdict(BackOff)  # by threshold
 
     def is_again(self, x: Tensor) -> bool:
-        """Whether a call is a decoding step like the last one, of which all was looked at.
+        """Whether a call is a decoding step like the last one, which was checked in full.
 
-        Nothing is asked twice, and no function called that can be done without: of a decoding step
-        each costs what its code takes to come from memory.
+        Nothing is checked twice here, and no function is called that can be avoided: between two
+        steps the caches are full of weights, so the code of each function comes from memory.
         """
         last = self._last
         if (
@@ -78,8 +83,8 @@ class CpuBlock:
             or last.context != (threads(), generation())
         ):
             return False
-        for habit in last.habits:
-            if not habit.held:
+        for back_off in last.back_offs:
+            if not back_off.held:
                 return False
         for held, name, parameter in self._parameters:
             if held.get(name) is not parameter:
@@ -90,7 +95,7 @@ class CpuBlock:
         return not last.few.versions or last.few.holds()
 
     def run_again(self, x: Tensor) -> Tensor | None:
-        """The output of such a call; None where it did not end as the last one."""
+        """The output of such a call; None if it ended another way than the last one."""
         last = self._last
         if last is None:
             return None
@@ -104,7 +109,7 @@ class CpuBlock:
         return None
 
     def take_repeated(self) -> tuple[Outcome, int] | None:
-        """How the repeated calls ran since this was asked, and their number."""
+        """How the calls of `run_again` ran since the last time, and their number; None for 0."""
         call = self._repeated
         if call is None or not call.times:
             return None
@@ -112,7 +117,7 @@ class CpuBlock:
         return call.outcome(), times
 
     def plan_and_count(self, rows: int, dtype: torch.dtype, trains: bool) -> Plan:
-        """The plan of a call. A block that was too dense runs its own modules for a while."""
+        """The plan of a call, which counts in the back-off: a block that was too dense waits."""
         plan = native_ops.plan_for(rows, self._shape[0], dtype, trains, self._limits)
         if not plan.is_measured:
             return plan
@@ -122,7 +127,7 @@ class CpuBlock:
         most = plan.max_density
         if most <= 0.0:
             return Plan(f"at {rows} tokens no density gains")
-        if not trains and self._habits[most].limit(most) <= 0.0:
+        if not trains and self._back_offs[most].limit_and_count(most) <= 0.0:
             return Plan("the last calls were too dense")
         return plan
 
@@ -134,7 +139,7 @@ class CpuBlock:
         plan: Plan,
         may_repeat: bool,
     ) -> Tensor | None:
-        """The output for few tokens; None where the block is not laid out, or has changed."""
+        """The output of a decoding call; None if the block is not laid out, or has changed."""
         few = self._few
         if few is None or not self._are_the_same() or not few.holds():
             self._last = None
@@ -145,9 +150,9 @@ class CpuBlock:
         rows = x.numel() // width
         alpha, beta, mix = coefficients
         if mix is not None:
-            beta *= float(mix)
+            beta *= read_scalar(mix)
         self._last = None
-        share = few.limit_of_candidates(plan.max_candidates)
+        share = few.screen_limit_and_count(plan.max_candidates)
         call = FewCall(few, rows, (alpha, beta), plan.max_density, share)
         z = torch.empty_like(x)
         r = scratch("r", (rows, hidden), x)
@@ -156,16 +161,16 @@ class CpuBlock:
         if done is None:
             self._few = None
             return None
-        habit = self._habits[plan.max_density] if plan.is_measured else Habit()
-        if habit.held is not done:
-            habit.note(math.nan, done)
+        back_off = self._back_offs[plan.max_density] if plan.is_measured else BackOff()
+        if back_off.held is not done:
+            back_off.record(math.nan, done)
         if not done:
             flat = x.view(-1, width)
             return mlp_from(r, flat, few.weights, Rule(alpha, beta, 0.0))[0].view_as(x)
         if may_repeat:
-            screens = Habit() if few.habit is None else few.habit
+            of_screen = BackOff() if few.back_off is None else few.back_off
             context = threads(), generation()
-            self._last = _Step(call, few, x.dtype, x.shape, (habit, screens), context)
+            self._last = _Step(call, few, x.dtype, x.shape, (back_off, of_screen), context)
             self._repeated = call
         return z
 
@@ -176,18 +181,19 @@ class CpuBlock:
         coefficients: Coefficients,
         dropout: float,
         plan: Plan,
-    ) -> Saved:
-        """The block past the dispatcher, without gradients."""
-        saved = native_ops.compute(x, weights, rule_of(*coefficients, dropout), plan, trains=False)
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Z and `saved` without gradients and without the dispatcher; records its density."""
+        rule = native_ops.rule_of(*coefficients, dropout)
+        z, saved = native_ops.compute(x, weights, rule, plan, trains=False)
         if plan.is_measured and len(x) > DECODE_ROWS:
             outcome = noted()
             is_too_dense = outcome is not None and outcome.is_too_dense
-            if saved.offsets.numel() or is_too_dense:  # not a first call, before copies are kept
-                self._habits[plan.max_density].note(math.nan, not is_too_dense)
-        return saved
+            if saved.is_sparse or is_too_dense:  # no first call, before anything is cached
+                self._back_offs[plan.max_density].record(math.nan, not is_too_dense)
+        return z, saved
 
     def forget(self) -> None:
-        """Free what was laid out for decoding."""
+        """Free the layout for decoding."""
         self._few = self._last = self._repeated = None
         self._parameters = []
 
@@ -199,7 +205,7 @@ class CpuBlock:
         return bool(self._parameters)
 
     def _lay_out(self, x: Tensor, source: BlockSource) -> FewBlock | None:
-        """The block for few rows, if its parameters are those of the last call."""
+        """The block laid out for decoding, if its parameters are those of the last call."""
         if not self._are_the_same():
             self._unkept = ""
             self._parameters = [
@@ -210,13 +216,13 @@ class CpuBlock:
         self._unkept = next(filter(None, map(why_not_kept, sources)), "")
         if self._unkept:
             return None
-        mark = marks_of(sources)  # before the bias is made of them
+        mark = marks_of(sources)  # before the bias is computed from them
         actual = source.layer_tensors()
         known = [parameter for _, _, parameter in self._parameters]
         weights = source.weights()
         if (
-            not all(map(operator.is_, known, actual))  # a parametrization makes them anew each time
-            or not native_ops.runs(x, *weights)
+            # A parametrization makes other tensors in each call.
+            not all(map(operator.is_, known, actual)) or not runs(x, *weights)
         ):
             return None
         asked = self._limits.max_candidates

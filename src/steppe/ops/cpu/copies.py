@@ -15,8 +15,8 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from steppe.ops.cpu.back_off import BackOff
 from steppe.ops.cpu.calls import Panels, pack, rows_are_contiguous
-from steppe.ops.cpu.dispatch import Habit
 from steppe.ops.cpu.memory import lasting
 from steppe.ops.cpu.screen import Screen, screen_of
 from steppe.ops.cpu.writes import (
@@ -34,17 +34,17 @@ _Key = tuple[object, ...]
 
 
 class KeptScreen(NamedTuple):
-    """The screen of a weight, and whether it has paid.
+    """The screen of a weight, and when to try it again.
 
     Attributes:
         screen: the integers and their bounds.
-        few: the habit of calls with few rows, which screen inputs of 16 bits.
-        many: the habit of the others.
+        few: back-off of decoding calls, whose inputs are rounded to 16 bits.
+        many: back-off of the others.
     """
 
     screen: Screen
-    few: Habit
-    many: Habit
+    few: BackOff
+    many: BackOff
 
 
 @dataclass
@@ -84,7 +84,7 @@ def kept_screen(weight: Tensor) -> KeptScreen | None:
 
 
 def _make_screen(weight: Tensor) -> KeptScreen:
-    return KeptScreen(screen_of(weight), Habit(), Habit())
+    return KeptScreen(screen_of(weight), BackOff(), BackOff())
 
 
 def declare_final(weight: Tensor) -> None:

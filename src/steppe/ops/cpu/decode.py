@@ -18,6 +18,7 @@ from steppe.ops.cpu.calls import (
     rows_are_contiguous,
 )
 from steppe.ops.cpu.copies import (
+    KeptScreen,
     is_final,
     kept_rows,
     kept_screen,
@@ -63,7 +64,7 @@ class FewCall:
         self._few, self._rows = few, rows
         self._entries = rows * few.hidden
         self._max_density = max_density
-        self._most_candidates = int(max_candidates * self._entries) if few.habit else 0
+        self._most_candidates = int(max_candidates * self._entries) if few.back_off else 0
         self._structure = DecodeCallStructure(
             few.address,
             rows,
@@ -89,10 +90,11 @@ class FewCall:
         if told == _CHANGED:
             return None
         note(self.outcome())
-        habit = self._few.habit
-        if habit is not None and self._most_candidates:
+        back_off = self._few.back_off
+        if back_off is not None and self._most_candidates:
             candidates = self._candidates()
-            habit.note(candidates / max(self._entries, 1), candidates <= self._most_candidates)
+            share = candidates / max(self._entries, 1)
+            back_off.record(share, candidates <= self._most_candidates)
         return bool(told >= 0)
 
     def outcome(self) -> Outcome:
@@ -127,7 +129,7 @@ class FewBlock:
         weights: the same.
         hidden: F.
         width: D.
-        habit: whether screening has paid; None for a block that is not screened.
+        back_off: of the screen; None for a block that is not screened.
         address: of what the native function reads.
         addresses: the weights that may be given other memory, and where they were.
         versions: those whose writes PyTorch's counter alone tells, and its state.
@@ -140,9 +142,9 @@ class FewBlock:
         stays: bool,
         derived: tuple[Sequence[Tensor], Mark] = ((), Mark(())),
     ) -> None:
-        hidden, width = weights.down.shape
         self.weights = weights
-        # Before they are copied, so that no write in between is missed.
+        self.hidden, self.width = weights.down.shape
+        # Before anything is copied, so that no write in between is missed.
         mark = marks_of(_copied(weights, screens) if stays else []).joined(derived[1])
         laid_out = weights._replace(
             activated=_rows_of(weights.activated),
@@ -153,32 +155,12 @@ class FewBlock:
         for weight, rows in zip(weights, laid_out, strict=True):
             if stays and rows is weight and weight is not None and weight.ndim == 2:
                 prefer_large_pages(weight)
-        kept = None
-        if screens:
-            kept = kept_screen(weights.activated)
-        self.habit = None if kept is None else kept.few
-        self.hidden, self.width = hidden, width
-        self._keeps_alive = laid_out, kept, mark
-        self._structure = BlockStructure(
-            w=laid_out.activated.data_ptr(),
-            w_bias=pointer(laid_out.activated_bias),
-            up=pointer(laid_out.up),
-            up_bias=pointer(laid_out.up_bias),
-            v=laid_out.down.data_ptr(),
-            v_bias=pointer(laid_out.down_bias),
-            w_stride=laid_out.activated.stride(0),
-            up_stride=0 if laid_out.up is None else laid_out.up.stride(0),
-            v_stride=laid_out.down.stride(0),
-            width=width,
-            hidden=hidden,
-            bytes=None if kept is None else kept.screen.integers.data_ptr(),
-            bounds=None if kept is None else kept.screen.bounds.data_ptr(),
-            copies=ctypes.addressof(mark.copies),
-            copy_count=len(mark.copies),
-            dtype=dtype_code(weights.down),
-        )
+        screen = kept_screen(weights.activated) if screens else None
+        self.back_off = None if screen is None else screen.few
+        self._structure = _structure_of(laid_out, screen, mark)
+        self._keeps_alive = laid_out, screen, mark
         self.address = ctypes.addressof(self._structure)
-        # Of a transposed parameter it is the parameter that counts: other ``.data`` moves it alone.
+        # A transposed weight is a view of its parameter, and other ``.data`` moves only the latter.
         given = [
             weight if weight._base is None else weight._base
             for weight in weights
@@ -186,7 +168,7 @@ class FewBlock:
         ]
         given += derived[0]
         self.addresses = [(weight, weight.data_ptr()) for weight in given]
-        # Writes to the others are seen by the mark, or what is read is the weight itself.
+        # The mark sees writes to the others, or the kernel reads the weight itself.
         self.versions = [
             (weight, weight._version)
             for weight in given
@@ -228,18 +210,42 @@ class FewBlock:
                 f"at most {DECODE_ROWS} contiguous rows of {self.weights.down.dtype},"
                 f" got {tuple(x.shape)} of {x.dtype}"
             )
-        screened = self.limit_of_candidates(max_candidates)
+        screened = self.screen_limit_and_count(max_candidates)
         return FewCall(self, rows, coefficients, max_density, screened).run(x, outputs)
 
-    def limit_of_candidates(self, max_candidates: float) -> float:
-        """Up to which share of candidates the next call is screened; 0 for not at all.
+    def screen_limit_and_count(self, max_candidates: float) -> float:
+        """The largest share of candidates for this call, which counts in the back-off; 0 for none.
 
         Args:
-            max_candidates: up to which it pays.
+            max_candidates: the share up to which screening pays.
         """
-        if self.habit is None or max_candidates <= 0.0:
+        if self.back_off is None or max_candidates <= 0.0:
             return 0.0
-        return self.habit.limit(max_candidates)
+        return self.back_off.limit_and_count(max_candidates)
+
+
+def _structure_of(laid_out: Weights, screen: KeptScreen | None, mark: Mark) -> BlockStructure:
+    """The block as the native function reads it; all three have to live as long."""
+    activated, activated_bias, up, up_bias, down, down_bias = laid_out
+    hidden, width = down.shape
+    return BlockStructure(
+        w=activated.data_ptr(),
+        w_bias=pointer(activated_bias),
+        up=pointer(up),
+        up_bias=pointer(up_bias),
+        v=down.data_ptr(),
+        v_bias=pointer(down_bias),
+        w_stride=activated.stride(0),
+        up_stride=0 if up is None else up.stride(0),
+        v_stride=down.stride(0),
+        width=width,
+        hidden=hidden,
+        bytes=None if screen is None else screen.screen.integers.data_ptr(),
+        bounds=None if screen is None else screen.screen.bounds.data_ptr(),
+        copies=ctypes.addressof(mark.copies),
+        copy_count=len(mark.copies),
+        dtype=dtype_code(down),
+    )
 
 
 def why_not_laid_out(weights: Weights) -> str:

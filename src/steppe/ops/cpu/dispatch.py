@@ -8,7 +8,6 @@ thresholds are those that `steppe calibrate` has measured on this machine, see
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from steppe.ops.cpu.thresholds import (
     tables_at,
 )
 
-MARGIN = 0.05  # by which a share may be above a threshold, once it was below it
-_LEAST_WAIT, _MOST_WAIT = 16, 256  # calls
 # Multiply-adds of the first product below which calling an op costs more than it can gain: with one
 # thread a block of so many takes about 0.3 ms, an op about 0.05 ms of Python.
 _LEAST_WORK = 2**23
@@ -175,53 +172,6 @@ def _processor() -> frozenset[str]:
         if name == "flags":
             facts.update(value.split())
     return frozenset(facts)
-
-
-@dataclass
-class Habit:
-    """Whether to try what pays below a threshold, in inference, by what came of it before.
-
-    Once the share of candidates, or the density, is above the threshold by more than `MARGIN`, some
-    calls go without before the next try, twice as many each time; the try has to get below the
-    threshold itself.
-
-    Attributes:
-        share: at the last try; NaN if it was not counted.
-        held: whether it was low enough, or nothing is known yet.
-        wait: calls until the next try.
-        next_wait: calls to wait after the next try that fails.
-    """
-
-    share: float = float("nan")
-    held: bool = True
-    wait: int = 0
-    next_wait: int = _LEAST_WAIT
-
-    def limit(self, threshold: float) -> float:
-        """Up to which share this call tries; 0 for not at all.
-
-        Args:
-            threshold: up to which it pays.
-        """
-        if self.held:
-            return threshold + MARGIN
-        if self.wait:
-            self.wait -= 1
-            return 0.0
-        return threshold
-
-    def note(self, share: float, threshold_held: bool) -> None:
-        """Take down what came of a try.
-
-        Args:
-            share: of candidates, or the density; NaN if it was not counted.
-            threshold_held: whether it was low enough.
-        """
-        self.share, self.held = share, threshold_held
-        if threshold_held:
-            self.next_wait = _LEAST_WAIT
-        else:
-            self.wait, self.next_wait = self.next_wait, min(2 * self.next_wait, _MOST_WAIT)
 
 
 def use(

@@ -173,7 +173,10 @@ def sample(x: Tensor) -> Tensor:
 def compact_product(
     x: Panels, weight: Panels | Tensor, bias: Tensor | None, found: Candidates
 ) -> tuple[Tensor, Support]:
-    """The list of the entries of ``x Wᵀ + bias`` that are not ≤ 0.
+    """The CSR of the entries of ``x Wᵀ + bias`` that are not ≤ 0.
+
+    Three steps: the CSR of the candidates, their values by an SDDMM, and a filter that drops those
+    that are ≤ 0 after all.
 
     Args:
         x: ``[T, D]``.
@@ -186,58 +189,70 @@ def compact_product(
     """
     rows = x.data.shape[1]
     columns = weight.data.shape[1] if isinstance(weight, Panels) else weight.shape[0]
+    support = _support_of(found, rows, columns, x.data.dtype)
+    return _filtered(sampled(support, x, weight, bias), support)
+
+
+def _support_of(found: Candidates, rows: int, columns: int, dtype: torch.dtype) -> Support:
+    """Where the candidates are."""
     blocks = ceil_div(columns, TILE_UNIT)
     if found.masks.shape != (rows, blocks):
         refuse(f"masks {(rows, blocks)}, got {tuple(found.masks.shape)}")
-    tile = balanced(blocks, tile_for(found.share, rows, x.data.dtype))
+    tile = balanced(blocks, tile_for(found.share, rows, dtype))
     tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
     offsets = torch.empty(tiles * rows + 1, dtype=torch.int64, device="cpu")
     entries = library().steppe_offsets(
         found.counts.data_ptr(), rows, columns, tile, offsets.data_ptr()
     )
-    listed = Support.made(offsets, entries, rows, columns, tile)
+    support = Support.made(offsets, entries, rows, columns, tile)
     library().steppe_index_masks(
         found.masks.data_ptr(),
         rows,
         columns,
         tile,
         offsets.data_ptr(),
-        listed.index.data_ptr(),
+        support.index.data_ptr(),
         threads(),
     )
-    values = sampled(listed, x, weight, bias)
-    kept_counts = scratch("kept counts", (tiles * rows,), _like(torch.int32))
+    return support
+
+
+def _filtered(values: Tensor, support: Support) -> tuple[Tensor, Support]:
+    """The entries that are not ≤ 0, in tiles as wide as suits their density."""
+    rows, columns, tile = support.rows, support.columns, support.tile
+    blocks = ceil_div(columns, TILE_UNIT)
+    tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
+    counts = scratch("kept counts", (tiles * rows,), _like(torch.int32))
     code = dtype_code(values)
-    kept = library().steppe_filter_counts(
+    entries = library().steppe_filter_counts(
         values.data_ptr(),
-        offsets.data_ptr(),
+        support.offsets.data_ptr(),
         code,
         tiles * rows,
-        kept_counts.data_ptr(),
+        counts.data_ptr(),
         threads(),
     )
-    merged = _merged(
-        tile, tiles, blocks, tile_for(kept / max(rows * columns, 1), rows, values.dtype)
-    )
-    kept_offsets = torch.empty(ceil_div(tiles, merged) * rows + 1, dtype=torch.int64, device="cpu")
-    support = Support.made(kept_offsets, kept, rows, columns, merged * tile)
-    kept_values = values.new_empty(kept)
+    density = entries / max(rows * columns, 1)
+    merged = _merged(tile, tiles, blocks, tile_for(density, rows, values.dtype))
+    offsets = torch.empty(ceil_div(tiles, merged) * rows + 1, dtype=torch.int64, device="cpu")
+    kept = Support.made(offsets, entries, rows, columns, merged * tile)
+    kept_values = values.new_empty(entries)
     library().steppe_filter(
         values.data_ptr(),
-        listed.index.data_ptr(),
-        offsets.data_ptr(),
-        kept_counts.data_ptr(),
+        support.index.data_ptr(),
+        support.offsets.data_ptr(),
+        counts.data_ptr(),
         code,
         rows,
         tile,
         tiles,
         merged,
-        support.offsets.data_ptr(),
+        kept.offsets.data_ptr(),
         kept_values.data_ptr(),
-        support.index.data_ptr(),
+        kept.index.data_ptr(),
         threads(),
     )
-    return kept_values, support
+    return kept_values, kept
 
 
 def _merged(tile: int, tiles: int, blocks: int, wanted: int) -> int:

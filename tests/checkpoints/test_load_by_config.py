@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 
 import models
 import steppe
-from steppe.checkpoints.loading import empty_model, load_checkpoint
+from steppe.checkpoints.load_by_config import empty_model, load_checkpoint
 from steppe.errors import CheckpointError, MissingExtraError
 
 PLUGINS = [steppe.ZerothBias(), steppe.RestrictedNorm(), steppe.JumpingSquaredReLU()]

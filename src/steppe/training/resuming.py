@@ -1,4 +1,4 @@
-"""Checkpoints of a run that are whole or not there, and the last whole one to go on from."""
+"""Checkpoints to resume from: whole or not there, found, and loaded in full."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers import Trainer
+
+from steppe.blocks.find import unwrap
+from steppe.checkpoints import load_weights_
+from steppe.checkpoints.weights import Weights, has_weights
 from steppe.errors import CheckpointError
 from steppe.files import write_json
 
@@ -28,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 
 def seal_checkpoint(folder: Path, settings: dict[str, object]) -> None:
-    """Note what a whole checkpoint consists of, once the disk has all of it.
+    """Write the manifest of a checkpoint, once the disk has all of its files.
 
     Without waiting for the disk a power cut leaves files of the right size, full of zeros.
 
@@ -49,7 +55,7 @@ def seal_checkpoint(folder: Path, settings: dict[str, object]) -> None:
 
 
 def publish_checkpoint(run: Path, name: str) -> None:
-    """Give a sealed checkpoint its name; what was there under it is replaced.
+    """Give a sealed checkpoint its name, and replace an older one of the same name.
 
     Args:
         run: the run's folder.
@@ -64,7 +70,7 @@ def publish_checkpoint(run: Path, name: str) -> None:
 
 
 def discard_unfinished(run: Path) -> None:
-    """Remove what an interrupted save left.
+    """Remove the rest of an interrupted save.
 
     Args:
         run: the run's folder.
@@ -113,6 +119,37 @@ def has_checkpoints(run: Path) -> bool:
     return any(True for _ in _numbered(run))
 
 
+def complete_weights_(trainer: Trainer, checkpoint: str | None) -> None:
+    """Load the weights that the Trainer passed over when it resumed, with a warning.
+
+    Transformers saves some models (ViT) under the names of older versions, and the Trainer loads a
+    checkpoint by the names of the model: a tensor that it does not find stays as initialised.
+    (github.com/huggingface/transformers/issues/43701)
+
+    Args:
+        trainer: has loaded a checkpoint.
+        checkpoint: the folder; None where the run starts anew.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold the tensors that are missing.
+    """
+    model = trainer.model
+    if checkpoint is None or model is None or not has_weights(checkpoint):
+        return  # a new run, an adapter, or another format
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return  # these load their own files, by the names that they saved
+    passed_over = _passed_over(unwrap(model), Weights.of(checkpoint))
+    if passed_over:
+        load_weights_(model, checkpoint)
+        _logger.warning(
+            "%s: the Trainer has resumed without %d tensors, %s for one, which are saved under"
+            " other names than the model's. steppe has loaded them.",
+            checkpoint,
+            len(passed_over),
+            passed_over[0],
+        )
+
+
 def _numbered(run: Path) -> Iterator[tuple[int, Path]]:
     """The checkpoints of a run with their steps."""
     for path in run.iterdir() if run.is_dir() else ():
@@ -122,12 +159,12 @@ def _numbered(run: Path) -> Iterator[tuple[int, Path]]:
 
 
 class _NotWholeError(Exception):
-    """What a checkpoint lacks."""
+    """A checkpoint is damaged or incomplete; the message says how."""
 
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What a checkpoint consists of.
+    """The files of a whole checkpoint.
 
     Attributes:
         settings: of its run.
@@ -163,7 +200,7 @@ def _read_manifest(folder: Path) -> _Manifest:
 
 
 def _require_whole(folder: Path, manifest: _Manifest) -> None:
-    """Refuse a checkpoint of which a file is not what was written."""
+    """Refuse a checkpoint with a file that is missing, strange or changed."""
     there = {str(path.relative_to(folder)) for path in _files(folder)} - {MANIFEST}
     if there != set(manifest.digests):
         odd = sorted(there ^ set(manifest.digests))[0]
@@ -178,20 +215,20 @@ def _require_whole(folder: Path, manifest: _Manifest) -> None:
 
 
 def _require_same(folder: Path, manifest: _Manifest, settings: dict[str, object]) -> None:
-    """Refuse to go on with another recipe."""
+    """Refuse a checkpoint of a run with other settings."""
     kept = manifest.settings
     other = [key for key in settings if kept.get(key) != settings[key]]
     if other:
-        told = ", ".join(f"{key}: {kept.get(key)!r}, now {settings[key]!r}" for key in other[:3])
+        shown = ", ".join(f"{key}: {kept.get(key)!r}, now {settings[key]!r}" for key in other[:3])
         raise CheckpointError(
-            f"{folder}: was made with other settings ({told}). Go on with the same ones, or begin"
+            f"{folder}: was made with other settings ({shown}). Go on with the same ones, or begin"
             " anew in another folder",
             {"output_dir": "FOLDER"},
         )
 
 
 def _files(folder: Path) -> list[Path]:
-    """Everything in a folder that is no folder, by name; a link counts as what it is."""
+    """Everything in a folder that is no folder, by name; a link is not followed."""
     return [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
 
 
@@ -200,7 +237,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, which must be one: no link, no device and no pipe."""
+    """SHA-256 of a regular file; a link, a device or a pipe is an error."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise OSError(0, "no regular file")
     found = hashlib.sha256()
@@ -217,3 +254,10 @@ def _wait_for_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _passed_over(root: nn.Module, weights: Weights) -> list[str]:
+    """The tensors that no file has under the model's names; of tied tensors one is saved."""
+    state = root.state_dict()
+    held = {tensor.data_ptr() for name, tensor in state.items() if name in weights.files}
+    return [name for name, tensor in state.items() if tensor.data_ptr() not in held]

@@ -14,7 +14,7 @@ import pytest
 
 from steppe.errors import CheckpointError, OutputError
 from steppe.files import why_unwritable
-from steppe.training import saved
+from steppe.training import resuming
 
 SETTINGS: dict[str, object] = {"arm": "steppe", "seed": 0}
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "sub/part.bin")
@@ -24,12 +24,12 @@ FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "
 def run(tmp_path: Path) -> Path:
     """A run with two whole checkpoints."""
     for step in (3, 6):
-        folder = tmp_path / saved.UNFINISHED / f"checkpoint-{step}"
+        folder = tmp_path / resuming.UNFINISHED / f"checkpoint-{step}"
         (folder / "sub").mkdir(parents=True)
         for file in FILES:
             (folder / file).write_bytes(os.urandom(10_000))
-        saved.seal_checkpoint(folder, SETTINGS)
-        saved.publish_checkpoint(tmp_path, f"checkpoint-{step}")
+        resuming.seal_checkpoint(folder, SETTINGS)
+        resuming.publish_checkpoint(tmp_path, f"checkpoint-{step}")
     return tmp_path
 
 
@@ -105,12 +105,12 @@ DAMAGES = (
 
 def assert_older_is_used(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert saved.last_whole_checkpoint(run, SETTINGS) == run / "checkpoint-3"
+        assert resuming.last_whole_checkpoint(run, SETTINGS) == run / "checkpoint-3"
     assert "checkpoint-6: not whole" in caplog.text
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda one: one.__name__)
-@pytest.mark.parametrize("file", [*FILES, saved.MANIFEST])
+@pytest.mark.parametrize("file", [*FILES, resuming.MANIFEST])
 def test_a_damaged_checkpoint_is_passed_over(
     run: Path, caplog: pytest.LogCaptureFixture, file: str, damage: Callable[[Path], None]
 ) -> None:
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_a_manifest_of_wrong_types_is_passed_over(
     run: Path, caplog: pytest.LogCaptureFixture, content: Any
 ) -> None:
-    (run / "checkpoint-6" / saved.MANIFEST).write_text(json.dumps(content))
+    (run / "checkpoint-6" / resuming.MANIFEST).write_text(json.dumps(content))
     assert_older_is_used(run, caplog)
 
 
@@ -148,7 +148,7 @@ def test_a_manifest_of_wrong_types_is_passed_over(
 def test_a_manifest_that_is_no_json_is_passed_over(
     run: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
-    (run / "checkpoint-6" / saved.MANIFEST).write_bytes(content)
+    (run / "checkpoint-6" / resuming.MANIFEST).write_bytes(content)
     assert_older_is_used(run, caplog)
 
 
@@ -160,18 +160,18 @@ def test_a_file_that_nobody_wrote_makes_a_checkpoint_not_whole(
 
 
 def test_whole_checkpoints_are_used_newest_first(run: Path) -> None:
-    assert saved.last_whole_checkpoint(run, SETTINGS) == run / "checkpoint-6"
+    assert resuming.last_whole_checkpoint(run, SETTINGS) == run / "checkpoint-6"
     (run / "checkpoint-99999999999999999999").mkdir()
-    assert saved.last_whole_checkpoint(run, SETTINGS) == run / "checkpoint-6"
+    assert resuming.last_whole_checkpoint(run, SETTINGS) == run / "checkpoint-6"
     with pytest.raises(CheckpointError, match="other settings"):
-        saved.last_whole_checkpoint(run, {**SETTINGS, "seed": 1})
+        resuming.last_whole_checkpoint(run, {**SETTINGS, "seed": 1})
 
 
 def test_no_whole_checkpoint_is_one_error(run: Path) -> None:
     for step in (3, 6):
         zero_all(run / f"checkpoint-{step}" / "optimizer.pt")
     with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole"):
-        saved.last_whole_checkpoint(run, SETTINGS)
+        resuming.last_whole_checkpoint(run, SETTINGS)
 
 
 def test_a_full_disk_is_known_by_writing_to_it(
@@ -195,7 +195,7 @@ def test_an_error_of_a_writer_is_a_full_disk_only_where_the_disk_is_full(
     from steppe.training import trainer as module
 
     def fail(*args: Any) -> None:
-        (tmp_path / saved.UNFINISHED / "checkpoint-1").mkdir(parents=True)
+        (tmp_path / resuming.UNFINISHED / "checkpoint-1").mkdir(parents=True)
         raise RuntimeError("[enforce fail at inline_container.cc:668] unexpected pos 64 vs 0")
 
     reason = "No space left on device" if is_full else None
@@ -210,4 +210,4 @@ def test_an_error_of_a_writer_is_a_full_disk_only_where_the_disk_is_full(
     trainer.state.global_step = 1
     with pytest.raises(OutputError if is_full else RuntimeError):
         trainer._save_checkpoint(trainer.model, None)
-    assert not (tmp_path / saved.UNFINISHED).exists()
+    assert not (tmp_path / resuming.UNFINISHED).exists()

@@ -1,4 +1,8 @@
-"""Load a saved model, whatever class it is of, with what steppe did to it."""
+"""Load a checkpoint as the class that its config names, with the plug-ins of its record.
+
+`load` calls a loader that the user picks; here steppe picks the class itself, for
+``steppe measure``, ``steppe blocks`` and recipes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from transformers import (
 from steppe.blocks.patterns import BlockPattern
 from steppe.checkpoints import load_pretrained
 from steppe.checkpoints.weights import Weights
-from steppe.data.sources import first_line
+from steppe.data.read_errors import first_line
 from steppe.errors import CheckpointError, MissingExtraError, SteppeError
 from steppe.record import RECORD_KEY
 from steppe.surgery.pattern_notes import note_patterns_
@@ -35,7 +39,7 @@ _AUTO_CLASSES = (AutoModelForImageClassification, AutoModelForMaskedLM, AutoMode
 def load_checkpoint(
     checkpoint: str | Path, patterns: Sequence[BlockPattern] = ()
 ) -> PreTrainedModel:
-    """A saved model with what steppe did to it, of the class that its config names.
+    """A saved model with its plug-ins, of the class that its config names.
 
     Reads safetensors only, in the dtype that was saved; code that comes with a checkpoint is never
     run.
@@ -104,7 +108,7 @@ def empty_model(checkpoint: str | Path) -> PreTrainedModel:
 
 
 def load_config(checkpoint: str) -> PreTrainedConfig:
-    """The config of a checkpoint, every way in which there may be none told apart.
+    """The config of a checkpoint, or an error that says why there is none.
 
     Args:
         checkpoint: a folder or a hub id.
@@ -131,7 +135,7 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
         raise CheckpointError(f"{checkpoint}: there is no such folder")
     try:
         return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    except Exception as error:  # of whatever the values meet in Transformers
+    except Exception as error:  # Transformers uses the values unchecked
         if "trust_remote_code" in str(error):
             raise CheckpointError(
                 f"{checkpoint}: needs code of its own, which steppe never runs. Load the model"
@@ -165,22 +169,22 @@ def _named_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def _load_whole(kind: Any, checkpoint: str) -> PreTrainedModel:
-    """A model all of whose weights are in the checkpoint."""
+    """A model of a class; every weight of it must be in the checkpoint."""
     try:
-        model, told = kind.from_pretrained(
+        model, info = kind.from_pretrained(
             checkpoint, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except ImportError as error:
         raise MissingExtraError(f"{checkpoint}: {first_line(error)}") from None
     except SteppeError:
         raise
-    except Exception as error:  # of whatever a damaged config meets in Transformers
+    except Exception as error:  # Transformers uses a damaged config unchecked
         raise CheckpointError(
             f"{checkpoint}: its weights cannot be loaded ({first_line(error)}). steppe reads"
-            " safetensors only; if they are damaged, copy them anew, else save the model again"
+            " safetensors only; if they are damaged, copy them again, else save the model again"
             " with save_pretrained."
         ) from None
-    missing = sorted(told["missing_keys"])
+    missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{checkpoint}: the weights lack {missing[0]} ({len(missing)} missing), which"
