@@ -1,5 +1,5 @@
-// Screening: which entries of x Wᵀ + b can be above zero, told from an int8 product and a bound on
-// what that leaves out. docs/screening.md has the proof; steppe/ops/screening.py is the definition.
+// Screening: which entries of x Wᵀ + b can be above zero, by an int8 product and a bound on its error.
+// docs/screening.md has the proof; steppe/ops/screening.py is the definition.
 //
 // Each row of x and of W is rotated and put on a grid of its own, scale × integers. In units of the
 // scale of a row of W the bound on an entry is
