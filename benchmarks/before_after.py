@@ -1,6 +1,6 @@
 """Whether a change of steppe has made its kernels slower: two installed versions, in turns.
 
-Each version times the same blocks against dense PyTorch with its own `steppe.bench.block`, in a
+Each version times the same blocks against dense PyTorch with its own `steppe.bench`, in a
 process of its own; the two take turns, so that what slows the machine down for a while slows both.
 A row has the median ratio dense time / sparse time of each version over the turns, and their
 quotient. With `--busy` other programs run meanwhile, as they do beside a user.
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from busy_programs import busy
-from steppe.bench.block import surroundings
+from steppe.bench import surroundings
 from steppe.files import write_json
 
 # Case, density, tokens, dtype.
@@ -38,7 +38,7 @@ SETTINGS = (
 PROGRAM = """
 import json, sys
 import torch
-from steppe.bench.block import block as bench
+from steppe import bench  # a module of its own in earlier versions
 threads, seconds, settings = json.loads(sys.argv[1])
 for case, density, tokens, dtype in settings:
     setting = bench.Setting(

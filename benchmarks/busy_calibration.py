@@ -18,7 +18,7 @@ import torch
 import typer
 
 from busy_programs import busy
-from steppe.bench.block import surroundings
+from steppe.bench import surroundings
 from steppe.files import write_json
 from steppe.ops.cpu.calibration import Calibration, Effort, calibrate
 

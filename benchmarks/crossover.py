@@ -24,7 +24,7 @@ import typer
 from torch import Tensor, nn
 
 import steppe
-from steppe.bench.block import COLD_BYTES, PATTERNS, Block, surroundings
+from steppe.bench import COLD_BYTES, PATTERNS, Block, surroundings
 from steppe.files import write_json
 from steppe.ops.cpu.calls import DECODE_ROWS
 

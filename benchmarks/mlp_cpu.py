@@ -1,7 +1,7 @@
 """What the sparse kernels gain on the CPU: one MLP block, and two whole models.
 
 The block takes turns with the same block dense and with the block unscreened, see
-`steppe.bench.block`: training steps, prefill and decode over densities, for one thread and for
+`steppe.bench`: training steps, prefill and decode over densities, for one thread and for
 two, then other widths, numbers of tokens and inputs. A row is the median of the
 ratios of each round. The models are random ones in the shapes of T5-small and OPT-125m, their
 hidden layers set to a
@@ -42,7 +42,7 @@ from steppe import (
     sparsify_,
     watch,
 )
-from steppe.bench.block import (
+from steppe.bench import (
     DECODE,
     DENSITIES,
     PREFILL,

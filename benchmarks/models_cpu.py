@@ -41,7 +41,7 @@ from transformers import (
 
 from mlp_cpu import set_density_
 from steppe import accelerate_, explain, find_blocks, restore_, watch
-from steppe.bench.block import surroundings, time_pair
+from steppe.bench import surroundings, time_pair
 from steppe.blocks.linear import linear_weight
 from steppe.files import write_json
 

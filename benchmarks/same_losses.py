@@ -20,7 +20,7 @@ import typer
 from torch import Tensor, nn
 
 from steppe import accelerate_, find_blocks
-from steppe.bench.block import surroundings
+from steppe.bench import surroundings
 from steppe.data.embedded import load_pydoc_split
 from steppe.files import write_json
 from steppe.training.demo import language_model

@@ -51,7 +51,7 @@ DEVICES: dict[str, tuple[str, ...]] = {
     "steppe.ops.cpu": (
         "steppe.ops.backend",
         "steppe.ops.cpu",
-        "steppe.bench.block",
+        "steppe.bench",
         "steppe.commands.app",
         "steppe.acceleration.explanation",
         "steppe.public",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import steppe
 from gpu_steps.step import Context
 from gpu_steps.timing import time_turns
-from steppe.bench.block import PATTERNS, Block
+from steppe.bench import PATTERNS, Block
 
 WIDTHS, TOKENS = (2048, 768, 4096), (4096, 512, 16384)  # what matters most comes first
 

@@ -10,7 +10,7 @@ import torch
 import steppe
 from gpu_steps.native import LIBRARY, folder_of
 from gpu_steps.step import Context
-from steppe.bench.block import DECODE, PATTERNS, PREFILL, TRAINING, Block, Setting, time_block
+from steppe.bench import DECODE, PATTERNS, PREFILL, TRAINING, Block, Setting, time_block
 
 THREADS = (1, 4, 8, 16)
 

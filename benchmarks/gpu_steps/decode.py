@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gpu_steps.step import Context
 from gpu_steps.timing import graph_of, time_turns
-from steppe.bench.block import Block
+from steppe.bench import Block
 
 BLOCKS = 8
 WIDTHS, TOKENS = (2048, 768, 1024, 4096), (1, 4, 16, 2, 8)  # what matters most comes first

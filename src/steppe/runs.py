@@ -53,7 +53,7 @@ class Run:
         held_out: one report per such step.
         logs: of the Trainer, one dictionary per log, each with ``step``.
         quality: held-out quality at the end by its name (``accuracy``, ``loss``, …).
-        speed: rows of `steppe.bench.block.time_model`: how fast the blocks ran on some machine.
+        speed: rows of `steppe.bench.time_model`: how fast the blocks ran on some machine.
     """
 
     name: str

@@ -1,8 +1,10 @@
-"""Which of two calls is faster, on a machine where other programs run too.
+"""Which of several calls is faster, on a machine where other programs run too.
 
-The two take turns in short rounds. A round in which the system took the processor away is left out
-and made again while there is time; what is left has to agree: a call counts as faster only where
-the median of the quotients is, beyond what chance allows. Else nothing is said.
+Calls take turns in short rounds, and the ratio of two is the median over the rounds of the quotient
+of their times. A round in which the system took the processor away is left out, see
+`is_disturbed`. A benchmark times its calls for a while (`time_turns`). A calibration goes on until
+the rounds agree (`measure_point`): a call counts as faster only where the median of the quotients
+is, beyond chance. Otherwise the verdict is that nothing is clear.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 from math import comb, inf
+from typing import Any
 
 try:
     import resource
@@ -28,6 +31,22 @@ _LEAST_SHARE = 0.9  # of a round, that the calling thread has the processor
 _OUTLIER = 1.5  # times as long as the median round
 _CHANCE = 1 / 64  # that the median lies below the lower bound; the same above the upper
 LEAST_ROUNDS = 6  # from which on there are bounds: the least and the largest of six quotients
+LEAST_TURNS = 5  # rounds of a benchmark
+
+
+def is_disturbed(seconds: float, own: float, switches: int, threads: int) -> bool:
+    """Whether other programs have had a part in a round's times.
+
+    A thread of the team that has to wait shows as a forced switch. So does the calling one, and it
+    loses time; otherwise it has the processor throughout, as it works or waits in a loop.
+
+    Args:
+        seconds: of the round, by the clock.
+        own: seconds of them in which the calling thread had a processor.
+        switches: how often a thread of this process had to give its processor up.
+        threads: that take part.
+    """
+    return switches > int(_MOST_SWITCHES * threads * seconds) or own < _LEAST_SHARE * seconds
 
 
 @dataclass(frozen=True)
@@ -52,16 +71,12 @@ class Round:
         return self.one + self.other
 
     def is_disturbed(self, threads: int) -> bool:
-        """Whether other programs have had a part in its times.
-
-        A thread of the team that has to wait shows as a forced switch. So does the calling one, and
-        it loses time; it has the processor throughout otherwise, as it works or waits in a loop.
+        """See the function of this name.
 
         Args:
             threads: that take part.
         """
-        allowed = int(_MOST_SWITCHES * threads * self.seconds)
-        return self.switches > allowed or self.own < _LEAST_SHARE * self.seconds
+        return is_disturbed(self.seconds, self.own, self.switches, threads)
 
 
 class Verdict(Enum):
@@ -207,6 +222,119 @@ def time_round(one: Callable[[], object], other: Callable[[], object], threads: 
         time.thread_time() - own,
         _forced_switches() - switches,
     )
+
+
+@dataclass(frozen=True)
+class PairedTimes:
+    """Times of rounds in which two took turns.
+
+    Attributes:
+        dense: seconds of each round.
+        sparse: seconds of what is compared with it, in the same rounds.
+    """
+
+    dense: list[float]
+    sparse: list[float]
+
+    def summary(self) -> dict[str, Any]:
+        """The medians.
+
+        Returns:
+            ``ratio``, the median of dense time / sparse time; its ``quartiles``; the median
+            ``dense_ms`` and ``sparse_ms``; the number of ``rounds``.
+
+        Example:
+            >>> PairedTimes([0.1, 0.3, 0.4], [0.1, 0.1, 0.2]).summary()["ratio"]
+            2.0
+        """
+        ratio, quartiles = median_ratio(self.dense, self.sparse)
+        return {
+            "ratio": ratio,
+            "quartiles": quartiles,
+            "dense_ms": 1e3 * statistics.median(self.dense),
+            "sparse_ms": 1e3 * statistics.median(self.sparse),
+            "rounds": len(self.dense),
+        }
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, Any]:
+    """The median of the quotients of each round, and their quartiles.
+
+    Args:
+        numerators: seconds of each round.
+        denominators: the same.
+
+    Returns:
+        The median, and a list of the two quartiles.
+
+    Example:
+        >>> median_ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+        (2.0, [1.5, 2.5])
+    """
+    ratios = [one / other for one, other in zip(numerators, denominators, strict=True)]
+    return statistics.median(ratios), statistics.quantiles(ratios, n=4, method="inclusive")[::2]
+
+
+def time_pair(
+    dense: Callable[[], float],
+    sparse: Callable[[], float],
+    seconds: float,
+    least_rounds: int = LEAST_TURNS,
+    threads: int = 1,
+) -> PairedTimes:
+    """Let two functions take turns, see `time_turns`.
+
+    Args:
+        dense: runs once and returns its time in seconds.
+        sparse: the same, of what is compared with it.
+        seconds: how long to go on.
+        least_rounds: rounds to make also when that takes longer, at least two.
+        threads: that take part.
+
+    Returns:
+        The times of each round.
+    """
+    return PairedTimes(*time_turns([dense, sparse], seconds, least_rounds, threads))
+
+
+def time_turns(
+    runs: Sequence[Callable[[], float]],
+    seconds: float,
+    least_rounds: int = LEAST_TURNS,
+    threads: int = 1,
+) -> list[list[float]]:
+    """Let functions take turns, after a call of each that does not count.
+
+    Their order is reversed each round. Disturbed rounds are left out if enough are left without
+    them; on a machine that is busy throughout, all rounds count.
+
+    Args:
+        runs: each runs once and returns its time in seconds.
+        seconds: how long to go on.
+        least_rounds: rounds to make also when that takes longer, at least two.
+        threads: that take part.
+
+    Returns:
+        The times of each in each round.
+    """
+    for run in runs:
+        run()
+    least = max(least_rounds, 2)
+    rounds: list[list[float]] = []
+    undisturbed: list[list[float]] = []
+    order = list(range(len(runs)))
+    end = time.perf_counter() + seconds
+    while len(rounds) < least or time.perf_counter() < end:
+        switches, own, start = _forced_switches(), time.thread_time(), time.perf_counter()
+        times = {place: runs[place]() for place in order}
+        taken = time.perf_counter() - start
+        own, switches = time.thread_time() - own, _forced_switches() - switches
+        rounds.append([times[place] for place in range(len(runs))])
+        if not is_disturbed(taken, own, switches, threads):
+            undisturbed.append(rounds[-1])
+        order.reverse()
+    kept = undisturbed if len(undisturbed) >= least else rounds
+    return [list(of_one) for of_one in zip(*kept, strict=True)]
 
 
 def decide(default: float, points: Sequence[Point]) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 
 import models
 import steppe
-from steppe.bench.block import PATTERNS, Block
+from steppe.bench import PATTERNS, Block
 from steppe.errors import AccelerationError
 from steppe.ops.cpu import copies, writes
 from steppe.ops.cpu.library import kernels

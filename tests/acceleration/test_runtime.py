@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 import models
 import steppe
-from steppe.bench.block import PATTERNS, Block
+from steppe.bench import PATTERNS, Block
 from steppe.errors import AccelerationError, SparsificationError
 from steppe.ops.cpu import copies, dispatch
 from steppe.ops.cpu.library import kernels

@@ -15,9 +15,9 @@ from torch import nn
 
 import models
 import steppe
-from steppe import find_blocks, kernels
-from steppe.bench import block as bench
-from steppe.bench.block import DECODE, PREFILL, TRAINING, Setting
+from steppe import bench, find_blocks, kernels
+from steppe.bench import DECODE, PREFILL, TRAINING, Setting, block, times
+from steppe.bench import model as model_times
 from steppe.errors import AccelerationError, OutputError
 from steppe.ops.cpu import dispatch
 from steppe.report import bench_table, plot_bench
@@ -102,13 +102,13 @@ def test_the_bound_is_that_of_the_arithmetic(
 
 def test_a_cold_case_has_as_many_weights_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    infer = bench._infer
+    infer = times._infer
 
     def note(blocks: torch.nn.ModuleList, inputs: list[torch.Tensor]) -> float:
         seen.append(len(blocks))
         return infer(blocks, inputs)
 
-    monkeypatch.setattr(bench, "_infer", note)
+    monkeypatch.setattr(times, "_infer", note)
     row_of(Setting(DECODE, 0.1, D, F, 1), cold_bytes=10 * 2 * D * F * 4 - 1)
     assert set(seen) == {10}
     seen.clear()
@@ -142,14 +142,14 @@ def test_the_two_take_turns_in_changing_order_and_the_ratio_is_that_of_a_round()
 
 def test_both_blocks_compute_the_same_and_one_is_routed(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = []
-    train = bench._train
+    train = times._train
 
     def note(blocks: torch.nn.ModuleList, inputs: list[torch.Tensor]) -> float:
         routed = bool(routes_of(blocks[0].down))
         outputs.append((routed, blocks[0](inputs[0]).detach()))
         return train(blocks, inputs)
 
-    monkeypatch.setattr(bench, "_train", note)
+    monkeypatch.setattr(times, "_train", note)
     row_of(Setting(TRAINING, 0.1, D, F, T))
     assert [routed for routed, _ in outputs[:3]] == [False, True, True]
     torch.testing.assert_close(outputs[0][1], outputs[1][1])
@@ -158,34 +158,34 @@ def test_both_blocks_compute_the_same_and_one_is_routed(monkeypatch: pytest.Monk
 
 def test_one_of_the_routed_blocks_is_never_screened(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = []
-    accelerate_ = bench.accelerate_
+    accelerate_ = times.accelerate_
 
     def note(model: nn.Module, **options: Any) -> nn.Module:
         limits.append(options.get("max_candidates"))
         return accelerate_(model, **options)
 
-    monkeypatch.setattr(bench, "accelerate_", note)
+    monkeypatch.setattr(times, "accelerate_", note)
     row_of(Setting(PREFILL, 0.1, D, F, T))
     assert limits == [None, 0.0]
 
 
 def test_outlier_features_are_in_the_input() -> None:
-    (_, (x,)) = bench._random_blocks(Setting(PREFILL, 0.1, D, F, T, outliers=3), 1)
-    (_, (plain,)) = bench._random_blocks(Setting(PREFILL, 0.1, D, F, T), 1)
+    (_, (x,)) = block._random_blocks(Setting(PREFILL, 0.1, D, F, T, outliers=3), 1)
+    (_, (plain,)) = block._random_blocks(Setting(PREFILL, 0.1, D, F, T), 1)
     assert torch.equal(x[:, 3:], plain[:, 3:])
     assert torch.equal(x[:, :3], 15 * plain[:, :3])
 
 
 def test_the_block_is_found_by_its_own_pattern_alone() -> None:
-    (block,) = find_blocks(bench.Block(D, F), patterns=bench.PATTERNS)
-    assert block.family == "steppe.bench.block"
-    assert (block.d_model, block.d_hidden) == (D, F)
+    (found,) = find_blocks(bench.Block(D, F), patterns=bench.PATTERNS)
+    assert found.family == "steppe.bench"
+    assert (found.d_model, found.d_hidden) == (D, F)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_gated_block_is_found_as_one(gated: bool) -> None:
-    (block,) = find_blocks(bench.Block(D, F, gated=gated), patterns=bench.PATTERNS)
-    assert (block.gate is not None) is gated
+    (found,) = find_blocks(bench.Block(D, F, gated=gated), patterns=bench.PATTERNS)
+    assert (found.gate is not None) is gated
 
 
 @pytest.mark.parametrize("case", [TRAINING, PREFILL])
@@ -212,13 +212,13 @@ def test_a_trained_models_blocks_are_timed_as_they_are_in_it(
         for block in blocks
     ]
     model.train()
-    time = bench._time
+    time_against_dense = model_times.time_against_dense
 
     def note(dense: nn.ModuleList, inputs: list[torch.Tensor], *rest: Any) -> dict[str, Any]:
         timed.extend(one(x) for one, x in zip(dense, inputs, strict=True))
-        return time(dense, inputs, *rest)
+        return time_against_dense(dense, inputs, *rest)
 
-    monkeypatch.setattr(bench, "_time", note)
+    monkeypatch.setattr(model_times, "time_against_dense", note)
     keys = list(model.state_dict())
     row = bench.time_model(model, batch, case, seconds=0.0, least_rounds=2)
     for hook in hooks:

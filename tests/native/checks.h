@@ -13,7 +13,11 @@
 #include <string>
 #include <vector>
 
+#include "steppe_native.h"
+
 namespace checks {
+
+inline const steppe_kernels &kernels() { return *steppe_chosen_kernels(); }
 
 inline int passed = 0, failed = 0;
 

@@ -1,4 +1,4 @@
-// The block for few rows, screened and not, against float64 loops. Part of kernels_test.
+// The block in decoding, screened and not, against float64 loops. Part of kernels_test.
 #include "grids.h"
 
 using namespace checks;
@@ -41,9 +41,9 @@ struct Block {
   bool is_gated() const { return block.up != nullptr; }
   int64_t run(int64_t most_candidates, int64_t most, int64_t *candidates, E *r, E *up_values,
               E *out, int threads) const {
-    const steppe_few_call call{&block, T, most_candidates, most, alpha, beta, threads};
+    const steppe_decode_call call{&block, T, most_candidates, most, alpha, beta, threads};
     const int64_t told =
-        steppe_decode_mlp(&call, x.data(), r, is_gated() ? up_values : nullptr, out);
+        kernels().decode_mlp(&call, x.data(), r, is_gated() ? up_values : nullptr, out);
     if (told == STEPPE_CHANGED) return told;
     *candidates = told >= 0 ? (told >> 32) - 1 : STEPPE_TOO_MANY - told - 1;
     return told >= 0 ? told & 0xffffffff : STEPPE_TOO_MANY;
@@ -90,11 +90,11 @@ void test_decode_mlp(int64_t T, int64_t F, int64_t D, bool gated, float alpha, f
   const int64_t ups = gated ? T * F : 0;
   // The first product in full, and that of all entries listed, which may differ in the last bit.
   Output<E> full(T * F), listed(T * F);
-  steppe_matvec(block.x.data(), kDtype<E>, T, D, block.w.data(), D + 1, block.biases.data(), F,
+  kernels().matvec(block.x.data(), kDtype<E>, T, D, block.w.data(), D + 1, block.biases.data(), F,
                 full.data(), 1);
-  const List<E> every(T, F, 64, [](int64_t, int64_t, E *value) { return *value = E{}, true; });
+  const Csr<E> every(T, F, 64, [](int64_t, int64_t, E *value) { return *value = E{}, true; });
   Output<E> entries(T * F);
-  steppe_decode_sampled(every.index.data(), every.offsets.data(), kDtype<E>, T, F, 64,
+  kernels().decode_sampled(every.index.data(), every.offsets.data(), kDtype<E>, T, F, 64,
                         block.x.data(), block.w.data(), D + 1, D, block.biases.data(),
                         entries.data(), 1);
   every.each([&](int64_t i, int64_t t, int64_t f) { listed.data()[t * F + f] = entries[i]; });
@@ -226,7 +226,7 @@ void test_all() {
 
 }  // namespace
 
-void test_few_rows_blocks() {
+void test_decode_blocks() {
   test_all<float>();
   test_all<Half>();
 }

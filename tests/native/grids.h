@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "lists.h"
+#include "csr.h"
 #include "steppe_native.h"
 
 namespace checks {
@@ -81,7 +81,7 @@ Screen screen_of(const E *w, int64_t F, int64_t D, int64_t row_stride, int64_t p
   for (int threads : kTeams) {
     Screen screen{std::make_unique<Output<uint8_t>>(units * width_of(D)),
                   std::make_unique<Output<double>>(4 * units)};
-    check(steppe_screen_weight(w, kDtype<E>, F, D, row_stride, panel_stride, screen.bytes->data(),
+    check(kernels().screen_weight(w, kDtype<E>, F, D, row_stride, panel_stride, screen.bytes->data(),
                                screen.bounds->data(), threads) == 0,
           what + ": status");
     check(screen.bytes->guards_hold() && screen.bounds->guards_hold(), what + ": writes outside");

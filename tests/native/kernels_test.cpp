@@ -6,13 +6,13 @@
 // Prints "N passed, M failed"; its exit status is 1 if any failed.
 #include <cstdlib>
 
-#include "lists.h"
+#include "csr.h"
 #include "steppe_native.h"
 
 using namespace checks;
 
 void test_screening();        // in screen_test.cpp
-void test_few_rows_blocks();  // in decode_mlp_test.cpp
+void test_decode_blocks();  // in decode_mlp_test.cpp
 
 namespace {
 
@@ -39,14 +39,14 @@ template <typename E>
 void test_compaction(int64_t T, int64_t F, int64_t stride, int64_t tile, double density) {
   const std::string what = std::string("compaction ") + kName<E> + shape({T, F, stride, tile});
   const Matrix<E> p = activations<E>(T, F, stride, density);
-  const List<E> list(T, F, tile, [&](int64_t t, int64_t f, E *value) {
+  const Csr<E> list(T, F, tile, [&](int64_t t, int64_t f, E *value) {
     *value = p(t, f);
     return !(to_double(*value) <= 0);
   });
   const int64_t blocks = ceil_div(F, 64), tiles = ceil_div(F, tile);
   const auto counts = same_for_all_teams<int32_t>(
       T * blocks, what + " counts", [&](int32_t *out, int threads) {
-        steppe_count(p.data(), kDtype<E>, T, F, stride, out, threads);
+        kernels().count(p.data(), kDtype<E>, T, F, stride, out, threads);
       });
   check(counts.guards_hold(), what + " counts: writes outside");
   std::vector<int32_t> expected(T * blocks);
@@ -62,7 +62,7 @@ void test_compaction(int64_t T, int64_t F, int64_t stride, int64_t tile, double 
   for (int threads : kTeams) {
     Output<int16_t> index(entries);
     Output<E> values(entries);
-    steppe_fill(p.data(), kDtype<E>, T, F, stride, tile, offsets.data(), index.data(),
+    kernels().fill(p.data(), kDtype<E>, T, F, stride, tile, offsets.data(), index.data(),
                 values.data(), threads);
     check(same_bits(list.index.data(), index.data(), entries), what + " index");
     check(same_bits(list.values.data(), values.data(), entries), what + " values");
@@ -77,7 +77,7 @@ void test_pack(int64_t N, int64_t D, int64_t row_stride, int64_t column_stride) 
   const Matrix<E> m(N, D, row_stride, column_stride);
   const Input<E> expected = panels_of(m);
   const auto got = same_for_all_teams<E>(expected.size(), what, [&](E *out, int threads) {
-    steppe_pack(m.data(), kDtype<E>, N, D, row_stride, column_stride, out, threads);
+    kernels().pack(m.data(), kDtype<E>, N, D, row_stride, column_stride, out, threads);
   });
   check(same_bits(expected.data(), got.data(), expected.size()), what);
   check(got.guards_hold(), what + ": writes outside");
@@ -92,7 +92,7 @@ void test_spmm(int64_t T, int64_t N, int64_t D, int64_t tile, double density, La
   const std::string what = std::string("spmm ") + kName<E> + shape({T, N, D, tile}) + " layout " +
                            std::to_string(int(layout)) + (with_bias ? " bias" : "") +
                            (accumulate ? " accumulate" : "");
-  const List<E> a = random_list<E>(T, N, tile, density);
+  const Csr<E> a = random_csr<E>(T, N, tile, density);
   const Matrix<E> m = random_matrix<E>(N, D);
   Input<E> bias(with_bias ? D : 0);
   for (int64_t d = 0; d < bias.size(); ++d) bias[d] = near<E>(uniform());
@@ -115,7 +115,7 @@ void test_spmm(int64_t T, int64_t N, int64_t D, int64_t tile, double density, La
       for (int64_t i = 0; accumulate && i < T * D; ++i) out[at(i)] = before[i];
       const Gathered<E> from(m, packed);
       const int status =
-          steppe_spmm(a.values.data(), a.index.data(), a.offsets.data(), kDtype<E>, T, tile,
+          kernels().spmm(a.values.data(), a.index.data(), a.offsets.data(), kDtype<E>, T, tile,
                       &from.given, with_bias ? bias.data() : nullptr, out, row_stride, col_stride,
                       accumulate, threads);
       check(status == 0, what + ": status");
@@ -136,12 +136,12 @@ template <typename E>
 void test_large_output(int64_t T, int64_t D, bool by_columns) {
   const std::string what = std::string("large output ") + kName<E> + shape({T, D, by_columns});
   constexpr int64_t kRows = 40, kGuard = 64;
-  const List<E> a = random_list<E>(T, kRows, 64, 0.1);
+  const Csr<E> a = random_csr<E>(T, kRows, 64, 0.1);
   const Matrix<E> m(kRows, D);
   const int64_t row_stride = by_columns ? 1 : D, column_stride = by_columns ? T : 1;
   const auto run = [&](E *out, int threads) {
     const Gathered<E> from(m, true);
-    const int status = steppe_spmm(a.values.data(), a.index.data(), a.offsets.data(), kDtype<E>, T,
+    const int status = kernels().spmm(a.values.data(), a.index.data(), a.offsets.data(), kDtype<E>, T,
                                    64, &from.given, nullptr, out, row_stride, column_stride, 0,
                                    threads);
     check(status == 0, what + ": status");
@@ -169,7 +169,7 @@ template <typename E>
 void test_sampled(int64_t T, int64_t N, int64_t D, int64_t tile, double density, bool with_bias) {
   const std::string what = std::string("sampled ") + kName<E> + shape({T, N, D, tile}) +
                            (with_bias ? " bias" : "");
-  const List<E> list = random_list<E>(T, N, tile, density);
+  const Csr<E> list = random_csr<E>(T, N, tile, density);
   const Matrix<E> g(T, D), m = random_matrix<E>(N, D);
   const Input<E> panels_g = panels_of(g);
   Input<E> bias(with_bias ? N : 0);
@@ -182,7 +182,7 @@ void test_sampled(int64_t T, int64_t N, int64_t D, int64_t tile, double density,
   const auto run = [&](bool packed) {
     return same_for_all_teams<E>(list.entries(), what, [&](E *out, int threads) {
       const Gathered<E> from(m, packed);
-      const int status = steppe_sampled(list.index.data(), list.offsets.data(), kDtype<E>, T, tile,
+      const int status = kernels().sampled(list.index.data(), list.offsets.data(), kDtype<E>, T, tile,
                                         panels_g.data(), &from.given,
                                         with_bias ? bias.data() : nullptr, out, threads);
       check(status == 0, what + ": status");
@@ -197,24 +197,24 @@ void test_sampled(int64_t T, int64_t N, int64_t D, int64_t tile, double density,
 template <typename E>
 void test_transpose(int64_t T, int64_t N, int64_t tile, int64_t tile_t, double density, bool two) {
   const std::string what = std::string("transpose ") + kName<E> + shape({T, N, tile, tile_t});
-  const List<E> a = random_list<E>(T, N, tile, density);
+  const Csr<E> a = random_csr<E>(T, N, tile, density);
   Input<E> values_b(a.entries());
   for (int64_t i = 0; i < a.entries(); ++i) values_b[i] = near<E>(uniform());
   std::vector<int64_t> entry_at(T * N, -1);
   a.each([&](int64_t i, int64_t t, int64_t n) { entry_at[t * N + n] = i; });
   const auto turned = [&](const Input<E> &values) {
-    return List<E>(N, T, tile_t, [&](int64_t n, int64_t t, E *value) {
+    return Csr<E>(N, T, tile_t, [&](int64_t n, int64_t t, E *value) {
       const int64_t i = entry_at[t * N + n];
       if (i >= 0) *value = values[i];
       return i >= 0;
     });
   };
-  const List<E> expected_a = turned(a.values), expected_b = turned(values_b);
+  const Csr<E> expected_a = turned(a.values), expected_b = turned(values_b);
   for (int threads : kTeams) {
     Output<E> got_a(a.entries()), got_b(two ? a.entries() : 0);
     Output<int16_t> index(a.entries());
     Output<int64_t> offsets(expected_a.offsets.size());
-    steppe_transpose(a.values.data(), two ? values_b.data() : nullptr, a.index.data(),
+    kernels().transpose(a.values.data(), two ? values_b.data() : nullptr, a.index.data(),
                      a.offsets.data(), kDtype<E>, T, N, tile, tile_t, got_a.data(),
                      two ? got_b.data() : nullptr, index.data(), offsets.data(), threads);
     check(same_bits(expected_a.offsets.data(), offsets.data(), offsets.size()), what + " offsets");
@@ -230,18 +230,18 @@ void test_transpose(int64_t T, int64_t N, int64_t tile, int64_t tile_t, double d
 template <typename E>
 void test_row_sums(int64_t T, int64_t N, int64_t tile, double density) {
   const std::string what = std::string("row_sums ") + kName<E> + shape({T, N, tile});
-  const List<E> list = random_list<E>(T, N, tile, density);
+  const Csr<E> list = random_csr<E>(T, N, tile, density);
   std::vector<Sum> sums(T);
   list.each([&](int64_t i, int64_t t, int64_t) { sums[t].add(to_double(list.values[i])); });
   const auto got = same_for_all_teams<E>(T, what, [&](E *out, int threads) {
-    steppe_row_sums(list.values.data(), list.offsets.data(), kDtype<E>, T, list.tiles(), out,
+    kernels().row_sums(list.values.data(), list.offsets.data(), kDtype<E>, T, list.tiles(), out,
                     threads);
   });
   check_sums(sums, got, what);
 }
 
 template <typename E>
-void test_few_rows(int64_t T, int64_t F, int64_t D, int64_t stride, double density,
+void test_decode(int64_t T, int64_t F, int64_t D, int64_t stride, double density,
                    bool with_bias) {
   const std::string what = std::string(kName<E>) + shape({T, F, D, stride});
   const Matrix<E> x(T, D), w(F, D, stride, 1);
@@ -262,14 +262,14 @@ void test_few_rows(int64_t T, int64_t F, int64_t D, int64_t stride, double densi
   std::vector<Sum> sums;
   for (int64_t i = 0; i < T * F; ++i) sums.push_back(dot(i / F, i % F));
   const auto dense = same_for_all_teams<E>(T * F, "matvec " + what, [&](E *out, int threads) {
-    steppe_matvec(x.data(), kDtype<E>, T, D, w.data(), stride, to_f, F, out, threads);
+    kernels().matvec(x.data(), kDtype<E>, T, D, w.data(), stride, to_f, F, out, threads);
   });
   check_sums(sums, dense, "matvec " + what);
 
   for (int64_t tile : {64, 256}) {
-    const List<E> list = random_list<E>(T, F, tile, density);
+    const Csr<E> list = random_csr<E>(T, F, tile, density);
     const auto z = same_for_all_teams<E>(T * D, "decode " + what, [&](E *out, int threads) {
-      steppe_decode(list.values.data(), list.index.data(), list.offsets.data(), kDtype<E>, T, F,
+      kernels().decode(list.values.data(), list.index.data(), list.offsets.data(), kDtype<E>, T, F,
                     tile, w.data(), stride, D, to_d, out, threads);
     });
     check_sums(product(list, w, bias_d), z, "decode " + what);
@@ -278,7 +278,7 @@ void test_few_rows(int64_t T, int64_t F, int64_t D, int64_t stride, double densi
     list.each([&](int64_t i, int64_t t, int64_t f) { sampled_sums[i] = dot(t, f); });
     const auto sampled = same_for_all_teams<E>(
         list.entries(), "decode_sampled " + what, [&](E *out, int threads) {
-          steppe_decode_sampled(list.index.data(), list.offsets.data(), kDtype<E>, T, F, tile,
+          kernels().decode_sampled(list.index.data(), list.offsets.data(), kDtype<E>, T, F, tile,
                                 x.data(), w.data(), stride, D, to_f, out, threads);
         });
     check_sums(sampled_sums, sampled, "decode_sampled " + what);
@@ -294,7 +294,7 @@ void test_not_finite(float bad) {
   const auto positive = [] { return near<E>((uniform() + 1.1f) / 2); };
   for (bool in_weight : {false, true}) {
     // Row r has r entries; column 11 is used by the last row only.
-    const List<E> a(kRows, kColumns, 64, [&](int64_t r, int64_t c, E *value) {
+    const Csr<E> a(kRows, kColumns, 64, [&](int64_t r, int64_t c, E *value) {
       *value = !in_weight && r == 5 && c == 2 ? near<E>(bad) : positive();
       return r == kRows - 1 ? c > 0 && c <= r : c < r;
     });
@@ -303,14 +303,14 @@ void test_not_finite(float bad) {
     if (in_weight) m(11, 69) = near<E>(bad);
     const Gathered<E> from(m, true);
     Output<E> z(kRows * kWidth), few(8 * kWidth);
-    steppe_spmm(a.values.data(), a.index.data(), a.offsets.data(), kDtype<E>, kRows, 64,
+    kernels().spmm(a.values.data(), a.index.data(), a.offsets.data(), kDtype<E>, kRows, 64,
                 &from.given, nullptr, z.data(), kWidth, 1, 0, 2);
     check_sums(product(a, m, Input<E>()), z, what + " spmm");
-    const List<E> first(8, kColumns, 64, [&](int64_t r, int64_t c, E *value) {
+    const Csr<E> first(8, kColumns, 64, [&](int64_t r, int64_t c, E *value) {
       *value = !in_weight && r == 5 && c == 2 ? near<E>(bad) : positive();
       return c < r || (r == 7 && c == 11);
     });
-    steppe_decode(first.values.data(), first.index.data(), first.offsets.data(), kDtype<E>, 8,
+    kernels().decode(first.values.data(), first.index.data(), first.offsets.data(), kDtype<E>, 8,
                   kColumns, 64, m.data(), kWidth, kWidth, nullptr, few.data(), 2);
     check_sums(product(first, m, Input<E>()), few, what + " decode");
   }
@@ -329,7 +329,7 @@ void test_rounding() {
     const steppe_matrix from{&m, 1, 1, 1, 1, panel.data()};
     const Half bias = near<Half>(sums[i] > 0 ? 1.0f : -1.0f);
     Output<Half> out(1);
-    steppe_spmm(&one, &index, offsets, 1, 1, 64, &from, &bias, out.data(), 1, 1, 0, 1);
+    kernels().spmm(&one, &index, offsets, 1, 1, 64, &from, &bias, out.data(), 1, 1, 0, 1);
     check(to_double(out[0]) == rounded[i], "rounding of " + std::to_string(sums[i]));
   }
 }
@@ -390,13 +390,13 @@ void test_all() {
   }
   for (int64_t T = 0; T <= 8; ++T) {
     for (int64_t D : {1, 63, 64, 65, 200, 600, 768}) {
-      test_few_rows<E>(T, 70, D, D + T % 3, 0.4, T % 2 == 0);
+      test_decode<E>(T, 70, D, D + T % 3, 0.4, T % 2 == 0);
     }
   }
-  test_few_rows<E>(1, 600, 768, 768, 0.1, true);
-  test_few_rows<E>(8, 300, 100, 100, 1.0, true);
-  test_few_rows<E>(3, 0, 20, 20, 0.5, true);
-  test_few_rows<E>(3, 20, 0, 0, 0.5, true);
+  test_decode<E>(1, 600, 768, 768, 0.1, true);
+  test_decode<E>(8, 300, 100, 100, 1.0, true);
+  test_decode<E>(3, 0, 20, 20, 0.5, true);
+  test_decode<E>(3, 20, 0, 0, 0.5, true);
   for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
                     -std::numeric_limits<float>::infinity()}) {
     test_not_finite<E>(bad);
@@ -410,7 +410,7 @@ int main() {
   test_all<Half>();
   test_rounding();
   test_screening();
-  test_few_rows_blocks();
+  test_decode_blocks();
   std::printf("%s: %d passed, %d failed\n", steppe_isa(), passed, failed);
   return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

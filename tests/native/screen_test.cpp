@@ -1,4 +1,4 @@
-// Screening, and the list of what it finds, against float64 loops. Part of kernels_test.
+// Screening and the CSR matrix of its candidates, against float64 loops. Part of kernels_test.
 #include "grids.h"
 
 using namespace checks;
@@ -70,7 +70,7 @@ void test_screen_tokens(int64_t T, int64_t D, int64_t gap) {
   const std::string what = std::string("screen_tokens ") + kName<E> + shape({T, D, gap});
   Matrix<E> x(T, D, D + gap, 1);
   const auto run = [&](int8_t *integers, Token *tokens, int threads) {
-    check(steppe_screen_tokens(x.data(), kDtype<E>, T, D, D + gap, integers, tokens, threads) == 0,
+    check(kernels().screen_tokens(x.data(), kDtype<E>, T, D, D + gap, integers, tokens, threads) == 0,
           what + ": status");
   };
   Output<Token> tokens(T);
@@ -115,12 +115,12 @@ void test_screen(int64_t T, int64_t F, int64_t D, bool with_bias, bool spoilt) {
   const Screen screen = screen_of(w.data(), F, D, D, 64, what);
   Output<int8_t> integers(T * width_of(D));
   Output<Token> tokens(T);
-  steppe_screen_tokens(x.data(), kDtype<E>, T, D, D, integers.data(), tokens.data(), 1);
+  kernels().screen_tokens(x.data(), kDtype<E>, T, D, D, integers.data(), tokens.data(), 1);
   const int64_t blocks = ceil_div(F, 64);
   Output<int32_t> counts(T * blocks);
   int64_t found = -2;
   const auto run = [&](int64_t most, uint64_t *masks, int32_t *to, int threads) {
-    return steppe_screen(integers.data(), tokens.data(), kDtype<E>, T, D, screen.bytes->data(),
+    return kernels().screen(integers.data(), tokens.data(), kDtype<E>, T, D, screen.bytes->data(),
                          screen.bounds->data(), b, F, most, masks, to, threads);
   };
   const auto masks =
@@ -165,7 +165,7 @@ void test_list_masks(int64_t T, int64_t F, int64_t tile, double density) {
   const int64_t blocks = ceil_div(F, 64);
   Input<uint64_t> masks(T * blocks);
   Input<int32_t> counts(T * blocks);
-  const List<float> list(T, F, tile, [&](int64_t t, int64_t f, float *value) {
+  const Csr<float> list(T, F, tile, [&](int64_t t, int64_t f, float *value) {
     *value = 0;
     const bool is = (uniform() + 1) / 2 < density;
     masks[t * blocks + f / 64] |= uint64_t(is) << f % 64;
@@ -177,7 +177,7 @@ void test_list_masks(int64_t T, int64_t F, int64_t tile, double density) {
         what + ": number of entries");
   const auto index =
       same_for_all_teams<int16_t>(list.entries(), what, [&](int16_t *out, int threads) {
-        steppe_list_masks(masks.data(), T, F, tile, offsets.data(), out, threads);
+        kernels().index_masks(masks.data(), T, F, tile, offsets.data(), out, threads);
       });
   check(same_bits(list.index.data(), index.data(), index.size()), what);
   check(index.guards_hold(), what + ": writes outside");
@@ -186,19 +186,19 @@ void test_list_masks(int64_t T, int64_t F, int64_t tile, double density) {
 // Entries with values that a comparison gets wrong: those that are not <= 0 stay, closed up, in tiles
 // that are `merged` of the old ones.
 template <typename E>
-void test_sift(int64_t T, int64_t F, int64_t tile, int64_t merged, double density) {
-  const std::string what = std::string("sift ") + kName<E> + shape({T, F, tile, merged});
+void test_filter(int64_t T, int64_t F, int64_t tile, int64_t merged, double density) {
+  const std::string what = std::string("filter ") + kName<E> + shape({T, F, tile, merged});
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float inf = std::numeric_limits<float>::infinity();
   const float special[] = {nan, -nan, inf, -inf, 0.0f, -0.0f, 1e-40f, -1e-40f};
   std::vector<E> value_at(T * F);
   std::vector<bool> is_there(T * F);
-  const List<E> all(T, F, tile, [&](int64_t t, int64_t f, E *value) {
+  const Csr<E> all(T, F, tile, [&](int64_t t, int64_t f, E *value) {
     *value = near<E>(generator()() % 6 == 0 ? special[generator()() % 8] : uniform());
     value_at[t * F + f] = *value;
     return is_there[t * F + f] = (uniform() + 1) / 2 < density;
   });
-  const List<E> kept(T, F, tile * merged, [&](int64_t t, int64_t f, E *value) {
+  const Csr<E> kept(T, F, tile * merged, [&](int64_t t, int64_t f, E *value) {
     *value = value_at[t * F + f];
     return is_there[t * F + f] && !(to_double(*value) <= 0);
   });
@@ -207,10 +207,10 @@ void test_sift(int64_t T, int64_t F, int64_t tile, int64_t merged, double densit
     Output<int16_t> index(kept.entries());
     Output<int32_t> counts(all.tiles() * T);
     Output<int64_t> offsets(kept.offsets.size());
-    const int64_t entries = steppe_count_listed(all.values.data(), all.offsets.data(), kDtype<E>,
+    const int64_t entries = kernels().filter_counts(all.values.data(), all.offsets.data(), kDtype<E>,
                                                 all.tiles() * T, counts.data(), threads);
     check(entries == kept.entries(), what + ": number of entries");
-    steppe_sift(all.values.data(), all.index.data(), all.offsets.data(), counts.data(), kDtype<E>,
+    kernels().filter(all.values.data(), all.index.data(), all.offsets.data(), counts.data(), kDtype<E>,
                 T, tile, all.tiles(), merged, offsets.data(), values.data(), index.data(), threads);
     check(same_bits(kept.offsets.data(), offsets.data(), offsets.size()), what + ": offsets");
     check(same_bits(kept.values.data(), values.data(), values.size()), what + ": values");
@@ -244,7 +244,7 @@ void test_all() {
       for (int64_t F : {1, 63, 64, 65, 200, 700}) {
         for (int64_t T : {0, 1, 7}) {
           if (kDtype<E> == 0) test_list_masks(T, F, tile, density);
-          for (int64_t merged : {1, 2, 3}) test_sift<E>(T, F, tile, merged, density);
+          for (int64_t merged : {1, 2, 3}) test_filter<E>(T, F, tile, merged, density);
         }
       }
     }

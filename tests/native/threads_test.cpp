@@ -80,19 +80,19 @@ Memories same_for_threads(const std::string &what, const std::vector<int64_t> &s
   return first;
 }
 
-// A block and the lists of its calls: x [T, D], W [F, D], p [T, F].
+// A block and the CSR matrices of its calls: x [T, D], W [F, D], p [T, F].
 template <typename E>
 struct Case {
   int64_t T, D, F, tile;
   std::string what;
   Matrix<E> x, w, rows, p;  // `rows` is W with its rows contiguous
   Input<E> bias_d, bias_f;
-  List<E> list;
+  Csr<E> list;
 
   Case(int64_t T, int64_t D, int64_t F, int64_t tile)
       : T(T), D(D), F(F), tile(tile), what(std::string(" ") + kName<E> + shape({T, D, F, tile})),
         x(T, D), w(random_matrix<E>(F, D)), rows(F, D), p(T, F), bias_d(D), bias_f(F),
-        list(random_list<E>(T, F, tile, 0.3)) {
+        list(random_csr<E>(T, F, tile, 0.3)) {
     for (int64_t d = 0; d < D; ++d) bias_d[d] = near<E>(uniform());
     for (int64_t f = 0; f < F; ++f) bias_f[f] = near<E>(uniform() - 0.5f);
   }
@@ -122,48 +122,48 @@ void test_gathered(const std::string &what, const Matrix<E> &m, int64_t bytes, R
 
 template <typename E>
 void test_products(const Case<E> &of) {
-  const List<E> &list = of.list;
+  const Csr<E> &list = of.list;
   const int64_t T = of.T, D = of.D, tile = of.tile;
   test_gathered<E>("spmm" + of.what, of.w, bytes_of<E>(T * D),
                    [&](const steppe_matrix &m, const Memory &to, int threads) {
-                     return steppe_spmm(list.values.data(), list.index.data(), list.offsets.data(),
+                     return kernels().spmm(list.values.data(), list.index.data(), list.offsets.data(),
                                         kDtype<E>, T, tile, &m, of.bias_d.data(), to.as<E>(), D, 1,
                                         0, threads);
                    });
   test_gathered<E>("spmm by columns" + of.what, of.w, bytes_of<E>(T * D),
                    [&](const steppe_matrix &m, const Memory &to, int threads) {
                      std::fill_n(to.as<E>(), T * D, near<E>(0.5f));
-                     return steppe_spmm(list.values.data(), list.index.data(), list.offsets.data(),
+                     return kernels().spmm(list.values.data(), list.index.data(), list.offsets.data(),
                                         kDtype<E>, T, tile, &m, nullptr, to.as<E>(), 1,
                                         std::max<int64_t>(T, 1), 1, threads);
                    });
   const Input<E> panels_x = panels_of(of.x);
   test_gathered<E>("sampled" + of.what, of.w, bytes_of<E>(list.entries()),
                    [&](const steppe_matrix &m, const Memory &to, int threads) {
-                     return steppe_sampled(list.index.data(), list.offsets.data(), kDtype<E>, T,
+                     return kernels().sampled(list.index.data(), list.offsets.data(), kDtype<E>, T,
                                            tile, panels_x.data(), &m, of.bias_f.data(), to.as<E>(),
                                            threads);
                    });
 }
 
 template <typename E>
-void test_lists(const Case<E> &of) {
-  const List<E> &list = of.list;
+void test_csr(const Case<E> &of) {
+  const Csr<E> &list = of.list;
   const int64_t T = of.T, F = of.F, tile = of.tile, nnz = list.entries();
   const auto counts = same_for_threads(
       "count" + of.what, {bytes_of<int32_t>(T * of.blocks())}, [&](const Memories &to, int threads) {
-        steppe_count(of.p.data(), kDtype<E>, T, F, F, to[0].as<int32_t>(), threads);
+        kernels().count(of.p.data(), kDtype<E>, T, F, F, to[0].as<int32_t>(), threads);
       });
   Input<int64_t> offsets(ceil_div(F, tile) * T + 1);
   const int64_t active = steppe_offsets(counts[0].template as<int32_t>(), T, F, tile, offsets.data());
   same_for_threads("fill" + of.what, {bytes_of<int16_t>(active), bytes_of<E>(active)},
                    [&](const Memories &to, int threads) {
-                     steppe_fill(of.p.data(), kDtype<E>, T, F, F, tile, offsets.data(),
+                     kernels().fill(of.p.data(), kDtype<E>, T, F, F, tile, offsets.data(),
                                  to[0].as<int16_t>(), to[1].as<E>(), threads);
                    });
   same_for_threads("pack" + of.what, {bytes_of<E>(of.panels_of_w())},
                    [&](const Memories &to, int threads) {
-                     steppe_pack(of.w.data(), kDtype<E>, F, of.D, of.w.row_stride,
+                     kernels().pack(of.w.data(), kDtype<E>, F, of.D, of.w.row_stride,
                                  of.w.column_stride, to[0].as<E>(), threads);
                    });
   for (int64_t tile_t : {64, 192}) {
@@ -172,20 +172,20 @@ void test_lists(const Case<E> &of) {
                      {bytes_of<E>(nnz), bytes_of<E>(nnz), bytes_of<int16_t>(nnz),
                       bytes_of<int64_t>(places)},
                      [&](const Memories &to, int threads) {
-                       steppe_transpose(list.values.data(), list.values.data(), list.index.data(),
+                       kernels().transpose(list.values.data(), list.values.data(), list.index.data(),
                                         list.offsets.data(), kDtype<E>, T, F, tile, tile_t,
                                         to[0].as<E>(), to[1].as<E>(), to[2].as<int16_t>(),
                                         to[3].as<int64_t>(), threads);
                      });
   }
   same_for_threads("row_sums" + of.what, {bytes_of<E>(T)}, [&](const Memories &to, int threads) {
-    steppe_row_sums(list.values.data(), list.offsets.data(), kDtype<E>, T, list.tiles(),
+    kernels().row_sums(list.values.data(), list.offsets.data(), kDtype<E>, T, list.tiles(),
                     to[0].as<E>(), threads);
   });
   const int64_t lists = list.tiles() * T;
   const auto listed = same_for_threads(
-      "count_listed" + of.what, {bytes_of<int32_t>(lists)}, [&](const Memories &to, int threads) {
-        steppe_count_listed(list.values.data(), list.offsets.data(), kDtype<E>, lists,
+      "filter_counts" + of.what, {bytes_of<int32_t>(lists)}, [&](const Memories &to, int threads) {
+        kernels().filter_counts(list.values.data(), list.offsets.data(), kDtype<E>, lists,
                             to[0].as<int32_t>(), threads);
       });
   const int32_t *kept_counts = listed[0].template as<int32_t>();
@@ -193,10 +193,10 @@ void test_lists(const Case<E> &of) {
   for (int64_t i = 0; i < lists; ++i) kept += kept_counts[i];
   for (int64_t merged : {1, 2}) {
     const int64_t places = ceil_div(list.tiles(), merged) * T + 1;
-    same_for_threads("sift" + of.what,
+    same_for_threads("filter" + of.what,
                      {bytes_of<int64_t>(places), bytes_of<E>(kept), bytes_of<int16_t>(kept)},
                      [&](const Memories &to, int threads) {
-                       steppe_sift(list.values.data(), list.index.data(), list.offsets.data(),
+                       kernels().filter(list.values.data(), list.index.data(), list.offsets.data(),
                                    kept_counts, kDtype<E>, T, tile, list.tiles(), merged,
                                    to[0].as<int64_t>(), to[1].as<E>(), to[2].as<int16_t>(), threads);
                      });
@@ -210,18 +210,18 @@ void test_screening(const Case<E> &of) {
   const auto weight = same_for_threads(
       "screen_weight" + of.what, {blocks * 64 * width_of(D), bytes_of<double>(4 * blocks * 64)},
       [&](const Memories &to, int threads) {
-        steppe_screen_weight(of.rows.data(), kDtype<E>, F, D, D, 64, to[0].as<uint8_t>(),
+        kernels().screen_weight(of.rows.data(), kDtype<E>, F, D, D, 64, to[0].as<uint8_t>(),
                              to[1].as<double>(), threads);
       });
   const auto tokens = same_for_threads(
       "screen_tokens" + of.what, {T * width_of(D), T * kToken},
       [&](const Memories &to, int threads) {
-        steppe_screen_tokens(of.x.data(), kDtype<E>, T, D, D, to[0].as<int8_t>(), to[1].as<void>(),
+        kernels().screen_tokens(of.x.data(), kDtype<E>, T, D, D, to[0].as<int8_t>(), to[1].as<void>(),
                              threads);
       });
   int64_t found = 0;
   const auto screen = [&](int64_t most, const Memories &to, int threads) {
-    return steppe_screen(tokens[0].template as<int8_t>(), tokens[1].template as<void>(), kDtype<E>, T,
+    return kernels().screen(tokens[0].template as<int8_t>(), tokens[1].template as<void>(), kDtype<E>, T,
                          D, weight[0].template as<uint8_t>(), weight[1].template as<double>(),
                          of.bias_f.data(), F, most, to[0].as<uint64_t>(), to[1].as<int32_t>(),
                          threads);
@@ -241,26 +241,26 @@ void test_screening(const Case<E> &of) {
         "screen" + of.what + ": counts");
   same_for_threads("list_masks" + of.what, {bytes_of<int16_t>(found)},
                    [&](const Memories &to, int threads) {
-                     steppe_list_masks(masks[0].template as<uint64_t>(), T, F, tile, offsets.data(),
+                     kernels().index_masks(masks[0].template as<uint64_t>(), T, F, tile, offsets.data(),
                                        to[0].as<int16_t>(), threads);
                    });
 }
 
 template <typename E>
-void test_few(const Case<E> &of) {
-  const List<E> &list = of.list;
+void test_decode(const Case<E> &of) {
+  const Csr<E> &list = of.list;
   const int64_t T = of.T, D = of.D, F = of.F, tile = of.tile;
   same_for_threads("matvec" + of.what, {bytes_of<E>(T * F)}, [&](const Memories &to, int threads) {
-    steppe_matvec(of.x.data(), kDtype<E>, T, D, of.rows.data(), D, of.bias_f.data(), F,
+    kernels().matvec(of.x.data(), kDtype<E>, T, D, of.rows.data(), D, of.bias_f.data(), F,
                   to[0].as<E>(), threads);
   });
   same_for_threads("decode" + of.what, {bytes_of<E>(T * D)}, [&](const Memories &to, int threads) {
-    steppe_decode(list.values.data(), list.index.data(), list.offsets.data(), kDtype<E>, T, F, tile,
+    kernels().decode(list.values.data(), list.index.data(), list.offsets.data(), kDtype<E>, T, F, tile,
                   of.rows.data(), D, D, of.bias_d.data(), to[0].as<E>(), threads);
   });
   same_for_threads("decode_sampled" + of.what, {bytes_of<E>(list.entries())},
                    [&](const Memories &to, int threads) {
-                     steppe_decode_sampled(list.index.data(), list.offsets.data(), kDtype<E>, T, F,
+                     kernels().decode_sampled(list.index.data(), list.offsets.data(), kDtype<E>, T, F,
                                            tile, of.x.data(), of.rows.data(), D, D,
                                            of.bias_f.data(), to[0].as<E>(), threads);
                    });
@@ -279,9 +279,9 @@ void test_few(const Case<E> &of) {
                         bytes_of<int64_t>(1)},
                        [&](const Memories &to, int threads) {
                          int64_t *told = to[3].as<int64_t>();
-                         const steppe_few_call call{&block, T, screened ? T * F : 0, T * F, 1, 0.5f,
+                         const steppe_decode_call call{&block, T, screened ? T * F : 0, T * F, 1, 0.5f,
                                                     threads};
-                         told[0] = steppe_decode_mlp(&call, of.x.data(), to[0].as<E>(),
+                         told[0] = kernels().decode_mlp(&call, of.x.data(), to[0].as<E>(),
                                                      gated ? to[1].as<E>() : nullptr, to[2].as<E>());
                          check(told[0] >= 0, "decode_mlp" + of.what + ": status");
                        });
@@ -293,9 +293,9 @@ template <typename E>
 void test_case(int64_t T, int64_t D, int64_t F, int64_t tile) {
   const Case<E> of(T, D, F, tile);
   test_products(of);
-  test_lists(of);
+  test_csr(of);
   test_screening(of);
-  if (T <= 8) test_few(of);
+  if (T <= 8) test_decode(of);
 }
 
 template <typename E>

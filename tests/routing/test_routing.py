@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import models
 import steppe
-from steppe.bench.block import PATTERNS, Block
+from steppe.bench import PATTERNS, Block
 from steppe.errors import AccelerationError
 from steppe.ops.cpu.library import kernels
 

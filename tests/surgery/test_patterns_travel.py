@@ -24,7 +24,7 @@ import odd
 import steppe
 from data.data_makers import TEXT, words_tokenizer
 from steppe import BlockPattern, find_blocks, load_pretrained, sparsify_
-from steppe.bench.block import time_model
+from steppe.bench import time_model
 from steppe.blocks.pattern_values import NOTE, pattern_from_text
 from steppe.checkpoints.held_out import measure_checkpoints
 from steppe.commands.app import app

@@ -392,7 +392,7 @@ def bench(
     """Time an MLP block on the sparse kernels against the same block dense, on this machine."""
     import torch
 
-    from steppe.bench.block import surroundings, time_blocks, usual_settings
+    from steppe.bench import surroundings, time_blocks, usual_settings
     from steppe.report import bench_table, plot_bench
 
     if plot is not None and importlib.util.find_spec("matplotlib") is None:

@@ -1,4 +1,4 @@
-// Compaction: which entries of p are active, counted and then listed.
+// Compaction: count the active entries of p, then write them in CSR form.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,7 @@ inline __mmask16 active_mask(vec p) {
 }
 
 // Compressed in a register, then stored under a mask of as many lanes: compressing straight to
-// memory is slow on Zen 4, and a full store would overwrite the next list.
+// memory is slow on Zen 4, and a full store would overwrite the next row.
 inline void store_compressed(vec p, __mmask16 active, int count, float *values) {
   _mm512_mask_storeu_ps(values, first_lanes(count), _mm512_maskz_compress_ps(active, (__m512)p));
 }
@@ -47,21 +47,21 @@ int32_t count_active(const T *p, int64_t width) {
 }
 
 template <typename T>
-int64_t list_active(const T *p, int64_t width, int64_t first, int16_t *index, T *values) {
+int64_t compact_block(const T *p, int64_t width, int64_t first, int16_t *index, T *values) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  int64_t listed = 0;
+  int64_t written = 0;
   // No branch on whether a part has any: at the densities that matter it would be a coin's toss.
   for (int64_t i = 0; i < width; i += 16) {
     const vec part = load_part(p + i, first_lanes(width - i));
     const __mmask16 active = active_mask(part);
     const int count = __builtin_popcount(active);
     const __m512i column = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first + i)));
-    store_compressed(part, active, count, values + listed);
-    _mm256_mask_storeu_epi16(index + listed, first_lanes(count),
+    store_compressed(part, active, count, values + written);
+    _mm256_mask_storeu_epi16(index + written, first_lanes(count),
                              _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(active, column)));
-    listed += count;
+    written += count;
   }
-  return listed;
+  return written;
 }
 
 #if defined(__AVX512VBMI2__)
@@ -89,24 +89,24 @@ inline int32_t count_active(const bf16 *p, int64_t width) {
 }
 
 template <>
-inline int64_t list_active(const bf16 *p, int64_t width, int64_t first, int16_t *index,
+inline int64_t compact_block(const bf16 *p, int64_t width, int64_t first, int16_t *index,
                            bf16 *values) {
   static const int16_t kLanes[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
                                      11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
                                      22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
   const __m512i lanes = _mm512_loadu_si512(kLanes);
-  int64_t listed = 0;
+  int64_t written = 0;
   for (int64_t i = 0; i < width; i += 32) {
     const __m512i bits = _mm512_maskz_loadu_epi16(first_halves(width - i), p + i);
     const __mmask32 active = active_halves(bits);
     const int count = __builtin_popcount(active);
     const __m512i column = _mm512_add_epi16(lanes, _mm512_set1_epi16(int16_t(first + i)));
     const __mmask32 kept = first_halves(count);
-    _mm512_mask_storeu_epi16(values + listed, kept, _mm512_maskz_compress_epi16(active, bits));
-    _mm512_mask_storeu_epi16(index + listed, kept, _mm512_maskz_compress_epi16(active, column));
-    listed += count;
+    _mm512_mask_storeu_epi16(values + written, kept, _mm512_maskz_compress_epi16(active, bits));
+    _mm512_mask_storeu_epi16(index + written, kept, _mm512_maskz_compress_epi16(active, column));
+    written += count;
   }
-  return listed;
+  return written;
 }
 
 #endif
@@ -121,19 +121,19 @@ int32_t count_active(const T *p, int64_t width) {
 }
 
 template <typename T>
-int64_t list_active(const T *p, int64_t width, int64_t first, int16_t *index, T *values) {
+int64_t compact_block(const T *p, int64_t width, int64_t first, int16_t *index, T *values) {
   // Without a branch, into a buffer with room for the one write past the end.
   int16_t columns[kPanel + 1];
   T kept[kPanel + 1];
-  int64_t listed = 0;
+  int64_t written = 0;
   for (int64_t i = 0; i < width; ++i) {
-    columns[listed] = int16_t(first + i);
-    kept[listed] = p[i];
-    listed += is_active(to_float(p[i]));
+    columns[written] = int16_t(first + i);
+    kept[written] = p[i];
+    written += is_active(to_float(p[i]));
   }
-  std::copy(columns, columns + listed, index);
-  std::copy(kept, kept + listed, values);
-  return listed;
+  std::copy(columns, columns + written, index);
+  std::copy(kept, kept + written, values);
+  return written;
 }
 
 #endif
@@ -167,7 +167,7 @@ void fill(const E *p, int64_t T, int64_t F, int64_t stride, int64_t tile, const 
       int64_t entry = offsets[start / tile * T + t];
       const int64_t width = std::min(tile, F - start);
       for (int64_t f = 0; f < width; f += kPanel) {
-        entry += list_active(p + t * stride + start + f, std::min(kPanel, width - f), f,
+        entry += compact_block(p + t * stride + start + f, std::min(kPanel, width - f), f,
                              index + entry, values + entry);
       }
     }

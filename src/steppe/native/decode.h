@@ -1,4 +1,4 @@
-// Few rows, T <= 8: what is read is the weights, once, from memory.
+// Decoding, T <= 8 rows: the time goes into reading the weights, once, from memory.
 #pragma once
 
 #include <algorithm>
@@ -75,8 +75,8 @@ void matvec(const E *x, int64_t T, int64_t D, const E *w, int64_t stride, const 
   with_rows(T, [&](auto rows) { matvec_of<rows>(x, D, w, stride, bias, F, out, threads); });
 }
 
-// sums [width] += Σ value · row over a list, `kRows` rows read side by side; the `next` ones of the
-// list after them are fetched ahead.
+// sums [width] += Σ value · row over a CSR row, `kRows` rows read side by side; the `next` ones of the
+// row after them are fetched ahead.
 template <int kRows, typename E>
 inline void add_rows(const E *values, const int16_t *index, int64_t next, const E *v,
                      int64_t stride, int64_t width, float *sums) {

@@ -1,30 +1,32 @@
-// A whole block for few rows, T <= 8: of so little work, calling each kernel for itself would be a
-// third. Where the first product is screened, its bytes are read instead of W, and of W the rows of
-// candidates.
+// A whole block in decoding, T <= 8, in one call. The products themselves take so little time that a call
+// from Python for each would add a third to it. Where the first product is screened, the bytes of the
+// screen are read instead of W, a byte for each weight, then only the candidates' rows of W.
 #pragma once
 
 #include <algorithm>
+#include <new>
 #include <vector>
 
 #include "decode.h"
-#include "screen_few.h"
+#include "screen_decode.h"
+#include "screen_filter.h"
 #include "steppe_native.h"
 #include "writes.h"
 
 namespace steppe {
 namespace STEPPE_TARGET {
 
-// Columns of a tile: so many rows of V stay in the second-level cache for all tokens. One token alone
-// has no use for tiles, and of a long list more rows are read side by side.
-inline int64_t few_tile(int64_t T, int64_t F) {
+// Columns per tile: so many rows of V stay in the second-level cache for all tokens. One token alone
+// has no use for tiles, and longer CSR rows let more rows of V be read side by side.
+inline int64_t decode_tile(int64_t T, int64_t F) {
   return T > 1 ? 256 : std::min(std::max(blocks_of(F), int64_t(1)) * kPanel, kMaxTile);
 }
 
-// A list of few rows.
+// A column-tiled CSR matrix that grows.
 template <typename E>
-struct FewList {
-  FewList(int64_t T, int64_t F)
-      : tile(few_tile(T, F)), tiles(std::max<int64_t>((F + tile - 1) / tile, 1)),
+struct Csr {
+  Csr(int64_t T, int64_t F)
+      : tile(decode_tile(T, F)), tiles(std::max<int64_t>((F + tile - 1) / tile, 1)),
         offsets(tiles * T + 1) {}
   void resize(int64_t entries) { index.resize(entries), values.resize(entries); }
   int64_t tile, tiles;
@@ -35,8 +37,8 @@ struct FewList {
 
 // A call of a block.
 template <typename E>
-struct FewBlock {
-  FewBlock(const steppe_few_call &call, const E *x)
+struct DecodeBlock {
+  DecodeBlock(const steppe_decode_call &call, const E *x)
       : of(*call.block), x(x), w(in(of.w)), w_bias(in(of.w_bias)), up(in(of.up)),
         up_bias(in(of.up_bias)), v(in(of.v)), v_bias(in(of.v_bias)), T(call.T), D(of.D), F(of.F),
         alpha(call.alpha), beta(call.beta), threads(call.threads) {}
@@ -48,127 +50,136 @@ struct FewBlock {
   int threads;
 };
 
-// The list of r, and where r [T, F] is wanted it in full.
+// r in CSR form; in full too, [T, F], where `wanted` is given.
 template <typename E>
-void list_all(const FewBlock<E> &block, FewList<E> &list, E *wanted) {
+void compute_all(const DecodeBlock<E> &block, Csr<E> &csr, E *wanted) {
   const int64_t T = block.T, F = block.F;
   std::vector<E> own(wanted == nullptr ? T * F : 0);
   E *const r = wanted == nullptr ? own.data() : wanted;
   matvec(block.x, T, block.D, block.w, block.of.w_stride, block.w_bias, F, r, block.threads);
-  list.resize(T * F);
+  csr.resize(T * F);
   int64_t active = 0;
-  for (int64_t j = 0; j < list.tiles; ++j) {
+  for (int64_t j = 0; j < csr.tiles; ++j) {
     for (int64_t t = 0; t < T; ++t) {
-      list.offsets[j * T + t] = active;
-      const int64_t width = std::min(list.tile, F - j * list.tile);
+      csr.offsets[j * T + t] = active;
+      const int64_t width = std::min(csr.tile, F - j * csr.tile);
       for (int64_t f = 0; f < width; f += kPanel) {
-        active += list_active(r + t * F + j * list.tile + f, std::min(kPanel, width - f), f,
-                              list.index.data() + active, list.values.data() + active);
+        active += compact_block(r + t * F + j * csr.tile + f, std::min(kPanel, width - f), f,
+                              csr.index.data() + active, csr.values.data() + active);
       }
     }
   }
-  list.offsets[list.tiles * T] = active;
-  list.resize(active);
+  csr.offsets[csr.tiles * T] = active;
+  csr.resize(active);
   if (wanted == nullptr) return;
   for (int64_t i = 0; i < T * F; ++i) {
     if (!is_active(to_float(r[i]))) r[i] = E{};
   }
 }
 
-// The list of the candidates, without values; the number of them. Nothing is listed if there are
+// The candidates in CSR form, without values; returns their number. The index is left empty if there are
 // more than `most`.
 template <typename E>
-int64_t list_candidates(const FewBlock<E> &block, int64_t most, FewList<E> &list) {
+int64_t find_candidates(const DecodeBlock<E> &block, int64_t most, Csr<E> &csr) {
   const int64_t T = block.T, blocks = blocks_of(block.F);
   std::vector<uint64_t> masks(T * blocks);
-  screen_few(few_tokens(block.x, T, block.D), block.of.bytes,
+  screen_decode(wide_tokens(block.x, T, block.D), block.of.bytes,
              Bounds(block.of.bounds, blocks * kPanel), block.w_bias, block.D, block.F,
              masks.data(), block.threads);
   int64_t found = 0;
-  const int64_t per_tile = list.tile / kPanel;
-  for (int64_t j = 0; j < list.tiles; ++j) {
+  const int64_t per_tile = csr.tile / kPanel;
+  for (int64_t j = 0; j < csr.tiles; ++j) {
     for (int64_t t = 0; t < T; ++t) {
-      list.offsets[j * T + t] = found;
+      csr.offsets[j * T + t] = found;
       for (int64_t b = j * per_tile; b < std::min((j + 1) * per_tile, blocks); ++b) {
         found += __builtin_popcountll(masks[t * blocks + b]);
       }
     }
   }
-  list.offsets[list.tiles * T] = found;
+  csr.offsets[csr.tiles * T] = found;
   if (found > most) return found;
-  list.resize(found);
-  list_masks(masks.data(), T, block.F, list.tile, list.offsets.data(), list.index.data(), 1);
+  csr.resize(found);
+  index_masks(masks.data(), T, block.F, csr.tile, csr.offsets.data(), csr.index.data(), 1);
   return found;
 }
 
-// The values of the candidates, of which those that are not <= 0 stay listed; r [T, F] if wanted.
+// Compute the candidates' values and keep the entries that are not <= 0; r [T, F] too if wanted.
 template <typename E>
-void keep_active_few(const FewBlock<E> &block, FewList<E> &list, E *r) {
-  const int64_t T = block.T, F = block.F, lists = list.tiles * T;
-  decode_sampled(list.index.data(), list.offsets.data(), T, F, list.tile, block.x, block.w,
-                 block.of.w_stride, block.D, block.w_bias, list.values.data(), block.threads);
+void compute_candidates(const DecodeBlock<E> &block, Csr<E> &csr, E *r) {
+  const int64_t T = block.T, F = block.F, rows = csr.tiles * T;
+  decode_sampled(csr.index.data(), csr.offsets.data(), T, F, csr.tile, block.x, block.w,
+                 block.of.w_stride, block.D, block.w_bias, csr.values.data(), block.threads);
   if (r != nullptr) std::fill(r, r + T * F, E{});
   int64_t active = 0, first = 0;
-  for (int64_t at = 0; at < lists; ++at) {
-    const int64_t last = list.offsets[at + 1];
-    list.offsets[at] = active;
+  for (int64_t at = 0; at < rows; ++at) {
+    const int64_t last = csr.offsets[at + 1];
+    csr.offsets[at] = active;
     for (int64_t i = first; i < last; ++i) {
-      const E value = list.values[i];
+      const E value = csr.values[i];
       if (!is_active(to_float(value))) continue;
-      if (r != nullptr) r[at % T * F + at / T * list.tile + list.index[i]] = value;
-      list.values[active] = value;
-      list.index[active++] = list.index[i];
+      if (r != nullptr) r[at % T * F + at / T * csr.tile + csr.index[i]] = value;
+      csr.values[active] = value;
+      csr.index[active++] = csr.index[i];
     }
     first = last;
   }
-  list.offsets[lists] = active;
-  list.resize(active);
+  csr.offsets[rows] = active;
+  csr.resize(active);
 }
 
-// What comes after the first product: from the list of r to the output.
+// The products after the first: from r in CSR form to the output.
 template <typename E>
-void finish_few(const FewBlock<E> &block, FewList<E> &list, E *up_values, E *out) {
+void finish(const DecodeBlock<E> &block, Csr<E> &csr, E *up_values, E *out) {
   const int64_t T = block.T, F = block.F;
   std::vector<E> multipliers;
   if (block.up != nullptr) {
-    multipliers.resize(list.values.size());
-    decode_sampled(list.index.data(), list.offsets.data(), T, F, list.tile, block.x, block.up,
+    multipliers.resize(csr.values.size());
+    decode_sampled(csr.index.data(), csr.offsets.data(), T, F, csr.tile, block.x, block.up,
                    block.of.up_stride, block.D, block.up_bias, multipliers.data(), block.threads);
     if (up_values != nullptr) std::fill(up_values, up_values + T * F, E{});
   }
-  for (int64_t at = 0; at < list.tiles * T; ++at) {
-    for (int64_t i = list.offsets[at]; i < list.offsets[at + 1]; ++i) {
-      const float p = to_float(list.values[i]);
+  for (int64_t at = 0; at < csr.tiles * T; ++at) {
+    for (int64_t i = csr.offsets[at]; i < csr.offsets[at + 1]; ++i) {
+      const float p = to_float(csr.values[i]);
       float a = block.alpha == 1 && block.beta == 0 ? p : p * (block.alpha + block.beta * p);
       if (block.up != nullptr) {
         if (up_values != nullptr) {
-          up_values[at % T * F + at / T * list.tile + list.index[i]] = multipliers[i];
+          up_values[at % T * F + at / T * csr.tile + csr.index[i]] = multipliers[i];
         }
         a *= to_float(multipliers[i]);
       }
-      store(a, &list.values[i]);
+      store(a, &csr.values[i]);
     }
   }
-  decode(list.values.data(), list.index.data(), list.offsets.data(), T, F, list.tile, block.v,
+  decode(csr.values.data(), csr.index.data(), csr.offsets.data(), T, F, csr.tile, block.v,
          block.of.v_stride, block.D, block.v_bias, out, block.threads);
 }
 
 template <typename E>
-int64_t decode_mlp(const FewBlock<E> &block, int64_t most_candidates, int64_t most, E *r,
-                   E *up_values, E *out) {
+int64_t compute_block(const DecodeBlock<E> &block, int64_t most_candidates, int64_t most, E *r,
+                      E *up_values, E *out) {
   if (!writes::copies_hold(block.of.copies, block.of.copy_count)) return STEPPE_CHANGED;
-  FewList<E> list(block.T, block.F);
+  Csr<E> csr(block.T, block.F);
   const bool screens = block.of.bytes != nullptr && most_candidates > 0;
-  const int64_t candidates = screens ? list_candidates(block, most_candidates, list) : -1;
+  const int64_t candidates = screens ? find_candidates(block, most_candidates, csr) : -1;
   if (screens && candidates <= most_candidates) {
-    keep_active_few(block, list, r);
+    compute_candidates(block, csr, r);
   } else {
-    list_all(block, list, r);
+    compute_all(block, csr, r);
   }
-  const int64_t active = int64_t(list.values.size());
+  const int64_t active = int64_t(csr.values.size());
   if (active > most) return STEPPE_TOO_MANY - (candidates + 1);
-  finish_few(block, list, up_values, out);
+  finish(block, csr, up_values, out);
   return active + ((candidates + 1) << 32);
+}
+
+template <typename E>
+int64_t decode_mlp(const steppe_decode_call &call, const E *x, E *r, E *up_values, E *out) {
+  try {
+    return compute_block(DecodeBlock<E>(call, x), call.most_candidates, call.most, r, up_values, out);
+  } catch (const std::bad_alloc &) {
+    return STEPPE_NO_MEMORY;
+  }
 }
 
 }  // namespace STEPPE_TARGET

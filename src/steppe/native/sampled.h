@@ -1,9 +1,9 @@
-// Sampled product: the entries of G Mᵀ + bias on a support, G and M as panels.
+// SDDMM, the sampled product: the entries of G Mᵀ + bias on a support, G and M as panels.
 //
 // Loops, outside in: tile, chunk of rows, panel, row, eight entries. The sums of a tile stay in the
 // second-level cache for all panels, and G is read from end to end. A row's 64 columns of G stay in
-// registers; each entry's sum grows by one panel at a time, in the order of the panels. Of a matrix M
-// that is used once, the thread that works on a tile packs the tile's rows.
+// registers; each entry's sum grows by one panel at a time, in the order of the panels. If a matrix M
+// is used once, the thread that works on a tile packs the tile's rows.
 #pragma once
 
 #include <memory>
@@ -62,7 +62,7 @@ inline void dot_row(const int16_t *index, int64_t count, const E *g, const E *pa
     for (int k = 0; k < 8; ++k) products[k] = row.times(panel + places[k / 4][k % 4] * kPanel);
     add_sums8(products, 8, sums + i);
   }
-  // The last ones summed as those are, so that the bits do not depend on the place in the list. The
+  // The last ones summed as those are, so that the bits do not depend on the place in the row. The
   // last entry stands in for those that are missing: no branch on how many they are.
   const int64_t left = count - i, last = count - 1;
   if (left > 4) {

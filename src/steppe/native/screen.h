@@ -1,5 +1,5 @@
-// Screening: which entries of x Wᵀ + b can be above zero, told from an int8 product and a bound on
-// what that leaves out. docs/screening.md has the proof; steppe/ops/screening.py is the definition.
+// Screening: which entries of x Wᵀ + b can be above zero, by an int8 product and a bound on its error.
+// docs/screening.md has the proof; steppe/ops/screening.py is the definition.
 //
 // Each row of x and of W is rotated and put on a grid of its own, scale × integers. In units of the
 // scale of a row of W the bound on an entry is
@@ -394,96 +394,6 @@ int64_t screen(const int8_t *integers, const Token *tokens, int64_t T, int64_t D
     }
   }
   return found > most ? -1 : found;
-}
-
-// The places of the bits of a mask, from `first` on; the number of them.
-inline int64_t list_mask(uint64_t mask, int64_t first, int16_t *index) {
-  int64_t listed = 0;
-#if defined(__AVX512F__)
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (int j = 0; j < kPanel; j += 16) {
-    const __mmask16 part = __mmask16(mask >> j);
-    const __m512i place = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first + j)));
-    const int count = __builtin_popcount(part);
-    _mm256_mask_storeu_epi16(index + listed, first_lanes(count),
-                             _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(part, place)));
-    listed += count;
-  }
-#else
-  for (; mask != 0; mask &= mask - 1) index[listed++] = int16_t(first + __builtin_ctzll(mask));
-#endif
-  return listed;
-}
-
-// index of the list of the entries whose bits are set.
-inline void list_masks(const uint64_t *masks, int64_t T, int64_t F, int64_t tile,
-                       const int64_t *offsets, int16_t *index, int threads) {
-  const int64_t blocks = blocks_of(F), per_tile = tile / kPanel;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t t = 0; t < T; ++t) {
-    for (int64_t first = 0, j = 0; first < blocks; first += per_tile, ++j) {
-      int16_t *to = index + offsets[j * T + t];
-      for (int64_t b = first; b < std::min(first + per_tile, blocks); ++b) {
-        to += list_mask(masks[t * blocks + b], (b - first) * kPanel, to);
-      }
-    }
-  }
-}
-
-// The entries of a list that are not <= 0, their places moved by `shift`; the number of them.
-template <typename E>
-inline int64_t keep_active(const E *values, const int16_t *index, int64_t count, int64_t shift,
-                           E *values_to, int16_t *index_to) {
-  int64_t kept = 0;
-#if defined(__AVX512F__)
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 lanes = first_lanes(count - i);
-    const vec part = load_part(values + i, lanes);
-    const __mmask16 active = active_mask(part);
-    const int here = __builtin_popcount(active);
-    const __m512i places = _mm512_add_epi32(
-        _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(lanes, index + i)), _mm512_set1_epi32(int(shift)));
-    store_compressed(part, active, here, values_to + kept);
-    _mm256_mask_storeu_epi16(index_to + kept, first_lanes(here),
-                             _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(active, places)));
-    kept += here;
-  }
-#else
-  for (int64_t i = 0; i < count; ++i) {
-    if (!is_active(to_float(values[i]))) continue;
-    values_to[kept] = values[i];
-    index_to[kept++] = int16_t(index[i] + shift);
-  }
-#endif
-  return kept;
-}
-
-// counts [lists] of those entries.
-template <typename E>
-void count_listed(const E *values, const int64_t *offsets, int64_t lists, int32_t *counts,
-                  int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t list = 0; list < lists; ++list) {
-    counts[list] = count_active(values + offsets[list], offsets[list + 1] - offsets[list]);
-  }
-}
-
-// The list of them, `merged` tiles made one; `kept` are its offsets.
-template <typename E>
-void sift(const E *values, const int16_t *index, const int64_t *offsets, int64_t T, int64_t tile,
-          int64_t tiles, int64_t merged, const int64_t *kept, E *values_to, int16_t *index_to,
-          int threads) {
-  const int64_t groups = (tiles + merged - 1) / merged;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t list = 0; list < groups * T; ++list) {
-    const int64_t t = list % T, first = list / T * merged;
-    int64_t to = kept[list];
-    for (int64_t j = first; j < std::min(first + merged, tiles); ++j) {
-      const int64_t from = offsets[j * T + t], count = offsets[j * T + t + 1] - from;
-      to += keep_active(values + from, index + from, count, (j - first) * tile, values_to + to,
-                        index_to + to);
-    }
-  }
 }
 
 }  // namespace STEPPE_TARGET

@@ -1,4 +1,4 @@
-// Sparse × dense: out = A M, with A as a list and M as panels.
+// Sparse × dense: out = A M, with A in column-tiled CSR form and M as panels.
 //
 // Loops, outside in: panel, tile, row, entry. A panel's part of a tile (64 columns of `tile` rows of
 // M) stays in the first-level cache while all rows of A gather from it, and 64 columns of one row of
@@ -23,7 +23,7 @@ struct Entries {
   int64_t first, last;
 };
 
-// Some values of a list, one of them at a time in all lanes.
+// Some values of a CSR row, one of them at a time in all lanes.
 template <typename E>
 struct Values {
   const E *from;
@@ -128,8 +128,8 @@ inline void gather_row(const Entries &entries, const bf16 *values, const bf16 *p
 // An output of so many bytes, a weight's gradient, leaves the second-level cache before it is read.
 constexpr int64_t kLargeOutput = 4 * 1024 * 1024;
 
-// Writes sums [rows][64] past the caches, whose lines need not be read then. False, with nothing
-// written, where the output does not consist of whole lines.
+// Write sums [rows][64] by non-temporal stores, past the caches: an ordinary store would first read the
+// line that it overwrites. False, with nothing written, where the output does not consist of whole lines.
 template <typename E>
 inline bool write_past_caches(const float *, int64_t, E *, int64_t, int64_t) {
   return false;
@@ -201,7 +201,7 @@ int spmm(const E *values, const int16_t *index, const int64_t *offsets, int64_t 
   if (T == 0 || panel_count == 0) return 0;
   const bool sparse = double(offsets[tiles * T] - offsets[0]) < kStreamDensity * double(T) * double(N);
   const int64_t chunks = chunks_of(T, panel_count, threads), chunk = (T + chunks - 1) / chunks;
-  // Of one tile nothing is to stay in the first-level cache but the sums themselves.
+  // With one tile, only the sums themselves have to stay in the first-level cache.
   const int64_t block = tiles == 1 ? std::min(kSumRows, chunk) : chunk;
   const bool large = T * m.columns * int64_t(sizeof(E)) >= kLargeOutput;
   const bool packs_each = m.data != nullptr && chunks == 1;

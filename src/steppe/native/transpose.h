@@ -1,4 +1,4 @@
-// The list of the transposed matrix, by a counting sort over blocks that do not share a counter.
+// The transposed CSR matrix, by a counting sort over blocks that do not share a counter.
 #pragma once
 
 #include <algorithm>

@@ -83,7 +83,7 @@ inline int64_t chunks_of(int64_t rows, int64_t tasks, int threads) {
   return std::max<int64_t>(std::min(rows, (wanted + tasks - 1) / std::max<int64_t>(tasks, 1)), 1);
 }
 
-// Four places of a list, read at once.
+// Four columns of a CSR row, read at once.
 struct FourPlaces {
   uint64_t four;
   explicit FourPlaces(const int16_t *index) { std::memcpy(&four, index, sizeof(four)); }

@@ -203,11 +203,11 @@ inline void stop(const Pages &) {}
 
 #endif
 
-// Begin to watch, or begin anew: what is written from now on is seen. 0, or an errno.
-inline int watch(const steppe_watch &of, bool anew) {
+// Begin to watch, or begin `again`: writes from now on are seen. 0, or an errno.
+inline int watch(const steppe_watch &of, bool again) {
   const Pages pages(of);
-  if (!anew && !is_private(pages)) return EINVAL;
-  const int error = pages.has_any() ? protect(pages, !anew) : 0;
+  if (!again && !is_private(pages)) return EINVAL;
+  const int error = pages.has_any() ? protect(pages, !again) : 0;
   save_edges(of, pages);
   return error;
 }
@@ -218,8 +218,8 @@ inline bool holds(const steppe_watch &of) {
   return edges_hold(of, pages) && !(pages.has_any() && were_written(pages));
 }
 
-// Whether copies that were made in a generation of their weights are still true. The generation is read
-// last: whoever begins anew raises it before.
+// Whether copies that were made in a generation of their weights are still valid. The generation is
+// read last, since it is raised before memory is watched again.
 inline bool copies_hold(const steppe_copied *copies, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     if (!holds(*copies[i].watch) ||

@@ -13,7 +13,7 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> FittingTable:
     """Times of an MLP block dense and on the sparse kernels, one row a case and density.
 
     Args:
-        rows: of `steppe.bench.block.time_blocks`.
+        rows: of `steppe.bench.time_blocks`.
 
     Returns:
         A table of 80 columns or less. ``ratio`` is dense time / sparse time, ``quartiles`` those of
@@ -51,7 +51,7 @@ def curve_name(row: dict[str, Any]) -> str:
     """What rows that differ in the density alone have in common, in words.
 
     Args:
-        row: of `steppe.bench.block.time_block`.
+        row: of `steppe.bench.time_block`.
 
     Returns:
         Such as ``prefill, 1024 tokens, bfloat16``; float32 goes without saying.

@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from steppe.bench.block import break_even
+from steppe.bench import break_even
 from steppe.errors import MissingExtraError
 from steppe.files import write_file
 from steppe.report.bench_table import curve_name
@@ -61,7 +61,7 @@ def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     Where a curve falls to the line is marked, and said in the legend.
 
     Args:
-        rows: of `steppe.bench.block.time_blocks`.
+        rows: of `steppe.bench.time_blocks`.
         path: a PNG.
 
     Returns:

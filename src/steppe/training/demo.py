@@ -76,7 +76,7 @@ class ArmRun:
         training_density_per_block: training density per block.
         seconds: training time.
         history: ``[step, density]`` of the measured training steps.
-        speed: rows of `steppe.bench.block.time_model`: a training step of the trained blocks on
+        speed: rows of `steppe.bench.time_model`: a training step of the trained blocks on
             a batch of held-out data, and inference.
     """
 

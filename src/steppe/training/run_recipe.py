@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from steppe.bench.block import PREFILL, TRAINING, time_model
+from steppe.bench import PREFILL, TRAINING, time_model
 from steppe.data.draws import DrawSampler
 from steppe.data.read_errors import first_line, reading
 from steppe.errors import NonFiniteLossError, OutOfMemoryError, RecipeError, SteppeError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from steppe.errors import KernelError
 from steppe.ops import products
 from steppe.ops.cpu import library
 from steppe.ops.cpu.library import kernels
+from steppe.ops.cpu.structures import STRUCTURES, MatrixStructure
 
 needs_native = pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 CHECK = """
@@ -200,3 +202,28 @@ def test_a_library_of_another_version_is_an_error(
     monkeypatch.setattr(library, "ABI_VERSION", 0)
     with pytest.raises(KernelError, match=f"expected version 0, got {version}"):
         library.load()
+
+
+@needs_native
+def test_a_library_with_structs_of_other_sizes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(ctypes.Structure):
+        _fields_ = (("watch", MatrixStructure), ("more", ctypes.c_int64))
+
+    library.load.cache_clear()
+    size = ctypes.sizeof(MatrixStructure)
+    monkeypatch.setitem(STRUCTURES, "matrix", Longer)
+    with pytest.raises(KernelError, match=rf"'matrix': {size + 8}.*'matrix': {size}.*pip install"):
+        library.load()
+
+
+@needs_native
+def test_functions_have_the_signatures_that_the_library_gives() -> None:
+    functions = library.library()
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    assert functions.steppe_edges.argtypes == (pointer, size)
+    assert functions.steppe_edges.restype is size
+    assert functions.steppe_stop_watching.restype is None
+    assert functions.steppe_count.argtypes == (pointer, integer, *[size] * 3, pointer, integer)
+    with pytest.raises(ctypes.ArgumentError):
+        functions.steppe_edges(0, 1.5)
+    assert not hasattr(functions, "steppe_matvec")  # a part of decoding, for the C++ tests alone

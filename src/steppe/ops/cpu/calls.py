@@ -13,6 +13,7 @@ from torch import Tensor
 from steppe.errors import KernelError
 from steppe.ops.cpu.library import library
 from steppe.ops.cpu.memory import lasting, scratch
+from steppe.ops.cpu.structures import MatrixStructure
 from steppe.ops.cpu.team import threads
 from steppe.ops.reference import TILE_UNIT, ceil_div, tile_of
 
@@ -33,7 +34,7 @@ _TILES = {
 
 @dataclass(frozen=True)
 class Support:
-    """Where the entries of a list stand; see `steppe.ops.reference`.
+    """The positions of the entries of a column-tiled CSR matrix; see `steppe.ops.reference`.
 
     Attributes:
         index: int16 ``[nnz]``.
@@ -110,18 +111,8 @@ class Panels(NamedTuple):
     width: int
 
 
-class _Matrix(ctypes.Structure):
-    """``steppe_matrix`` of steppe_native.h."""
-
-    _fields_ = (
-        ("m", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
-        ("panels", ctypes.c_void_p),
-    )
-
-
 def compact(p: Tensor, max_density: float = 1.0) -> tuple[Tensor, Support] | None:
-    """The list of the entries of p that are not ≤ 0.
+    """The entries of p that are not ≤ 0, in column-tiled CSR form.
 
     Args:
         p: ``[T, F]``, float32 or bfloat16, rows contiguous.
@@ -220,7 +211,7 @@ def spmm_into(
     accumulate: bool = False,
 ) -> Tensor:
     """``A M + bias`` written to a tensor ``[T, D]`` of any strides, or added to it."""
-    _check_list(support, values)
+    _check_csr(support, values)
     gathered = _matrix(matrix, support.columns, values)
     if out.shape != (support.rows, gathered.columns):
         refuse(f"an output {(support.rows, gathered.columns)}, got {tuple(out.shape)}")
@@ -248,10 +239,10 @@ def spmm_into(
 def sampled(
     support: Support, left: Panels, right: Panels | Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Values of ``G Mᵀ + bias`` on a support; M as panels, or of any strides; bias ``[F]``."""
+    """SDDMM, values of ``G Mᵀ + bias`` on a support; M panels or of any strides; bias ``[F]``."""
     _check_panels(left, support.rows, left.data)
     gathered = _matrix(right, support.columns, left.data)
-    _check_list(support, None)
+    _check_csr(support, None)
     if left.width != gathered.columns:
         refuse(f"one width, got {left.width} and {gathered.columns}")
     if bias is not None:
@@ -275,11 +266,11 @@ def sampled(
 
 
 def transpose(support: Support, *values: Tensor) -> tuple[Support, list[Tensor]]:
-    """The lists of one or two transposed matrices on the same support."""
+    """One or two CSR matrices on the same support, transposed."""
     if len(values) not in (1, 2):
         refuse(f"one or two lists of values, got {len(values)}")
     for one in values:
-        _check_list(support, one)
+        _check_csr(support, one)
     rows, columns = support.rows, support.columns
     density = support.entries / max(rows * columns, 1)
     blocks = ceil_div(rows, TILE_UNIT)
@@ -314,7 +305,7 @@ def transpose(support: Support, *values: Tensor) -> tuple[Support, list[Tensor]]
 
 def row_sums(values: Tensor, support: Support) -> Tensor:
     """Sum of each row, ``[T]``."""
-    _check_list(support, values)
+    _check_csr(support, values)
     out = values.new_empty(support.rows)
     library().steppe_row_sums(
         values.data_ptr(),
@@ -346,27 +337,27 @@ def tile_for(density: float, rows: int, dtype: torch.dtype) -> int:
 
 
 def balanced(blocks: int, tile: int) -> int:
-    """Of as many tiles as wanted, the width that `tile_of` tells from their number."""
+    """Round a wanted tile width to that which `tile_of` computes back from the number of tiles."""
     tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
     return TILE_UNIT * max(ceil_div(blocks, tiles), 1)
 
 
 def dtype_code(tensor: Tensor) -> int:
-    """What the library calls a tensor's dtype."""
+    """The library's code of a tensor's dtype."""
     code = DTYPES.get(tensor.dtype)
     if code is None or not tensor.is_cpu:
         refuse(f"float32 or bfloat16 on the CPU, got {tensor.dtype} on {tensor.device}")
     return code
 
 
-def _check_list(support: Support, values: Tensor | None) -> None:
-    """Refuse a list whose parts do not go together."""
+def _check_csr(support: Support, values: Tensor | None) -> None:
+    """Refuse a CSR matrix of inconsistent parts."""
     if support.is_checked and values is not None:
         check_vector(values, support.index.numel(), values)
 
 
 def check_vector(vector: Tensor, length: int, like: Tensor) -> None:
-    """Refuse what is no contiguous vector of a length and of another's dtype."""
+    """Refuse all but a contiguous vector of a length and of another's dtype."""
     if vector.shape != (length,) or not vector.is_contiguous() or vector.dtype != like.dtype:
         refuse(
             f"a contiguous vector of {length} {like.dtype},"
@@ -381,16 +372,16 @@ def _check_panels(panels: Panels, rows: int, like: Tensor) -> None:
         refuse(f"panels {shape} of {like.dtype}, got {tuple(data.shape)} of {data.dtype}")
 
 
-def _matrix(matrix: Panels | Tensor, rows: int, like: Tensor) -> _Matrix:
-    """What a product gathers from, with memory for its panels where there are none yet."""
+def _matrix(matrix: Panels | Tensor, rows: int, like: Tensor) -> MatrixStructure:
+    """The matrix that a product gathers from, with memory for its panels if there are none."""
     if isinstance(matrix, Panels):
         _check_panels(matrix, rows, like)
-        return _Matrix(rows=rows, columns=matrix.width, panels=matrix.data.data_ptr())
+        return MatrixStructure(rows=rows, columns=matrix.width, panels=matrix.data.data_ptr())
     if matrix.ndim != 2 or matrix.shape[0] != rows or matrix.dtype != like.dtype:
         refuse(f"{rows} rows of {like.dtype}, got {tuple(matrix.shape)} of {matrix.dtype}")
     width = matrix.shape[1]
     panels = scratch("panels", (ceil_div(width, TILE_UNIT), rows, TILE_UNIT), matrix)
-    return _Matrix(matrix.data_ptr(), rows, width, *matrix.stride(), panels.data_ptr())
+    return MatrixStructure(matrix.data_ptr(), rows, width, *matrix.stride(), panels.data_ptr())
 
 
 def check_rows(weight: Tensor, rows: int, like: Tensor) -> None:

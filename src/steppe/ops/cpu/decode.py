@@ -32,36 +32,13 @@ from steppe.ops.cpu.copies import (
 )
 from steppe.ops.cpu.library import library
 from steppe.ops.cpu.memory import prefer_large_pages
+from steppe.ops.cpu.structures import BlockStructure, DecodeCallStructure
 from steppe.ops.cpu.team import threads
 from steppe.ops.cpu.writes import Mark
 from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
 from steppe.ops.reference import Weights
 
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _NO_MEMORY, _CHANGED, _TOO_MANY = -1, -2, -3  # of steppe_native.h
-
-
-class _Structure(ctypes.Structure):
-    """``steppe_block`` of steppe_native.h."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("w", "w_bias", "up", "up_bias", "v", "v_bias")),
-        *((name, _SIZE) for name in ("w_stride", "up_stride", "v_stride", "width", "hidden")),
-        *((name, _POINTER) for name in ("bytes", "bounds", "copies")),
-        ("copy_count", _SIZE),
-        ("dtype", ctypes.c_int),
-    )
-
-
-class _CallStructure(ctypes.Structure):
-    """``steppe_few_call`` of steppe_native.h."""
-
-    _fields_ = (
-        ("block", _POINTER),
-        *((name, _SIZE) for name in ("rows", "most_candidates", "most")),
-        *((name, ctypes.c_float) for name in ("alpha", "beta")),
-        ("threads", ctypes.c_int),
-    )
 
 
 class DecodeCall:
@@ -93,7 +70,7 @@ class DecodeCall:
         self._entries = rows * few.hidden
         self._max_density = max_density
         self._most_candidates = int(max_candidates * self._entries) if few.back_off else 0
-        self._structure = _CallStructure(
+        self._structure = DecodeCallStructure(
             few.address,
             rows,
             self._most_candidates,
@@ -252,11 +229,11 @@ class DecodeBlock:
         return self.back_off.limit_and_count(max_candidates)
 
 
-def _structure_of(laid_out: Weights, screen: CachedScreen | None, mark: Mark) -> _Structure:
+def _structure_of(laid_out: Weights, screen: CachedScreen | None, mark: Mark) -> BlockStructure:
     """The block as the native function reads it; all three have to live as long."""
     activated, activated_bias, up, up_bias, down, down_bias = laid_out
     hidden, width = down.shape
-    return _Structure(
+    return BlockStructure(
         w=activated.data_ptr(),
         w_bias=pointer(activated_bias),
         up=pointer(up),

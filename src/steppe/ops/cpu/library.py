@@ -1,57 +1,57 @@
-"""Finds and loads the native library, and says what there is.
+"""Finds and loads the native library, and says which kernels there are.
 
 Absent is fine: the reference runs, and `kernels` says why. A library that is there and does not
-load raises.
+load, or does not fit this Python code, raises.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import count, takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from steppe.errors import KernelError
+from steppe.ops.cpu.structures import STRUCTURES
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 _VNNI = ("avx512+bf16", "avx512+vnni")
 _FILE = "libsteppe_native.so"
-_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-# What each function of steppe_native.h takes and gives; p: pointer, n: int64, i: int, f: float.
-_SIGNATURES = {
-    "abi_version": ("", _INT),
-    "isa": ("", ctypes.c_char_p),
-    "prefer_large_pages": ("pni", None),
-    "open_writes": ("", _INT),
-    "close_writes": ("", None),
-    "edges": ("pn", _SIZE),
-    "watch_writes": ("pi", _INT),
-    "stop_watching": ("p", None),
-    "copies_hold": ("pn", _INT),
-    "count": ("pinnnpi", None),
-    "offsets": ("pnnnp", _SIZE),
-    "fill": ("pinnnnpppi", None),
-    "pack": ("pinnnnpi", None),
-    "spmm": ("pppinnpppnnii", _INT),
-    "sampled": ("ppinnppppi", _INT),
-    "transpose": ("ppppinnnnppppi", None),
-    "row_sums": ("ppinnpi", None),
-    "decode_mlp": ("ppppp", _SIZE),
-    "screen_weight": ("pinnnnppi", _INT),
-    "screen_tokens": ("pinnnppi", _INT),
-    "screen": ("ppinnpppnnppi", _SIZE),
-    "list_masks": ("pnnnppi", None),
-    "count_listed": ("ppinpi", _SIZE),
-    "sift": ("ppppinnnnpppi", None),
+# The letters of a signature that the library gives, see steppe_function in steppe_native.h.
+_TYPES: dict[str, Any] = {
+    "v": None,
+    "i": ctypes.c_int,
+    "n": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "s": ctypes.c_char_p,
+    "p": ctypes.c_void_p,
 }
-_TYPES = {"p": _POINTER, "n": _SIZE, "i": _INT, "f": ctypes.c_float}
+
+
+class _Function(ctypes.Structure):
+    """``steppe_function`` of steppe_native.h."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("signature", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+class _Struct(ctypes.Structure):
+    """``steppe_struct`` of steppe_native.h."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("bytes", ctypes.c_int64))
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What computes the sparse products on the CPU.
+    """The kernels that compute the sparse products on the CPU.
 
     Attributes:
         name: ``native``, or ``reference`` for plain torch, which is dense.
@@ -69,7 +69,7 @@ class Kernels:
 
 @cache
 def kernels() -> Kernels:
-    """What computes the sparse products on this machine.
+    """The kernels that compute the sparse products on this machine.
 
     Returns:
         The native kernels, or the reference with the reason.
@@ -97,28 +97,43 @@ def kernels() -> Kernels:
 
 
 @cache
-def load() -> ctypes.CDLL | None:
-    """The native library, or None if there is none.
+def load() -> SimpleNamespace | None:
+    """The functions of the native library by name, as ``steppe_count``, or None if there is none.
+
+    Their signatures come from the library, which has names, signatures and addresses from one list,
+    ``native/functions.def``: none is written down a second time.
 
     Raises:
-        KernelError: it is there and cannot be loaded, or is of another version.
+        KernelError: it is there and cannot be loaded, is of another version, or has structs of
+            other sizes than their mirrors in `steppe.ops.cpu.structures`.
     """
     path = next((place / _FILE for place in _places() if (place / _FILE).is_file()), None)
     if path is None:
         return None
-    cure = "Build it anew: pip install --force-reinstall --no-deps steppe"
+    cure = "Build it again: pip install --force-reinstall --no-deps steppe"
     try:
-        library = ctypes.CDLL(str(path))
-        for name, (takes, gives) in _SIGNATURES.items():
-            function = getattr(library, f"steppe_{name}")
-            function.argtypes = [_TYPES[letter] for letter in takes]
-            function.restype = gives
-        version = library.steppe_abi_version()
+        opened = ctypes.CDLL(str(path))
+        version = opened.steppe_abi_version()
     except (OSError, AttributeError) as error:
         raise KernelError(f"{path}: cannot be loaded ({error}). {cure}") from None
     if version != ABI_VERSION:
         raise KernelError(f"{path}: expected version {ABI_VERSION}, got {version}. {cure}")
-    return library
+    sizes = {entry.name.decode(): entry.bytes for entry in _entries(opened.steppe_structs, _Struct)}
+    expected = {name: ctypes.sizeof(mirror) for name, mirror in STRUCTURES.items()}
+    if sizes != expected:
+        raise KernelError(f"{path}: expected structs of {expected} bytes, got {sizes}. {cure}")
+    functions = SimpleNamespace(library=opened)  # which is never unloaded
+    for entry in _entries(opened.steppe_functions, _Function):
+        result, *parameters = (_TYPES[letter] for letter in entry.signature.decode())
+        function = ctypes.CFUNCTYPE(result, *parameters)(entry.address)
+        setattr(functions, f"steppe_{entry.name.decode()}", function)
+    return functions
+
+
+def _entries(table: Any, of: type[Any]) -> Iterator[Any]:
+    """The entries of a table of the library, up to one without a name."""
+    table.restype = ctypes.POINTER(of)
+    return takewhile(lambda entry: entry.name is not None, (table()[i] for i in count()))
 
 
 def _places() -> list[Path]:

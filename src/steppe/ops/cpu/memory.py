@@ -72,7 +72,7 @@ def lasting(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         whole = ceil_div(size, _LARGE_PAGE) * _LARGE_PAGE
         memory = torch.empty(whole + _LARGE_PAGE, dtype=torch.uint8, device="cpu")
         start = -memory.data_ptr() % _LARGE_PAGE
-        library().steppe_prefer_large_pages(memory.data_ptr() + start, whole, False)
+        library().steppe_prefer_huge_pages(memory.data_ptr() + start, whole, False)
         return memory[start : start + size].view(dtype).view(shape)
 
 
@@ -84,4 +84,4 @@ def prefer_large_pages(matrix: Tensor) -> None:
     Args:
         matrix: without gaps.
     """
-    library().steppe_prefer_large_pages(matrix.data_ptr(), matrix.nbytes, True)
+    library().steppe_prefer_huge_pages(matrix.data_ptr(), matrix.nbytes, True)

@@ -206,7 +206,7 @@ def _support_of(found: Candidates, rows: int, columns: int, dtype: torch.dtype) 
         found.counts.data_ptr(), rows, columns, tile, offsets.data_ptr()
     )
     support = Support.made(offsets, entries, rows, columns, tile)
-    library().steppe_list_masks(
+    library().steppe_index_masks(
         found.masks.data_ptr(),
         rows,
         columns,
@@ -225,7 +225,7 @@ def _filtered(values: Tensor, support: Support) -> tuple[Tensor, Support]:
     tiles = max(ceil_div(blocks * TILE_UNIT, tile), 1)
     counts = scratch("kept counts", (tiles * rows,), _like(torch.int32))
     code = dtype_code(values)
-    entries = library().steppe_count_listed(
+    entries = library().steppe_filter_counts(
         values.data_ptr(),
         support.offsets.data_ptr(),
         code,
@@ -238,7 +238,7 @@ def _filtered(values: Tensor, support: Support) -> tuple[Tensor, Support]:
     offsets = torch.empty(ceil_div(tiles, merged) * rows + 1, dtype=torch.int64, device="cpu")
     kept = Support.made(offsets, entries, rows, columns, merged * tile)
     kept_values = values.new_empty(entries)
-    library().steppe_sift(
+    library().steppe_filter(
         values.data_ptr(),
         support.index.data_ptr(),
         support.offsets.data_ptr(),

@@ -20,20 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from steppe.ops.cpu.library import kernels, library
 from steppe.ops.cpu.memory import prefer_large_pages
-
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
-
-
-class _WatchStructure(ctypes.Structure):
-    """``steppe_watch`` of steppe_native.h."""
-
-    _fields_ = (("start", _POINTER), ("bytes", _SIZE), ("edges", _POINTER))
-
-
-class Copied(ctypes.Structure):
-    """``steppe_copied`` of steppe_native.h: a watched weight, and the generation of its copy."""
-
-    _fields_ = (("watch", _POINTER), ("generation", _POINTER), ("made_in", _SIZE))
+from steppe.ops.cpu.structures import Copied, WatchStructure
 
 
 class Watch:
@@ -56,8 +43,8 @@ class Watch:
         self.start, self.bytes = weight.data_ptr(), weight.nbytes
         size = library().steppe_edges(self.start, self.bytes)
         self._edges = ctypes.create_string_buffer(max(size, 1))
-        self._generation = _SIZE(0)
-        self._structure = _WatchStructure(self.start, self.bytes, ctypes.addressof(self._edges))
+        self._generation = ctypes.c_int64(0)
+        self._structure = WatchStructure(self.start, self.bytes, ctypes.addressof(self._edges))
         self.is_active = False
 
     def begin(self, again: bool = False) -> None:

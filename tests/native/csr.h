@@ -1,4 +1,4 @@
-// Matrices, lists and panels as steppe_native.h defines them, made and read by the plainest loops.
+// Matrices, column-tiled CSR and panels as steppe_native.h defines them, made and read by the plainest loops.
 #pragma once
 
 #include <algorithm>
@@ -69,9 +69,9 @@ Matrix<E> random_matrix(int64_t rows, int64_t columns) {
   }
 }
 
-// The list of a matrix [rows, columns]. One with no columns has one tile, which is empty.
+// A matrix [rows, columns] in column-tiled CSR form. Without columns it has one tile, which is empty.
 template <typename E>
-struct List {
+struct Csr {
   int64_t rows, columns, tile;
   Input<int64_t> offsets;
   Input<int16_t> index;
@@ -79,7 +79,7 @@ struct List {
 
   // `at(row, column, value)` tells whether there is an entry, and sets its value.
   template <typename At>
-  List(int64_t rows, int64_t columns, int64_t tile, At at)
+  Csr(int64_t rows, int64_t columns, int64_t tile, At at)
       : rows(rows), columns(columns), tile(tile), offsets(tiles() * rows + 1) {
     std::vector<int16_t> index_so_far;
     std::vector<E> values_so_far;
@@ -117,16 +117,16 @@ struct List {
 
 // Entries at random places, with values of either sign, as gradients have.
 template <typename E>
-List<E> random_list(int64_t rows, int64_t columns, int64_t tile, double density) {
-  return List<E>(rows, columns, tile, [&](int64_t, int64_t, E *value) {
+Csr<E> random_csr(int64_t rows, int64_t columns, int64_t tile, double density) {
+  return Csr<E>(rows, columns, tile, [&](int64_t, int64_t, E *value) {
     *value = near<E>(uniform());
     return (uniform() + 1) / 2 < density;
   });
 }
 
-// A [rows, columns] as a list times M [columns, D], plus a bias [D] if it has any.
+// A [rows, columns] in CSR form times M [columns, D], plus a bias [D] if it has any.
 template <typename E>
-std::vector<Sum> product(const List<E> &a, const Matrix<E> &m, const Input<E> &bias) {
+std::vector<Sum> product(const Csr<E> &a, const Matrix<E> &m, const Input<E> &bias) {
   std::vector<Sum> sums(a.rows * m.columns);
   for (int64_t i = 0; bias.size() > 0 && i < int64_t(sums.size()); ++i) {
     sums[i].add(to_double(bias[i % m.columns]));
