@@ -20,7 +20,7 @@ from transformers.utils import logging
 import models
 from data.data_makers import TEXT, words_tokenizer
 from steppe.commands import app as commands
-from steppe.commands import terminal
+from steppe.commands import guards, terminal
 from steppe.errors import OutputError
 from steppe.files import prepare_file, write_json
 from steppe.runs import Run, write_run
@@ -353,7 +353,7 @@ def test_ctrl_c_during_imports_is_one_line() -> None:
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == commands.INTERRUPTED
+    assert process.returncode == guards.INTERRUPTED
     own = [line for line in err.splitlines() if not line.startswith("import time:")]
     assert own == ["interrupted"]
     assert out == ""
