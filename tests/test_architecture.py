@@ -52,7 +52,7 @@ DEVICES: dict[str, tuple[str, ...]] = {
         "steppe.ops.backend",
         "steppe.ops.cpu",
         "steppe.bench",
-        "steppe.commands.app",
+        "steppe.commands.calibrate",
         "steppe.acceleration.explanation",
         "steppe.public",
         "steppe.report.calibration_table",
@@ -83,7 +83,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch.distributed.tensor": (),
     "transformers": ("steppe.data", "steppe.checkpoints", "steppe.training"),
     "triton": ("steppe.ops.cuda",),
-    "typer": ("steppe.commands.app",),
+    "typer": ("steppe.commands",),
     "wrapt": ("steppe", "steppe.checkpoints"),
 }
 HEAVY = (
@@ -288,6 +288,13 @@ def test_every_module_has_one_floor() -> None:
     assert len(listed) == len(set(listed))
     assert all(name in SOURCES for name in listed)
     assert [name for name in SOURCES if floor_of(name) is None] == []
+
+
+def test_the_guide_shows_these_floors() -> None:
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", guide, re.MULTILINE)
+    shown = {int(floor): tuple(re.findall(r"`([^`]+)`", names)) for floor, names in rows}
+    assert shown == dict(enumerate(FLOORS))
 
 
 def test_imports_only_point_downwards() -> None:

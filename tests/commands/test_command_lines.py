@@ -20,7 +20,7 @@ from transformers.utils import logging
 import models
 from data.data_makers import TEXT, words_tokenizer
 from steppe.commands import app as commands
-from steppe.commands import terminal
+from steppe.commands import guards, terminal
 from steppe.errors import OutputError
 from steppe.files import prepare_file, write_json
 from steppe.runs import Run, write_run
@@ -176,6 +176,8 @@ def test_an_odd_command_line_is_one_short_message_and_changes_nothing(
 ) -> None:
     before = files_in(place)
     monkeypatch.setattr(sys, "argv", ["steppe", *words])
+    # As the installed script; `python -m pytest` would show its own name.
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)
     assert commands.run() == commands.USAGE_ERROR
     out, err = capsys.readouterr()
     assert told in err
@@ -353,7 +355,7 @@ def test_ctrl_c_during_imports_is_one_line() -> None:
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == commands.INTERRUPTED
+    assert process.returncode == guards.INTERRUPTED
     own = [line for line in err.splitlines() if not line.startswith("import time:")]
     assert own == ["interrupted"]
     assert out == ""

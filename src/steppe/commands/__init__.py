@@ -1,1 +1,1 @@
-"""The command line: what each subcommand prints."""
+"""The command line: each subcommand parses, calls one public function and prints."""
