@@ -14,7 +14,7 @@ class PerThread(Generic[Kept]):
     """A value for each thread.
 
     Where torch.compile traces there is one value
-    for all, since what a trace has kept belongs to its graph. Copies begin anew.
+    for all, since what a trace has kept belongs to its graph. Copies begin empty.
 
     Args:
         value: what there is before anything is kept.
@@ -69,5 +69,5 @@ class PerThread(Generic[Kept]):
         return {"value": self._first, "inherits": self._inherits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin anew."""
+        """Begin empty."""
         self.__init__(**state)  # type: ignore[misc]

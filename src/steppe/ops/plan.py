@@ -141,7 +141,7 @@ class Backend(Protocol):
         """
 
     def has_too_little(self, rows: int, shape: tuple[int, int]) -> bool:
-        """Whether a call has too little work for the detour to the kernels to pay.
+        """Whether a call has too little work for the kernels to pay.
 
         Args:
             rows: number of tokens.

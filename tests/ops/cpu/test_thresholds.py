@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from steppe.ops.cpu import calls, dispatch, thresholds
+from steppe.ops.cpu import dispatch, thresholds
 from steppe.ops.cpu.thresholds import (
-    FEW_ROWS,
     NEVER,
     candidate_tables,
     density_tables,
@@ -34,10 +33,6 @@ def most(
     dtype: torch.dtype, family: str, threads: int, rows: int, width: int, trains: bool
 ) -> float:
     return reached(tables_at(density_tables(dtype, family, threads), width)[trains], rows)
-
-
-def test_few_rows_are_those_of_the_kernel_for_few() -> None:
-    assert FEW_ROWS == calls.DECODE_ROWS
 
 
 @pytest.mark.parametrize(
@@ -70,7 +65,7 @@ def test_all_thresholds_are_shares_at_sane_steps(dtype: torch.dtype, family: str
             assert table.keys() == {False, True}
             for steps in table.values():
                 assert all(rows >= 1 and 0.0 <= share <= 1.0 for rows, share in steps.items())
-                many = [steps[rows] for rows in sorted(steps) if rows > FEW_ROWS]
+                many = [steps[rows] for rows in sorted(steps) if rows > DECODE_ROWS]
                 assert many == sorted(many)  # more rows only ever gain more
 
 
@@ -79,7 +74,7 @@ def test_with_few_rows_no_training_step_is_tried(dtype: torch.dtype, family: str
     """Those that are too dense would pay for it again and again."""
     for threads in (1, 64):
         for width in WIDTHS:
-            for rows in range(1, FEW_ROWS + 1):
+            for rows in range(1, DECODE_ROWS + 1):
                 assert most(dtype, family, threads, rows, width, trains=True) == 0.0
 
 
@@ -94,7 +89,7 @@ def test_with_more_threads_it_takes_the_more_work_in_proportion(
                     alone = most(dtype, family, 1, rows, width, trains)
                     together = most(dtype, family, threads, rows, width, trains)
                     assert together <= alone
-                    if rows <= FEW_ROWS:
+                    if rows <= DECODE_ROWS:
                         assert together == alone
                         continue
                     assert most(dtype, family, threads, rows * threads, width, trains) >= alone

@@ -30,7 +30,7 @@ class CpuBackend:
         return CpuBlock(shape, limits)
 
     def has_too_little(self, rows: int, shape: tuple[int, int]) -> bool:
-        """Whether a call has too little work for the detour to pay."""
+        """Whether a call has too little work for the kernels to pay."""
         return not dispatch.pays(rows, *shape)
 
     def prepare(self, dtype: torch.dtype) -> None:

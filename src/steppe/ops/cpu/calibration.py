@@ -27,7 +27,7 @@ from steppe.ops.cpu.decode import DecodeBlock
 from steppe.ops.cpu.library import kernels
 from steppe.ops.cpu.memory import scratch
 from steppe.ops.cpu.screen import find_candidates, screen_of
-from steppe.ops.cpu.thresholds import FEW_ROWS, NEVER, Tables, overlaid, reached, tables_at
+from steppe.ops.cpu.thresholds import DECODE_ROWS, NEVER, Tables, overlaid, reached, tables_at
 from steppe.ops.mlp import mlp
 from steppe.ops.reference import Rule, Weights, mlp_from
 from steppe.timing import Point, Round, Verdict, decide, measure_point, time_round
@@ -55,10 +55,10 @@ class Effort:
             four times as many by the clock.
         point_seconds: of the processor, after which no round of a point begins any more.
         densities: at which the kernels are timed against dense torch.
-        few_densities: the same for few rows.
+        few_densities: the same for decoding.
         screened_densities: at which a screened block is timed against an unscreened one.
         shrink: by which d_model and the rows are divided; for tests.
-        cold_bytes: how many bytes of weights few rows find in memory, and not in a cache.
+        cold_bytes: bytes of weights that decoding reads, more than any cache holds.
     """
 
     seconds: float = 25.0
@@ -206,7 +206,7 @@ def _warm_up(dtype: torch.dtype) -> None:
     """Call the op: the first call makes torch load a part of itself, which takes seconds."""
     for trains in (False, True):
         call = partial(_Block.sparse, trains=trains, max_density=1.0, max_candidates=0.0)
-        _Block(2 * FEW_ROWS, 64, 256, dtype).run(call, trains)
+        _Block(2 * DECODE_ROWS, 64, 256, dtype).run(call, trains)
 
 
 def _asked(dtype: torch.dtype, threads: int) -> Iterator[Threshold]:
@@ -219,7 +219,7 @@ def _asked(dtype: torch.dtype, threads: int) -> Iterator[Threshold]:
     for width in _WIDTHS:
         for trains in (False, True):
             for rows in sorted({*tables_at(steps, width)[trains], *_ROWS}):
-                is_few = rows <= FEW_ROWS
+                is_few = rows <= DECODE_ROWS
                 if rows > _MOST_ROWS or (is_few and (trains or width < _WIDTHS[0])):
                     continue
                 if is_few or dispatch.pays(rows, width, 4 * width):
@@ -231,7 +231,7 @@ def _asked(dtype: torch.dtype, threads: int) -> Iterator[Threshold]:
     own_screened = dispatch.screened_defaults_for(dtype, threads)
     for trains in (False, True):
         for rows in sorted({*screened[trains], *_ROWS}):
-            if rows <= _MOST_ROWS and not (trains and rows <= FEW_ROWS):
+            if rows <= _MOST_ROWS and not (trains and rows <= DECODE_ROWS):
                 default = reached(own_screened[trains], rows)
                 yield Threshold(CANDIDATES, 0, rows, trains, default, default, ())
 
@@ -249,8 +249,8 @@ def _measured(threshold: Threshold, dtype: torch.dtype, effort: Effort, timed: T
         tried = partial(_Block.sparse, trains=trains, max_density=_TRIED, max_candidates=0.0)
         return point(_Block.dense, tried, _ALWAYS_DENSE).bounds[0] >= _LEAST_MISSED
 
-    # In training, and of few rows, each call is tried, also where all are too dense.
-    is_few = is_of_density and threshold.rows <= FEW_ROWS
+    # In training and in decoding each call is tried, also where all are too dense.
+    is_few = is_of_density and threshold.rows <= DECODE_ROWS
     if is_of_density and trains and not threshold.built_in and not misses_cheaply():
         return threshold
     plain = partial(_Block.sparse, trains=trains, max_density=1.0, max_candidates=0.0)
@@ -306,7 +306,7 @@ class _Block:
         return z
 
     def _decode(self, max_density: float, max_candidates: float) -> Tensor:
-        """As an accelerated block computes few rows: what it needs is laid out once."""
+        """The output as an accelerated block decodes: the weights are laid out once."""
         if self._few is None:
             rows = self.down.T.contiguous()
             weights = Weights(self.up, self.up_bias, None, None, rows, None)
@@ -332,13 +332,13 @@ Call = Callable[[_Block], Tensor]
 
 
 class _Blocks:
-    """One block; for few rows, where reading the weights is all, as many as no cache holds."""
+    """One block; for decoding, which is bound by reading weights, more than any cache holds."""
 
     def __init__(self, threshold: Threshold, dtype: torch.dtype, effort: Effort) -> None:
         self.trains = threshold.trains
-        self.is_few = threshold.rows <= FEW_ROWS
+        self.is_few = threshold.rows <= DECODE_ROWS
         width = threshold.width or _WIDTHS[0]
-        if self.is_few:  # the narrowest for which so few rows are worth a call
+        if self.is_few:  # the narrowest block for which one token is worth a call
             while not dispatch.pays(1, width, 4 * width):
                 width *= 2
         width //= effort.shrink
@@ -357,7 +357,7 @@ class _Blocks:
                 block.run(call, self.trains)
 
     def candidates(self) -> float:
-        """The share of candidates; of few rows it is what the last call has counted."""
+        """The share of candidates; in decoding, as the last call has counted them."""
         first = self.blocks[0]
         kept = cached_screen(first.up) if self.is_few else None
         if kept is not None:

@@ -16,12 +16,13 @@ from typing import TypeAlias
 
 import torch
 
+from steppe.ops.cpu.calls import DECODE_ROWS
+
 # From so many rows (tokens of a call) on, the kernels are faster up to such a density, or the
 # screen up to such a share of candidates.
 Thresholds: TypeAlias = dict[int, float]
 Tables: TypeAlias = dict[bool, Thresholds]  # for inference, under False, and for training
 
-FEW_ROWS = 8  # up to so many, inference is another kernel, which reads each weight once
 _WIDE = 512  # from this width on two threads gain from as many rows on as one
 NEVER: Tables = {False: {}, True: {}}
 # By dtype and instruction set, then by the least width (d_model); narrower never.
@@ -122,9 +123,9 @@ def density_tables(dtype: torch.dtype, family: str, threads: int) -> dict[int, T
     best, but the Python of a call takes as long as before (about 0.05 ms in inference, 0.5 ms in a
     training step), so its share is t times as large. The share is that of the table again if the
     call has t times the work: t times the rows, or a quarter of that in a block twice as wide,
-    since its weights are four times as large. So each step above few rows moves up by this factor;
+    since its weights are four times as large. So each step above `DECODE_ROWS` moves up by this factor;
     from a width of 512 on by half of it, since with two threads the steps were measured to be where
-    they are with one. The steps of few rows hold for any t: there the size of the weights alone
+    they are with one. The steps up to `DECODE_ROWS` hold for any t: there the size of the weights alone
     decides whether to call the kernels, see `steppe.ops.cpu.dispatch.pays`.
 
     Args:
@@ -208,7 +209,7 @@ def overlaid(built_in: Tables, measured: Tables) -> Tables:
         table = dict(sorted({**built_in[trains], **own}.items()))
         least = 0.0
         for rows in table:
-            if rows > FEW_ROWS:
+            if rows > DECODE_ROWS:
                 if rows not in own:
                     table[rows] = max(table[rows], least)
                 else:
@@ -218,15 +219,15 @@ def overlaid(built_in: Tables, measured: Tables) -> Tables:
 
 
 def _for_team(tables: Tables, factor: float) -> Tables:
-    """Tables with each step above few rows at `factor` times as many."""
+    """Tables with each step above `DECODE_ROWS` at `factor` times as many."""
     if factor <= 1.0:
         return tables
     moved: Tables = {}
     for trains, steps in tables.items():
-        moved[trains] = {rows: most for rows, most in steps.items() if rows <= FEW_ROWS}
+        moved[trains] = {rows: most for rows, most in steps.items() if rows <= DECODE_ROWS}
         if steps:
-            moved[trains][FEW_ROWS + 1] = 0.0
+            moved[trains][DECODE_ROWS + 1] = 0.0
         for rows, most in steps.items():
-            if rows > FEW_ROWS and most > 0.0:
+            if rows > DECODE_ROWS and most > 0.0:
                 moved[trains][int(rows * factor)] = most
     return moved
