@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from steppe.ops.cpu import dispatch, thresholds
+from steppe.ops.cpu.calls import DECODE_ROWS
 from steppe.ops.cpu.thresholds import (
     NEVER,
     candidate_tables,

@@ -21,13 +21,13 @@ from torch import Tensor
 from steppe.errors import KernelError, OutputError
 from steppe.ops.cpu import dispatch, remembered
 from steppe.ops.cpu import native_ops as native_ops  # registers the kernels that are measured
-from steppe.ops.cpu.calls import DTYPES
+from steppe.ops.cpu.calls import DECODE_ROWS, DTYPES
 from steppe.ops.cpu.copies import cached_screen, declare_final
 from steppe.ops.cpu.decode import DecodeBlock
 from steppe.ops.cpu.library import kernels
 from steppe.ops.cpu.memory import scratch
 from steppe.ops.cpu.screen import find_candidates, screen_of
-from steppe.ops.cpu.thresholds import DECODE_ROWS, NEVER, Tables, overlaid, reached, tables_at
+from steppe.ops.cpu.thresholds import NEVER, Tables, overlaid, reached, tables_at
 from steppe.ops.mlp import mlp
 from steppe.ops.reference import Rule, Weights, mlp_from
 from steppe.timing import Point, Round, Verdict, decide, measure_point, time_round

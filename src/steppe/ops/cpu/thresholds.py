@@ -123,10 +123,10 @@ def density_tables(dtype: torch.dtype, family: str, threads: int) -> dict[int, T
     best, but the Python of a call takes as long as before (about 0.05 ms in inference, 0.5 ms in a
     training step), so its share is t times as large. The share is that of the table again if the
     call has t times the work: t times the rows, or a quarter of that in a block twice as wide,
-    since its weights are four times as large. So each step above `DECODE_ROWS` moves up by this factor;
-    from a width of 512 on by half of it, since with two threads the steps were measured to be where
-    they are with one. The steps up to `DECODE_ROWS` hold for any t: there the size of the weights alone
-    decides whether to call the kernels, see `steppe.ops.cpu.dispatch.pays`.
+    since its weights are four times as large. So each step above `DECODE_ROWS` moves up by this
+    factor; from a width of 512 on by half of it, since with two threads the steps were measured to
+    be where they are with one. The steps up to `DECODE_ROWS` hold for any t: there the size of the
+    weights alone decides whether to call the kernels, see `steppe.ops.cpu.dispatch.pays`.
 
     Args:
         dtype: of the block.
