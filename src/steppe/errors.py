@@ -39,7 +39,7 @@ class SteppeError(Exception):
         Args:
             setting: how to write a setting of a name and a value; None if it cannot be given, which
                 leaves out all that its way needs.
-            between: what stands between the settings of one way.
+            between: the text between the settings of one way.
 
         Example:
             >>> error = SteppeError("too long", {"length": 64, "stride": 8}, {"cut": True})
@@ -59,7 +59,7 @@ class BlocksNotFoundError(SteppeError, LookupError):
 
 
 class PatternError(SteppeError, ValueError):
-    """What should be a `BlockPattern` is none, or one cannot be written into a file."""
+    """A value is no `BlockPattern`, or one cannot be written into a file."""
 
 
 class UnfitBlockError(SteppeError, ValueError):

@@ -178,7 +178,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _require_replaceable(path: Path) -> Path:
-    """What a path leads to, if another file may take its place.
+    """The file that a path leads to, if another may take its place.
 
     A device or a pipe must not be replaced: ``/dev/null`` would become a file for everybody.
     """
@@ -196,7 +196,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _let_write(write: Callable[[Path], Any], path: Path) -> None:
-    """Let somebody's library write, of which not every one tells a full disk as an OSError."""
+    """Let a library write; some of them do not report a full disk as an OSError."""
     try:
         write(path)
     except (OSError, SafetensorError, SteppeError):

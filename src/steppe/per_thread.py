@@ -1,4 +1,4 @@
-"""What belongs to a call is kept apart by thread: a server runs one model in several at once."""
+"""State of a call, kept apart by thread: a server runs one model in several at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PerThread(Generic[Kept]):
     for all, since what a trace has kept belongs to its graph. Copies begin empty.
 
     Args:
-        value: what there is before anything is kept.
+        value: the first value in each thread.
         inherits: a thread that has kept nothing gets what was kept last, whichever thread did:
             autograd has threads of its own, which run a checkpointed forward pass again.
     """
@@ -65,7 +65,7 @@ class PerThread(Generic[Kept]):
         return calls
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along."""
+        """The state of a copy."""
         return {"value": self._first, "inherits": self._inherits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

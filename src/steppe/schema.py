@@ -35,7 +35,7 @@ def fault_of(kind: type, values: Mapping[str, Any]) -> str | None:
 
 @functools.cache
 def _model_of(kind: type) -> Any:
-    """What checks values, which takes a thousand times as long to make as to use."""
+    """A validator; making one takes a thousand times as long as using it."""
     import pydantic
 
     try:

@@ -67,7 +67,7 @@ class Round:
 
     @property
     def seconds(self) -> float:
-        """Of both."""
+        """The sum of both."""
         return self.one + self.other
 
     def is_disturbed(self, threads: int) -> bool:
@@ -80,7 +80,7 @@ class Round:
 
 
 class Verdict(Enum):
-    """What the rounds say."""
+    """The conclusion from the rounds."""
 
     FASTER = "faster"  # the other call is, by a twentieth or more
     SLOWER = "slower"
@@ -89,7 +89,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured at one density, or share of candidates.
+    """The measurement at one density, or share of candidates.
 
     Attributes:
         share: the density, or the share.
@@ -103,7 +103,7 @@ class Point:
 
     @property
     def median(self) -> float:
-        """Of the ratios; NaN of none."""
+        """The median of the ratios; NaN without any."""
         return statistics.median(self.ratios) if self.ratios else float("nan")
 
     @property
@@ -286,7 +286,7 @@ def time_pair(
 
     Args:
         dense: runs once and returns its time in seconds.
-        sparse: the same, of what is compared with it.
+        sparse: the same, of the one that is compared with it.
         seconds: how long to go on.
         least_rounds: rounds to make also when that takes longer, at least two.
         threads: that take part.

@@ -33,7 +33,7 @@ def time_block(
     """Time one block on the sparse kernels against the same block dense.
 
     Args:
-        setting: what is timed.
+        setting: the block and the case to time.
         seconds: how long.
         least_rounds: rounds to make also when that takes longer.
         cold_bytes: how many bytes of weights the blocks that take turns in a cold case have.
@@ -68,7 +68,7 @@ def time_blocks(
     """Time blocks, see `time_block`.
 
     Args:
-        settings: what is timed.
+        settings: the blocks and cases to time.
         seconds: how long each.
         least_rounds: rounds to make also when that takes longer.
         on_row: called with each row when it is there.
@@ -89,7 +89,7 @@ def time_blocks(
 
 
 def saved_bytes(setting: Setting) -> dict[str, Any]:
-    """What a block keeps for its backward pass, on the sparse kernels and dense.
+    """Bytes that a block saves for its backward pass, on the sparse kernels and dense.
 
     Args:
         setting: of the block; its case says nothing here.

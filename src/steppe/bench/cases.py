@@ -14,13 +14,13 @@ DENSITIES = (0.9, 0.5, 0.1, 0.05, 0.03, 0.01)
 
 @dataclass(frozen=True)
 class Case:
-    """What a block is used for.
+    """A use of a block: training, prefill or decode.
 
     Attributes:
         name: as in tables.
         trains: whether a call is a forward and a backward pass.
         is_cold: whether the weights come from memory and not from a cache.
-        products: number of matrix products, of which all but the first get sparse.
+        products: number of matrix products; all but the first get sparse.
     """
 
     name: str
@@ -52,10 +52,10 @@ DECODE = Case("decode", trains=False, is_cold=True, products=2)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed.
+    """A block and a case to time.
 
     Attributes:
-        case: what for.
+        case: the use.
         density: share of the hidden entries that are active, in [0, 1].
         d_model: D.
         d_hidden: F, other than D.
@@ -126,7 +126,7 @@ PATTERNS = tuple(
 
 
 def usual_settings(threads: int, quick: bool = False) -> list[Setting]:
-    """What `steppe bench` times: a block of width 768, as in BERT-base, OPT-125m or ViT-B.
+    """The settings of `steppe bench`: a block of width 768, as in BERT-base, OPT-125m or ViT-B.
 
     Args:
         threads: of torch and of the kernels.

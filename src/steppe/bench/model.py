@@ -36,8 +36,8 @@ def time_model(
 
     Args:
         model: the model, with or without plug-ins; it stays as it is.
-        batch: what it is called with, on the CPU.
-        case: what is timed, `TRAINING` or `PREFILL`.
+        batch: its arguments, on the CPU.
+        case: `TRAINING` or `PREFILL`.
         seconds: how long.
         least_rounds: rounds to make also when that takes longer.
         where: which blocks; all by default.

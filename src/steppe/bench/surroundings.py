@@ -1,4 +1,4 @@
-"""What times depend on besides the settings: versions, kernels and the processor."""
+"""The surroundings that times depend on: versions, kernels and the processor."""
 
 from __future__ import annotations
 

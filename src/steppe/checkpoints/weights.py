@@ -36,7 +36,7 @@ class Weights:
 
     @classmethod
     def of(cls, folder: str) -> Weights:
-        """Of a folder or a hub repository; every file is opened once to see that it is whole.
+        """The weights of a folder or hub repository; each file is opened once to check it.
 
         Raises:
             CheckpointError: there is none, it is no safetensors file, or it lies elsewhere.
@@ -61,7 +61,7 @@ class Weights:
 
     @classmethod
     def in_files(cls, place: str, paths: list[Path]) -> Weights:
-        """Of all tensors in some files.
+        """The weights in some files.
 
         Raises:
             CheckpointError: a file is no safetensors file.

@@ -64,9 +64,8 @@ def bench(
     show_table(bench_table(rows))
     say(
         "ratio: dense time / sparse time, the median of rounds in which they took turns.",
-        "candidates: what the int8 screen cannot tell to be zero; unscreened: without it.",
-        "bound: what sparse products alone could give with a dense first product. Screening passes"
-        " it,",
+        "candidates: entries that the int8 screen cannot rule out; unscreened: without it.",
+        "bound: the limit of sparse products with a dense first product. Screening passes it,",
         "and decode can: its dense product is another one, too.",
         style="dim",
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class DtypeChoice(str, Enum):
-    """What `steppe calibrate --dtype` takes."""
+    """The values of `steppe calibrate --dtype`."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"

@@ -1,4 +1,4 @@
-"""What subcommands share: quiet libraries, missing packages, Ctrl-C, and paths from home."""
+"""The frame of all subcommands: quiet libraries, missing packages, Ctrl-C, and paths from home."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class LabelChoice(str, Enum):
-    """What `steppe measure --labels` takes."""
+    """The values of `steppe measure --labels`."""
 
     data = "data"
     model = "model"

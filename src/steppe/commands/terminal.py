@@ -1,4 +1,4 @@
-"""What the command line prints: text as it is, on any terminal, and whole lines in a pipe."""
+"""The output of the command line: text as it is, on any terminal, and whole lines in a pipe."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def complain(message: str, first: str = "error:") -> None:
 
     Args:
         message: of any origin.
-        first: what it begins with.
+        first: its first word.
     """
     text = Text.assemble((first, "bold red"), " ", shortened(printable(message)))
     _err.print(text, soft_wrap=True)

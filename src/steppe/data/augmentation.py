@@ -67,7 +67,7 @@ class BatchAugmenter:
         classes: number of classes.
 
     Raises:
-        DataError: RandAugment of grey images, whose colours it would change.
+        DataError: RandAugment of grey images: it would change their colours.
     """
 
     def __init__(self, augmentation: Augmentation, size: int, channels: int, classes: int) -> None:

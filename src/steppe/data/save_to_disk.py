@@ -42,7 +42,7 @@ def _open(data: str, path: Path, streaming: bool) -> Opened:
 
 
 def _check(folder: Path) -> None:
-    """Refuse damaged files, whose bytes would be used as they are.
+    """Refuse damaged files: their bytes would be used as they are.
 
     All values are looked at where there are less than `MAX_CHECKED`, else only their layout.
 

@@ -32,7 +32,7 @@ class WindowBatches(TextBatches):
 
     Args:
         rows: the data.
-        model: a language model, or one without a head, whose batches get no labels.
+        model: a language model, or one without a head; batches of the latter get no labels.
         tokenizer: the model's.
         labelled: whether batches get ``labels``, equal to ``input_ids``, -100 for padding.
     """
@@ -132,7 +132,7 @@ class CorruptedBatches(WindowBatches):
 
 
 def corrupts_spans(rows: Rows, tokenizer: Any) -> bool:
-    """Whether an encoder-decoder's data is running text, whose spans it has learned to answer.
+    """Whether an encoder-decoder's data is running text: it has learned to answer its spans.
 
     Args:
         rows: the data.

@@ -29,7 +29,7 @@ constexpr int64_t kStrip = 16;    // units whose bytes lie together
 constexpr double kMost = 127;         // of an 8-bit grid
 constexpr double kMostWide = 32639;   // of a 16-bit one: 127 · 256 + 127, so that both digits are bytes
 constexpr double kUnit = 0x1p-24;     // half the distance from 1 to the next float32
-constexpr double kTiny = 0x1p-126;    // the least normal float32: what flushing to zero loses at most
+constexpr double kTiny = 0x1p-126;    // the least normal float32, the most that flushing to zero loses
 constexpr double kOurs = 0x1p-36;     // of the float64 arithmetic here, many times over
 // Norms from which on a sum of products could overflow on its way.
 constexpr double kLargeInput = 0x1p62, kLargeRow = 0x1p63;
@@ -219,7 +219,7 @@ int screen_weight(const E *w, int64_t F, int64_t D, int64_t row_stride, int64_t 
 }
 
 // A token as the bound needs it; `norm` is NaN where all units are to be candidates. The sums are of
-// the integers, of which 128 times is taken from a product with bytes that are 128 too large.
+// the integers; 128 times a sum is taken from a product with bytes that are 128 too large.
 struct Token {
   double scale, norm, residual;
   int32_t sum, sum_low;

@@ -4,7 +4,7 @@
 // M) stays in the first-level cache while all rows of A gather from it, and 64 columns of one row of
 // the output stay in registers. Two sets of sums, for even and odd entries, hide the latency of the
 // multiply-add. A matrix that is used once is packed panel by panel, by the thread that then gathers
-// from it: what it writes stays in its second-level cache.
+// from it: its output stays in its second-level cache.
 #pragma once
 
 #include <algorithm>

@@ -9,7 +9,7 @@
 // Writes that do not go through this process's page tables would be missed: by another process to
 // shared memory, which is not watched, by a device that has pinned the pages, by whoever writes to a file
 // that is mapped. Of a private mapping, as safetensors makes them, the pages are therefore made this
-// process's own first: what is written to the file from then on, it does not see at all.
+// process's own first: it does not see later writes to the file.
 #pragma once
 
 #include <algorithm>

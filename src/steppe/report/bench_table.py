@@ -48,7 +48,7 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> FittingTable:
 
 
 def curve_name(row: dict[str, Any]) -> str:
-    """What rows that differ in the density alone have in common, in words.
+    """A description of rows that differ in the density alone.
 
     Args:
         row: of `steppe.bench.time_block`.

@@ -39,7 +39,7 @@ def calibration_table(calibration: Calibration) -> FittingTable:
 
 
 def calibration_summary(calibration: Calibration) -> str:
-    """What came of a calibration, in one line.
+    """The result of a calibration, in one line.
 
     Args:
         calibration: of `steppe.ops.cpu.calibration.calibrate`.

@@ -187,7 +187,7 @@ def neuron_frequency(runs: Sequence[Run]) -> Chart:
 
 
 def quality_over_training(runs: Sequence[Run]) -> Chart:
-    """What the Trainer logged of loss and accuracy."""
+    """Loss and accuracy as the Trainer logged them."""
     base = baseline_of(runs)
     panels, drawn = [], set()
     for key, title in _QUALITIES:

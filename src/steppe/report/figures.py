@@ -1,4 +1,4 @@
-"""What the charts are made of: Plotly figures as JSON values, so that making one needs no Plotly.
+"""The charts as Plotly figures in JSON values, so that making one needs no Plotly.
 
 Colours of text, grid and background are left to ``page.js``, which knows whether it is dark.
 """
@@ -66,7 +66,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class View:
-    """What a chart shows at one choice of its selector.
+    """The view of a chart at one choice of its selector.
 
     Attributes:
         label: the choice, plain text.
@@ -91,7 +91,7 @@ class Chart:
         notes: how to read it, and what is missing.
         runs: indices of the runs in its key.
         swatches: other entries of its key, colour and text.
-        chooses: what the selector chooses.
+        chooses: the name of the choice.
         half: whether it is as clear at half the width.
     """
 
@@ -135,7 +135,7 @@ def line(run: int, name: str, style: Style, x: Sequence[float], y: Sequence[floa
         name: its name.
         style: its look.
         x: finite numbers.
-        y: numbers; what is not finite is a gap.
+        y: numbers; one that is not finite is a gap.
     """
     return {
         "type": "scatter",

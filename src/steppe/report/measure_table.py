@@ -25,8 +25,8 @@ def measure_table(report: Report) -> FittingTable:
 
     Returns:
         A table of 100 columns or less. ``identity`` is by how much AF / (T̄ F · active gain)
-        deviates from the derivative density, relatively. What was not measured is a dash; columns
-        that no block has are left out.
+        deviates from the derivative density, relatively. A dash is a value that was not measured;
+        columns that no block has are left out.
     """
     title = (
         f"density {_percent(report.density)} %, derivative density"
@@ -67,7 +67,7 @@ def measure_table(report: Report) -> FittingTable:
 
 
 def _rows_of(blocks: Sequence[BlockReport]) -> tuple[list[BlockReport], list[int]]:
-    """What has a row each, with its number of hidden units; of many the experts together."""
+    """The rows of a table with their numbers of hidden units; many experts share one."""
     rows, units = [], []
     for _, group in groupby(blocks, _layer_of if len(blocks) > _MANY else _name_of):
         alike = list(group)
@@ -152,7 +152,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Of each name the parts in which it differs from others: ``encoder.0``, ``decoder.0``."""
+    """The parts in which each name differs from others: ``encoder.0``, ``decoder.0``."""
     parts = [name.split(".") for name in names]
     short = list(names)
     if len({len(part) for part in parts}) == 1 and len(set(names)) > 1:

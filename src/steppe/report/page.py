@@ -135,7 +135,7 @@ def _shape(run: Run) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class _Part:
-    """What the page says of one group of runs."""
+    """One group of runs on the page."""
 
     title: str
     runs: list[Run]
@@ -144,7 +144,7 @@ class _Part:
 
     @property
     def prefix(self) -> str:
-        """Of the ids of its elements."""
+        """The prefix of the ids of its elements."""
         return f"part-{self.number}-" if self.number else ""
 
 
@@ -174,7 +174,7 @@ def _page(runs: Sequence[Run], plotly: str) -> str:
 <body>
 {_contents(parts)}
 <main>
-<noscript><p class="note">The charts need JavaScript; what they say is beside them.</p></noscript>
+<noscript><p class="note">The charts need JavaScript; the tables beside them do not.</p></noscript>
 {articles}
 </main>
 <footer><p>Made by steppe {metadata.version("steppe")}. This file loads nothing.</p></footer>
@@ -275,7 +275,7 @@ def _selector(chart: Chart, key: str) -> str:
 
 
 def _key(part: _Part, chart: Chart) -> str:
-    """What the colours mean; a run's entry is a button that hides it in all charts."""
+    """The legend of the colours; a run's entry is a button that hides it in all charts."""
     base = baseline_of(part.runs)
     entries = [
         f'<li><button type="button" aria-pressed="true" data-run="{part.prefix}{index}"'

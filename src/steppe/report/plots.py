@@ -21,7 +21,7 @@ def plot_training_density(summary: dict[str, Any], path: Path) -> Path:
     """Density over training, one panel per data set, one curve per arm.
 
     Args:
-        summary: what `steppe.training.demo.run_demo` returned or wrote.
+        summary: as `steppe.training.demo.run_demo` returned or wrote it.
         path: a PNG.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the page takes from runs: which steps it draws, and the numbers that sum a run up."""
+"""The data of the page: which steps of runs it draws, and the numbers that sum a run up."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ bound.</p>
 
 
 def settings_sheet(runs: Sequence[Run], prefix: str = "") -> str:
-    """Settings and versions of the runs, folded up; what differs stands first and is marked.
+    """Settings and versions of the runs, folded up; differences stand first and are marked.
 
     Args:
         runs: at least one.
@@ -193,7 +193,7 @@ def _plugins(run: Run) -> str:
 
 
 def _coverage(run: Run) -> str:
-    """What of the model was measured, where that is not all of its MLPs; else nothing."""
+    """The measured part of a model's MLPs; empty if it is all of them."""
     report = next(iter((*run.held_out, *run.training)), None)
     if report is None or not report.coverage < 1.0:
         return ""
@@ -209,7 +209,7 @@ def _training_density(run: Run) -> float:
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    """What is known of a run besides its measures, by a name for each."""
+    """The facts of a run besides its measures, by name."""
     activations = Counter(run.activations)
     return {
         "model": run.model,

@@ -13,7 +13,7 @@ def demo_table(summary: dict[str, Any]) -> FittingTable:
     """The result of `steppe demo`, one row per data set and arm.
 
     Args:
-        summary: what `steppe.training.demo.run_demo` returned or wrote.
+        summary: as `steppe.training.demo.run_demo` returned or wrote it.
 
     Returns:
         A table of quality, densities in percent, their change relative to ``vanilla``, and time.
@@ -52,7 +52,7 @@ def recipe_table(summary: dict[str, Any]) -> FittingTable:
     """The result of `steppe train`.
 
     Args:
-        summary: what `steppe.training.run_recipe.run_recipe` returned or wrote.
+        summary: as `steppe.training.run_recipe.run_recipe` returned or wrote it.
 
     Returns:
         A table of held-out quality, densities in percent, steps and time.
@@ -71,10 +71,10 @@ def recipe_table(summary: dict[str, Any]) -> FittingTable:
 
 
 def speed_table(summary: dict[str, Any]) -> FittingTable:
-    """What the sparse kernels gain on the blocks that `steppe demo` trained.
+    """The gain of the sparse kernels on the blocks that `steppe demo` trained.
 
     Args:
-        summary: what `steppe.training.demo.run_demo` returned or wrote.
+        summary: as `steppe.training.demo.run_demo` returned or wrote it.
 
     Returns:
         A table of dense time / sparse time, the median over the seeds, one row per data set and
@@ -107,7 +107,7 @@ def demo_markdown(summary: dict[str, Any]) -> str:
     """The result of `steppe demo` as a Markdown table, for the README.
 
     Args:
-        summary: what `steppe.training.demo.run_demo` returned or wrote.
+        summary: as `steppe.training.demo.run_demo` returned or wrote it.
 
     Returns:
         The lines of the table, each ended.

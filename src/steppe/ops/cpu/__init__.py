@@ -1,1 +1,1 @@
-"""The kernels of the CPU: native code, what it is told, and when it pays."""
+"""The kernels of the CPU: native code, its callers, and when it pays."""

@@ -3,10 +3,10 @@
 The density of a call, and the share of candidates, are only known once some work was done: counting
 is a pass over the first product, screening an int8 product. A block that is too dense would pay for
 that in every call, and a block near its threshold would change sides from call to call. So two
-standard remedies. *Hysteresis*: what was below its threshold goes on until it is above by more than
-`MARGIN`; what was given up has to get below the threshold itself. *Back-off*: after a try that
-failed, 16 calls run dense without counting, then 32, up to 256: a block that stays dense is counted
-once in 256 calls, and one that becomes sparse is found after as many.
+standard remedies. *Hysteresis*: a share that was below its threshold goes on until it is above by
+more than `MARGIN`; one that was given up has to get below the threshold itself. *Back-off*: after a
+try that failed, 16 calls run dense without counting, then 32, up to 256: a block that stays dense
+is counted once in 256 calls, and one that becomes sparse is found after as many.
 
 This is inference only. A training step decides by its own tensors alone, since a forward pass that
 checkpointing repeats has to take the same way as the first one.

@@ -79,9 +79,9 @@ class Threshold:
         width: d_model from which on it holds; 0 for any, of candidates.
         rows: tokens of a call from which on it holds.
         trains: whether a backward pass follows.
-        built_in: what holds without a calibration.
-        used: what holds with it.
-        points: what was measured, at ascending densities, or shares of candidates.
+        built_in: the threshold without a calibration.
+        used: the threshold with it.
+        points: the measurements, at ascending densities, or shares of candidates.
     """
 
     kind: str
@@ -286,7 +286,7 @@ class _Block:
         self._few: DecodeBlock | None = None
 
     def set_density(self, density: float) -> None:
-        """Of Gaussian pre-activations, by one constant bias."""
+        """Set the density of Gaussian pre-activations by one constant bias."""
         shift = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(density))
         with torch.no_grad():
             self.up_bias.fill_(min(float(shift), _ALL_ACTIVE))
@@ -418,6 +418,6 @@ def _use(
 
 
 def _measured_at(densities: dict[int, Tables], width: int) -> Tables:
-    """What was measured for blocks of a width, at the width from which on it holds."""
+    """The measured tables of a width, at the width from which on they hold."""
     base = max((least for least in _WIDTHS if least <= width), default=0)
     return densities.get(base, NEVER)

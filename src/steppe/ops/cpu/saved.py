@@ -16,7 +16,7 @@ from steppe.ops.reference import densify
 
 
 class Saved(NamedTuple):
-    """What a call of a block keeps for its backward pass.
+    """The tensors that a call of a block saves for its backward pass.
 
     A call that ran sparse keeps the nnz entries of its support, as column-tiled CSR (see
     `steppe.ops.reference`). A call that ran dense keeps all T · F entries, and `indices` and
@@ -24,7 +24,7 @@ class Saved(NamedTuple):
 
     Attributes:
         r: max(p, 0), ``[nnz]`` or ``[T · F]``.
-        up: of a gated block, what multiplies σ(r), the same shape; else empty.
+        up: of a gated block, the factor of σ(r), the same shape; else empty.
         kept: the entries that dropout has kept, bool, the same shape; empty without dropout.
         indices: int16 ``[nnz]``.
         offsets: int64 ``[tiles · T + 1]``.
@@ -61,7 +61,7 @@ def saved_sparse(r: Tensor, up: Tensor, kept: Tensor, support: Support) -> Saved
 
 
 def fake_saved(x: Tensor, hidden: int, gated: bool, dropout: float) -> Five:
-    """Fake tensors of the form, whose lengths depend on the data; see `steppe.ops.mlp.FakeSaved`.
+    """Fake tensors of the form; their lengths depend on the data; see `steppe.ops.mlp.FakeSaved`.
 
     Args:
         x: ``[T, D]``.
