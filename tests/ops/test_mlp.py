@@ -311,7 +311,15 @@ def test_opcheck(dtype: torch.dtype) -> None:
     _, *saved = (part.detach() for part in mlp_op.mlp(x, *weights, *rule, 0.5, True, 1.0, 0.0))
     torch.library.opcheck(mlp_op.support, (saved, 6, 70, *rule))
     torch.library.opcheck(mlp_op.dropout_mask, (saved, 6, 70))
-    backward = (torch.randn(6, 3, dtype=dtype), x.detach(), *weights, *rule, 0.5, saved, [True] * 7)
+    backward = (
+        torch.randn(6, 3, dtype=dtype),
+        x.detach(),
+        *weights,
+        *rule,
+        0.5,
+        *saved,
+        [True] * 7,
+    )
     torch.library.opcheck(mlp_op.mlp_backward, backward)
 
 

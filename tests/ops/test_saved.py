@@ -36,13 +36,13 @@ def packed_mlp(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def packed_backward(grad_z: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    weights, (alpha, beta, mix), saved = Weights(*arguments[:6]), arguments[6:9], arguments[10]
+    weights, (alpha, beta, mix), saved = Weights(*arguments[:6]), arguments[6:9], arguments[10:15]
     values, words, starts, *_ = saved
     packed = bitmask.Packed(words, starts, values)
     grad_a = grad_z @ weights.down.T
     grad_p, a = bitmask.unpack_grad(grad_a, packed, coefficients_of(alpha, beta, mix))
     grads = (grad_p @ weights.activated, grad_p.T @ x, grad_p.sum(0), None, None)
-    wanted = (x, *weights), arguments[11]
+    wanted = (x, *weights), arguments[15]
     return mlp_op.only_needed((*grads, a.T @ grad_z, grad_z.sum(0)), *wanted)
 
 

@@ -64,6 +64,7 @@ def watch(
         ValueError: `reduction` is neither ``mean`` nor ``sum``.
 
     Example:
+        >>> import torch
         >>> layer = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
         >>> with watch(layer, gradients=True) as monitor:
         ...     layer(torch.randn(2, 5, 8)).square().mean().backward()

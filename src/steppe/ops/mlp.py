@@ -9,7 +9,7 @@ Who owns what:
   keeps the active entries as column-tiled CSR, not one entry more (`steppe.ops.cpu.saved`). Or they
   may be fixed: a GPU would keep a bit mask and a pool of values of fixed capacity
   (`steppe.ops.bitmask`), so that no call waits for a count and a CUDA graph can capture all of it.
-- A backend registers a kernel of each op for its device, and with `register_saved` the shapes of
+- A backend registers a kernel of each op for its device, and with `declare_saved` the shapes of
   `saved`, which the fake kernel gives while a call is traced.
 - The bodies below are the reference, and run where no backend is registered. They compute densely
   and save r, `up` and the dropout mask of all T · F entries: lengths that are known beforehand.
@@ -36,7 +36,7 @@ FakeSaved: TypeAlias = Callable[[Tensor, int, bool, float], Five]
 _fakes: dict[str, FakeSaved] = {}
 
 
-def register_saved(device: str, fake: FakeSaved) -> None:
+def declare_saved(device: str, fake: FakeSaved) -> None:
     """Have the fake kernel of `mlp` return a backend's own form of `saved`.
 
     Args:
@@ -166,14 +166,21 @@ def mlp_backward(
     beta: float,
     mix: Tensor | None,
     dropout: float,
-    saved: Sequence[Tensor],
+    saved_0: Tensor,
+    saved_1: Tensor,
+    saved_2: Tensor,
+    saved_3: Tensor,
+    saved_4: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `mlp`: of x and of the six weights, empty where none is needed."""
+    """The gradients of `mlp`: of x and of the six weights, empty where none is needed.
+
+    The five of `saved` are arguments one by one: an op with a list of tensors has no batching rule,
+    and a Hessian by ``is_grads_batched=True`` needs one.
+    """
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     rule = rule_of(alpha, beta, mix, dropout)
-    r, up_values, kept, *_ = saved
-    return dense_backward(grad_z, x, weights, rule, r, up_values, kept, needs)
+    return dense_backward(grad_z, x, weights, rule, saved_0, saved_1, saved_2, needs)
 
 
 def dense_backward(
@@ -320,7 +327,11 @@ def _(
     beta: float,
     mix: Tensor | None,
     dropout: float,
-    saved: Sequence[Tensor],
+    saved_0: Tensor,
+    saved_1: Tensor,
+    saved_2: Tensor,
+    saved_3: Tensor,
+    saved_4: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (x, activated, activated_bias, up, up_bias, down, down_bias)
@@ -352,7 +363,7 @@ def _mlp_backward(ctx: Any, grad_z: Tensor | None, *_: Any) -> tuple[Tensor | No
         return of_x, *of_weights, *(None,) * 7
     needs = ctx.needs_input_grad[:7]
     rule_arguments = ctx.alpha, ctx.beta, mix, ctx.dropout
-    grads = mlp_backward(grad_z, x, *weights, *rule_arguments, saved, needs)
+    grads = mlp_backward(grad_z, x, *weights, *rule_arguments, *saved, needs)
     wanted = zip(grads, needs, strict=True)
     return *(grad if needed else None for grad, needed in wanted), *(None,) * 7
 

@@ -302,11 +302,16 @@ def _(
     beta: float,
     mix: Tensor | None,
     dropout: float,
-    saved: Sequence[Tensor],
+    saved_0: Tensor,
+    saved_1: Tensor,
+    saved_2: Tensor,
+    saved_3: Tensor,
+    saved_4: Tensor,
     needs: Sequence[bool],
 ) -> Seven:
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
-    rule, form = rule_of(alpha, beta, mix, dropout), Saved(*saved)
+    rule = rule_of(alpha, beta, mix, dropout)
+    form = Saved(saved_0, saved_1, saved_2, saved_3, saved_4)
     rows, columns = x.shape[0], down.shape[0]
     if form.is_sparse and runs(grad_z, x, *weights):
         grads = sparse_gradients(grad_z, x, weights, rule, form, needs)
@@ -339,4 +344,4 @@ def _(saved: Sequence[Tensor], rows: int, columns: int) -> Tensor:
     return kept if form.is_sparse else kept.clone()
 
 
-mlp_op.register_saved("cpu", fake_saved)
+mlp_op.declare_saved("cpu", fake_saved)
