@@ -219,7 +219,7 @@ def model_rows(name: str, threads: int, seconds: float) -> list[Row]:
         dense_call, sparse_call = (
             lambda model=one, run=run, inputs=inputs: run(model, inputs) for one in (model, sparse)
         )
-        times = time_pair(dense_call, sparse_call, seconds, least_rounds=3)
+        times = time_pair(dense_call, sparse_call, seconds, least_rounds=3, threads=threads)
         with watch(model) as monitor:
             run(model, inputs)
         rows.append(

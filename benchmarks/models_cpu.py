@@ -273,9 +273,8 @@ def _row(
 ) -> Row:
     """A row of one model and case."""
     run(sparse)  # dense: a block sees its density first
-    times = time_pair(
-        partial(_timed, run, dense), partial(_timed, run, sparse), seconds, least_rounds=3
-    )
+    calls = partial(_timed, run, dense), partial(_timed, run, sparse)
+    times = time_pair(*calls, seconds, least_rounds=3, threads=torch.get_num_threads())
     # Afterwards, when it is known how the blocks run.
     outputs, how = run(sparse), Counter(one.how for one in explain(sparse).blocks)
     with watch(dense) as monitor:

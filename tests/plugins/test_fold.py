@@ -22,10 +22,10 @@ from transformers import (
 import models
 import odd
 import steppe
+from plugins.thresholds import threshold_of
 from steppe import JumpingSquaredReLU, RestrictedNorm, RisingThreshold, ZerothBias
 from steppe.errors import SparsificationError
 from steppe.plugins.applied import sparsification_of
-from steppe.plugins.rising_threshold import threshold_of
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **models.LANGUAGE_MODELS,

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 import models
 import oracles
 import steppe
+from plugins.thresholds import threshold_of
 from steppe import (
     BlockPattern,
     JumpingSquaredReLU,
@@ -34,7 +35,7 @@ from steppe import (
 )
 from steppe.errors import ScheduleError, UnfitBlockError
 from steppe.plugins.moments import moments_of
-from steppe.plugins.rising_threshold import DECAY, Threshold, threshold_of
+from steppe.plugins.rising_threshold import DECAY, Threshold
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated"),

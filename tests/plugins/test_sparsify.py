@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import models
 import steppe
+from plugins.thresholds import threshold_of
 from steppe import (
     ActivationPenalty,
     JumpingSquaredReLU,
@@ -31,7 +32,6 @@ from steppe.blocks.block import MLPBlock
 from steppe.errors import SparsificationError, UnfitBlockError
 from steppe.plugins.applied import Sparsification, sparsification_of
 from steppe.plugins.base import Constraint
-from steppe.plugins.rising_threshold import threshold_of
 from steppe.surgery.journal import Journal
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

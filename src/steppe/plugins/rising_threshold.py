@@ -220,9 +220,3 @@ class Rising(Constraint):
             sums = [part.view_as(own).to(own.device) for part, own in zip(parts, sums, strict=True)]
         for threshold, part in zip(self.thresholds, sums, strict=True):
             threshold.take_up(part)
-
-
-def threshold_of(block: MLPBlock) -> Threshold | None:
-    """The threshold of a block, or None."""
-    threshold = block.activated._modules.get(MODULE_NAME)
-    return threshold if isinstance(threshold, Threshold) else None

@@ -25,12 +25,11 @@ import torch
 import transformers
 from torch import nn
 
-from steppe.data.embedded import BYTES
 from steppe.files import prepare_file, write_json, writing_to
 from steppe.runs import RUN_FILE, Run, read_run, write_run
 from steppe.training.recipe import Recipe, read_recipe
 from steppe.training.recipe_arguments import ARMS, model_settings
-from steppe.training.recipe_model import build_model
+from steppe.training.recipe_data import bytes_model
 from steppe.training.run_recipe import run_recipe
 
 SUMMARY_VERSION = 1
@@ -160,8 +159,7 @@ def language_model(width: int = 64) -> nn.Module:
     recipe = read_recipe("pydoc")
     settings = {**model_settings(recipe.model), "n_embd": width}
     model = replace(recipe.model, model_config=json.dumps(settings))
-    known = {"vocab_size": BYTES, "bos_token_id": 0, "eos_token_id": 0}
-    return build_model(replace(recipe, model=model), **known)
+    return bytes_model(replace(recipe, model=model))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from steppe.data.augmentation import Augmentation, BatchAugmenter, normalise
 from steppe.data.embedded import BYTES, EMBEDDED, load_digits_split, load_pydoc_split
 from steppe.data.image_data import load_image_data
 from steppe.data.text_data import TextSettings, load_text_data, require_shards
+from steppe.data.text_limits import vocabulary_of
 from steppe.errors import CheckpointError, DataError, RecipeError
 from steppe.training.quality import (
     Keep,
@@ -194,7 +195,7 @@ def _text_job(recipe: Recipe) -> Job:
     if recipe.model.task == SPANS:
         known["decoder_start_token_id"] = data.tokenizer.pad_token_id
     model = build_model(recipe, **known)
-    vocabulary = _vocabulary_of(model)
+    vocabulary = vocabulary_of(model)
     if vocabulary < len(data.tokenizer):
         raise RecipeError(
             f"the model's vocabulary has {vocabulary} tokens, the tokenizer's"
@@ -211,11 +212,6 @@ def _text_job(recipe: Recipe) -> Job:
         quality=token_quality,
         notes=data.notes,
     )
-
-
-def _vocabulary_of(model: PreTrainedModel) -> int:
-    """The number of tokens that a model knows."""
-    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
 
 
 def _embedded_job(recipe: Recipe) -> Job:
@@ -235,7 +231,7 @@ def _embedded_job(recipe: Recipe) -> Job:
     split = load_digits_split() if task == IMAGES else load_pydoc_split(asked.length)
     number = min(asked.held_out_samples or len(split.held_out), len(split.held_out))
     return Job(
-        model=_digits_model(recipe) if task == IMAGES else _bytes_model(recipe),
+        model=_digits_model(recipe) if task == IMAGES else bytes_model(recipe),
         train=split.train,
         held_out=Subset(split.held_out, range(number)),
         processor=None,
@@ -257,10 +253,17 @@ def _digits_model(recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def _bytes_model(recipe: Recipe) -> PreTrainedModel:
-    """The model of a recipe for bytes of text."""
+def bytes_model(recipe: Recipe) -> PreTrainedModel:
+    """The model of a recipe for bytes of text.
+
+    Args:
+        recipe: as `read_recipe` gives it.
+
+    Raises:
+        RecipeError: the model knows fewer tokens than there are bytes.
+    """
     model = build_model(recipe, vocab_size=BYTES, bos_token_id=0, eos_token_id=0)
-    vocabulary = _vocabulary_of(model)
+    vocabulary = vocabulary_of(model)
     if vocabulary < BYTES:
         raise RecipeError(
             f"{recipe.name}: the tokens of pydoc are {BYTES} bytes; the model's vocabulary has"

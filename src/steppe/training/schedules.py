@@ -22,7 +22,7 @@ def advance_to_(model: nn.Module, step: int, total_steps: int) -> None:
         total_steps: of the whole run.
     """
     if sparsification_of(model) is not None:
-        advance_(model, min(1.0, step / max(1, total_steps)))
+        advance_(model, _progress(step, total_steps))
 
 
 def finish_step_(model: nn.Module, step: int, total_steps: int) -> None:
@@ -34,7 +34,7 @@ def finish_step_(model: nn.Module, step: int, total_steps: int) -> None:
         total_steps: of the whole run.
     """
     if sparsification_of(model) is not None:
-        advance_to_(model, step, total_steps)
+        advance_(model, _progress(step, total_steps))
         project_(model)
 
 
@@ -65,3 +65,8 @@ def constrain_only_(
             f"{caller}: the plug-ins' ramps need the length of the run: Trainer(max_steps=10_000)"
         )
     return constrain_(model, optimizers[0], None if math.isinf(total_steps) else int(total_steps))
+
+
+def _progress(step: int, total_steps: int) -> float:
+    """The share of the run that is done after some steps, in [0, 1]."""
+    return min(1.0, step / max(1, total_steps))
