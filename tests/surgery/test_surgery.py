@@ -419,3 +419,24 @@ def test_hooks_of_plug_ins_and_of_watch_are_told_from_foreign_ones(plugins: Any)
         assert [hook for hook in hooks_of(model) if not is_own_hook(hook)] == [keep]
         handle.remove()
         loss_of(model, seed=0).backward()
+
+
+def test_hooks_have_one_order_in_both_dicts() -> None:
+    """The compiler of torch up to 2.12 looks a hook up by its place in the plain dict."""
+    model = models.gpt2()
+    block = steppe.find_blocks(model)[0]
+    called: list[str] = []
+    block.up.register_forward_pre_hook(lambda *_: called.append("theirs"))
+    journal = Journal()
+    journal.add_forward_pre_hook(block.up, lambda *_: called.append("ours"), first=True)
+    block.up(torch.zeros(1, block.d_model))
+    assert called == ["ours", "theirs"]
+    steppe.sparsify_(model, PLUGINS["all"])
+    with steppe.watch(model):
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                assert list(hooks) == list(dict.keys(hooks))
+    journal.undo()
+    called.clear()
+    block.up(torch.zeros(1, block.d_model))
+    assert called == ["theirs"]

@@ -179,7 +179,9 @@ class Journal:
     ) -> None:
         """Register a forward pre-hook; with `first` it comes before those that are there."""
         own = OwnHook(hook, self._transient)
-        handle = module.register_forward_pre_hook(own, prepend=first, with_kwargs=with_kwargs)
+        handle = module.register_forward_pre_hook(own, with_kwargs=with_kwargs)
+        if first:
+            _move_to_front(module._forward_pre_hooks, handle.id)
         self._note_hook(module, own, handle)
 
     def add_forward_hook(
@@ -279,3 +281,16 @@ def forget_compiled_code() -> None:
     """Make torch.compile look again: it does not notice hooks added after the first call."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def _move_to_front(hooks: dict[int, Any], key: int) -> None:
+    """Let a registered hook be called before the others.
+
+    ``prepend=True`` moves it in the order of the OrderedDict alone. torch.compile up to torch 2.12
+    finds a hook by its place in the order of the plain dict below, and fails on another one: so
+    both orders are made the same.
+    """
+    others = [(other, hook) for other, hook in hooks.items() if other != key]
+    ordered = [(key, hooks[key]), *others]
+    hooks.clear()
+    hooks.update(ordered)
