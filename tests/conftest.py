@@ -16,7 +16,11 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="steppe-tests-")
 import pytest
 import torch
 
-collect_ignore_glob = ["versions/*"]  # programs for other environments
+collect_ignore_glob = [
+    "versions/*",  # programs for other environments
+    # Collected for its doctests it would be a second module, with a second class of the same key.
+    "howto/dummy_*.py",
+]
 if "STEPPE_FAKE_DEVICE" not in os.environ:
     collect_ignore_glob.append("fake/*")  # for a process of their own, see test_fake_device.py
 
