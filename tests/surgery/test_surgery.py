@@ -436,6 +436,7 @@ def test_hooks_have_one_order_in_both_dicts() -> None:
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 assert list(hooks) == list(dict.keys(hooks))
+    steppe.restore_(model)
     journal.undo()
     called.clear()
     block.up(torch.zeros(1, block.d_model))
