@@ -247,7 +247,7 @@ def test_the_reference_ops_never_wait() -> None:
         weights = reference.Weights(matrix, vector, None, None, matrix, x[0])
         rule = mlp_op.rule_of(1.0, 0.5, mix, 0.1)
         _, r, up, kept = reference.mlp(x, weights, rule)
-        mlp_op.dense_backward(x, x, weights, rule, r, up, kept, [True] * 7)
+        mlp_op.dense_backward(x, x[:, 0], x, weights, rule, r, up, kept, [True] * 7)
     assert watchdog.events == {}
 
 
