@@ -241,7 +241,8 @@ class Computation:
                 shift.see_x(flat, weights.activated, _bias(block.activated))
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         readers = l1_readers(block) if block.down.training and not route.trial else ()
-        is_plain = not (trains or readers) and _is_plain(x)
+        with_l1 = len(readers) > 0  # torch 2.11 does not trace bool(readers)
+        is_plain = not (trains or with_l1) and _is_plain(x)
         if is_plain and plan is not None and self._kernels is not None:
             first, *others = tensors
             coefficients = alpha, beta, mix
@@ -250,7 +251,7 @@ class Computation:
             limits = self.limits
             if plan is not None and trains:  # nothing is cached, so the plan holds as it is
                 limits = Limits(plan.max_density, plan.max_candidates)
-            arguments = alpha, beta, mix, dropout, trains, *limits, bool(readers)
+            arguments = alpha, beta, mix, dropout, trains, *limits, with_l1
             z, l1, *saved = mlp(*tensors, *arguments)
         if plan is not None:
             route.note(noted())
