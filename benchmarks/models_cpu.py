@@ -101,8 +101,8 @@ def nllb_600m(quick: bool) -> tuple[nn.Module, Batch]:
     return M2M100ForConditionalGeneration(config), {"input_ids": ids, "labels": ids.flip(1)}
 
 
-def t5(quick: bool, width: int, layers: int) -> tuple[nn.Module, Batch]:
-    """T5 with F = 4 d and twice as many layers as given, no biases."""
+def t5(quick: bool, width: int, layers: int, samples: int, tokens: int) -> tuple[nn.Module, Batch]:
+    """T5 with F = 4 d and twice as many layers as given, no biases; half as many tokens decoded."""
     width, vocabulary, layers = (64, 512, 1) if quick else (width, 32_128, layers)
     config = T5Config(
         vocab_size=vocabulary,
@@ -116,8 +116,9 @@ def t5(quick: bool, width: int, layers: int) -> tuple[nn.Module, Batch]:
     )
     model = T5ForConditionalGeneration(config)
     _share_component_(model)
-    ids = torch.randint(2, vocabulary, (2, 64))
-    return model, {"input_ids": ids, "labels": ids[:, :32].contiguous()}
+    samples, tokens = (2, 64) if quick else (samples, tokens)
+    ids = torch.randint(2, vocabulary, (samples, tokens))
+    return model, {"input_ids": ids, "labels": ids[:, : tokens // 2].contiguous()}
 
 
 def opt_125m(quick: bool) -> tuple[nn.Module, Batch]:
@@ -246,8 +247,13 @@ def decode(model: Any, batch: Batch) -> list[Tensor]:
 _OF_LAYERS: dict[str, Run] = {"prefill": prefill, "decode": decode}
 SUBJECTS = {
     "NLLB-600M": Subject(nllb_600m, {"greedy": generate, "4 beams": partial(generate, beams=4)}),
-    "T5-base": Subject(partial(t5, width=768, layers=12), {"greedy": generate, "training": train}),
-    "T5-small": Subject(partial(t5, width=512, layers=6), {"training": train}),
+    "T5-base": Subject(
+        partial(t5, width=768, layers=12, samples=2, tokens=64),
+        {"greedy": generate, "training": train},
+    ),
+    "T5-small": Subject(
+        partial(t5, width=512, layers=6, samples=8, tokens=128), {"training": train}
+    ),
     "OPT-125m": Subject(opt_125m, {"training": train}),
     "ViT-S": Subject(vit_s, {"training": train}),
     "Nemotron-4B, 2 layers": Subject(nemotron_4b, _OF_LAYERS),
