@@ -82,6 +82,7 @@ _CANDIDATES: dict[tuple[torch.dtype, str], Tables] = {
     },
     (torch.float32, "zen4"): {False: {1: 0.3, 9: 0.22, 32: 0.3}, True: {256: 0.3}},
     (torch.bfloat16, "zen4"): {False: {1: 0.3, 9: 0.0, 512: 0.25}, True: {}},
+    (torch.float32, "avx2"): {False: {1: 0.3, 9: 0.0, 32: 0.2, 128: 0.25}, True: {256: 0.25}},
     (torch.bfloat16, "amx"): {False: {1: 0.3, 9: 0.0}, True: {}},
     (torch.bfloat16, "avx512+bf16"): {
         False: {1: 0.3, 9: 0.0, 64: 0.2, 128: 0.25},
