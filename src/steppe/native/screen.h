@@ -1,4 +1,5 @@
-// Screening: which entries of x Wᵀ + b can be above zero, by an int8 product and a bound on its error.
+// Screening: which entries of x Wᵀ + b can be above zero, by a product of small integers and a bound on
+// its error.
 // docs/screening.md has the proof; steppe/ops/screening.py is the definition.
 //
 // Each row of x and of W is rotated and put on a grid of its own, scale × integers. In units of the
@@ -257,7 +258,12 @@ int screen_tokens(const E *x, int64_t T, int64_t D, int64_t stride, Integer *int
 // The differences of int32 sums and an offset, which wrap, as doubles.
 inline dvec unshifted(const int32_t *sums, int32_t offset) {
   const narrow_uvec raw = *reinterpret_cast<const narrow_uvec *>(sums);
-  return __builtin_convertvector((narrow_ivec)(raw - uint32_t(offset)), dvec);
+  const narrow_ivec product = (narrow_ivec)(raw - uint32_t(offset));
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (dvec)_mm256_cvtepi32_pd((__m128i)product);  // g++ 12 converts two at a time
+#else
+  return __builtin_convertvector(product, dvec);
+#endif
 }
 
 // Which of 64 units, or of the `units` that there are, are candidates for a token: bit j for unit j.
@@ -267,7 +273,7 @@ template <typename Product>
 inline uint64_t candidate_mask(const Token &token, const double *bias, const Bounds &bounds,
                                int64_t first, int64_t units, Product product) {
   uint64_t mask = 0;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int64_t j = 0; j < kPanel; j += kDoubles) {
     const auto at = [&](const double *from) { return *reinterpret_cast<const dvec *>(from + j); };
     const dvec bound = product(j) * token.scale + at(bias) +

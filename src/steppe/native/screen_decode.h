@@ -1,4 +1,4 @@
-// Candidates in decoding, T <= 8. x is on grids of 16 bits, as two bytes: twice the products cost nothing,
+// Candidates in decoding, T <= 8. x is on grids of 16 bits, with VNNI as two bytes: the products cost nothing,
 // since the time goes into reading the bytes of W from memory, and the tighter bound leaves fewer rows of
 // W and V to read.
 #pragma once

@@ -137,6 +137,10 @@ inline void multiply_block(const Integer *x, int64_t stride, const uint8_t *bloc
   }
 }
 
+constexpr int64_t kLine = 64;
+// Bytes of a weight to fetch ahead of what is read: the hardware stops at the end of a page.
+constexpr int64_t kFetchAhead = 1024;
+
 // sums [T][kFewDigits][16] of the digits of T rows of integers, [T][kFewDigits][width], with a strip of
 // bytes.
 template <int T>
@@ -151,9 +155,11 @@ inline void multiply_strip(const Integer *x, int64_t width, const uint8_t *strip
       for (int k = 0; k < kVectorsOfStrip; ++k) total[s][r][k] = no_sums();
     }
   }
+  constexpr int64_t kStep = kTogether * kStrip;  // bytes: a cache line, or half of one
   for (int64_t d = 0; d < width; d += kTogether * kSets) {
 #pragma GCC unroll 8
-    for (int s = 0; s < kSets; ++s, strip += kTogether * kStrip) {
+    for (int s = 0; s < kSets; ++s, strip += kStep) {
+      if (kStep == kLine || s % 2 == 0) __builtin_prefetch(strip + kFetchAhead);
       Sums bytes[kVectorsOfStrip];
 #pragma GCC unroll 2
       for (int k = 0; k < kVectorsOfStrip; ++k) {
