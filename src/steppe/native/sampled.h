@@ -2,7 +2,7 @@
 //
 // Loops, outside in: tile, chunk of rows, panel, row, eight entries. The sums of a tile stay in the
 // second-level cache for all panels, and G is read from end to end. A row's 64 columns of G stay in
-// registers; each entry's sum grows by one panel at a time, in the order of the panels. If a matrix M
+// registers, with AVX-512; each entry's sum grows by one panel at a time, in the order of the panels. If a matrix M
 // is used once, the thread that works on a tile packs the tile's rows.
 #pragma once
 
