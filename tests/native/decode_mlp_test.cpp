@@ -104,7 +104,7 @@ void test_decode_mlp(int64_t T, int64_t F, int64_t D, bool gated, float alpha, f
     return active;
   };
   const auto possible =
-      candidates_of(grids_of(block.x, 32639), grids_of(block.w, 127), block.biases.data(), D);
+      candidates_of(grids_of(block.x, most_of(D, true)), grids_of(block.w, 127), block.biases.data(), D);
   const int64_t sure = std::count(possible.begin(), possible.end(), 1);
   const int64_t unsure = std::count(possible.begin(), possible.end(), -1);
 
@@ -188,7 +188,7 @@ void test_screen_few(int64_t T, int64_t F, int64_t D, bool spoilt) {
     block.run(T * F, T * F, &candidates, to, nullptr, out.data(), threads);
   });
   const auto expected =
-      candidates_of(grids_of(block.x, 32639), grids_of(block.w, 127), bias.data(), D);
+      candidates_of(grids_of(block.x, most_of(D, true)), grids_of(block.w, 127), bias.data(), D);
   int64_t wrong = 0, listed = 0, sure = 0, out = 0;
   for (int64_t i = 0; i < T * F; ++i) {
     const int is = std::isnan(to_double(r[i]));

@@ -13,6 +13,12 @@ inline constexpr double kUnit = 0x1p-24, kTiny = 0x1p-126;
 
 inline int64_t width_of(int64_t D) { return ceil_div(D, 128) * 128; }
 
+// The largest integer of a token of D features; `few` tokens are those of decode_mlp.
+inline double most_of(int64_t D, bool few) { return double(kernels().token_most(D, few)); }
+
+// Whether the integers of x are int16.
+inline bool are_words() { return most_of(128, false) > 127; }
+
 // A row on its grid, by the definition: integers nearest to the rotated values over the scale.
 struct Grid {
   std::vector<double> rotated;

@@ -18,7 +18,8 @@ bool covers(double got, double exact) {
 }
 
 int64_t byte_at(const Screen &screen, int64_t f, int64_t d, int64_t D) {
-  return (*screen.bytes)[f / 16 * 16 * width_of(D) + d / 4 * 64 + f % 16 * 4 + d % 4];
+  const int64_t n = are_words() ? 2 : 4;  // features of a unit side by side
+  return (*screen.bytes)[f / 16 * 16 * width_of(D) + d / n * n * 16 + f % 16 * n + d % n];
 }
 
 template <typename E>
@@ -65,26 +66,26 @@ void test_screen_weight(int64_t F, int64_t D, int64_t gap) {
   check(off == 0, what + ": " + std::to_string(off) + " parts of the bound");
 }
 
-template <typename E>
+template <typename E, typename Integer>
 void test_screen_tokens(int64_t T, int64_t D, int64_t gap) {
   const std::string what = std::string("screen_tokens ") + kName<E> + shape({T, D, gap});
   Matrix<E> x(T, D, D + gap, 1);
-  const auto run = [&](int8_t *integers, Token *tokens, int threads) {
+  const auto run = [&](Integer *integers, Token *tokens, int threads) {
     check(kernels().screen_tokens(x.data(), kDtype<E>, T, D, D + gap, integers, tokens, threads) == 0,
           what + ": status");
   };
   Output<Token> tokens(T);
-  const auto integers = same_for_all_teams<int8_t>(
-      T * width_of(D), what, [&](int8_t *out, int threads) { run(out, tokens.data(), threads); });
+  const auto integers = same_for_all_teams<Integer>(
+      T * width_of(D), what, [&](Integer *out, int threads) { run(out, tokens.data(), threads); });
   const auto same = same_for_all_teams<Token>(T, what + " tokens", [&](Token *out, int threads) {
-    Output<int8_t> unused(T * width_of(D));
+    Output<Integer> unused(T * width_of(D));
     run(unused.data(), out, threads);
   });
   check(same == tokens, what + ": other tokens");
   check(integers.guards_hold() && tokens.guards_hold(), what + ": writes outside");
   int64_t wrong = 0, off = 0;
   for (int64_t t = 0; t < T; ++t) {
-    const Grid grid = grid_of(x, t, 127);
+    const Grid grid = grid_of(x, t, most_of(D, false));
     int64_t sum = 0;
     for (int64_t d = 0; d < width_of(D); ++d) {
       const int64_t got = integers[t * width_of(D) + d];
@@ -113,7 +114,7 @@ void test_screen(int64_t T, int64_t F, int64_t D, bool with_bias, bool spoilt) {
   if (spoilt) spoil(&x, &w, &bias);
   const E *b = with_bias ? bias.data() : nullptr;
   const Screen screen = screen_of(w.data(), F, D, D, 64, what);
-  Output<int8_t> integers(T * width_of(D));
+  Output<int16_t> integers(T * width_of(D));  // or twice as many as there are
   Output<Token> tokens(T);
   kernels().screen_tokens(x.data(), kDtype<E>, T, D, D, integers.data(), tokens.data(), 1);
   const int64_t blocks = ceil_div(F, 64);
@@ -128,7 +129,7 @@ void test_screen(int64_t T, int64_t F, int64_t D, bool with_bias, bool spoilt) {
         found = run(T * F, out, counts.data(), threads);
       });
   check(masks.guards_hold() && counts.guards_hold(), what + ": writes outside");
-  const auto expected = candidates_of(grids_of(x, 127), grids_of(w, 127), b, D);
+  const auto expected = candidates_of(grids_of(x, most_of(D, false)), grids_of(w, 127), b, D);
   int64_t wrong = 0, listed = 0, sure = 0, out = 0, miscounted = 0;
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t block = 0; block < blocks; ++block) {
@@ -230,7 +231,9 @@ void test_all() {
     }
   }
   for (int64_t T : {0, 1, 3, 20}) {
-    for (int64_t D : {0, 1, 63, 64, 127, 128, 129, 300, 768}) test_screen_tokens<E>(T, D, T);
+    for (int64_t D : {0, 1, 63, 64, 127, 128, 129, 300, 768}) {
+      are_words() ? test_screen_tokens<E, int16_t>(T, D, T) : test_screen_tokens<E, int8_t>(T, D, T);
+    }
   }
   for (int64_t T : {0, 1, 5, 6, 7, 12, 97, 200}) test_screen<E>(T, 130, 200, true, false);
   test_screen<E>(6, 20, 0, true, false);

@@ -214,14 +214,14 @@ void test_screening(const Case<E> &of) {
                              to[1].as<double>(), threads);
       });
   const auto tokens = same_for_threads(
-      "screen_tokens" + of.what, {T * width_of(D), T * kToken},
+      "screen_tokens" + of.what, {bytes_of<int16_t>(T * width_of(D)), T * kToken},
       [&](const Memories &to, int threads) {
-        kernels().screen_tokens(of.x.data(), kDtype<E>, T, D, D, to[0].as<int8_t>(), to[1].as<void>(),
+        kernels().screen_tokens(of.x.data(), kDtype<E>, T, D, D, to[0].as<void>(), to[1].as<void>(),
                              threads);
       });
   int64_t found = 0;
   const auto screen = [&](int64_t most, const Memories &to, int threads) {
-    return kernels().screen(tokens[0].template as<int8_t>(), tokens[1].template as<void>(), kDtype<E>, T,
+    return kernels().screen(tokens[0].template as<void>(), tokens[1].template as<void>(), kDtype<E>, T,
                          D, weight[0].template as<uint8_t>(), weight[1].template as<double>(),
                          of.bias_f.data(), F, most, to[0].as<uint64_t>(), to[1].as<int32_t>(),
                          threads);

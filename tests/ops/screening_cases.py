@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from steppe.ops.cpu.calls import DECODE_ROWS
 from steppe.ops.cpu.decode import DecodeBlock
+from steppe.ops.cpu.screen import token_most
 from steppe.ops.reference import Weights
 from steppe.ops.screening import rotate
 
@@ -107,6 +108,29 @@ def along_inputs_residual(generator: torch.Generator) -> Case:
     """The same of k on the grid, and along x − x̃."""
     weight, x, bias = along_residual(generator)
     return x, weight, bias
+
+
+def along_wide_residual(generator: torch.Generator) -> Case:
+    """The same where the integers of x are of 16 bits: one of them is the largest of its row."""
+    weight, x, _ = along_residual(generator)
+    weight, x = rotate(weight.double()), rotate(x.double())
+    x[:, 1] = token_most(128, DECODE_ROWS + 1)
+    above = 1e-3 * weight.square().sum(1) / 256
+    x, weight = back(x), back(weight)
+    return x, weight, (above - (x.double() * weight.double()).sum(1)).float()
+
+
+def largest_sums(width: int) -> Make:
+    """All integers on the grids are the largest, of either sign."""
+
+    def make(generator: torch.Generator) -> Case:
+        signs = torch.randint(0, 2, (70, width), generator=generator).mul(2).sub(1).float()
+        signs[:2] = torch.tensor([1.0, -1.0])[:, None]
+        x = torch.cat([signs[:2], signs[30:50]])
+        return back(x), back(signs), torch.linspace(-1.1 * width, 1.1 * width, 70)
+
+    make.__name__ = f"largest sums of {width}"
+    return make
 
 
 def rounding_up(generator: torch.Generator) -> Case:
@@ -217,6 +241,7 @@ CASES: list[Make] = [
     *(along_inputs_residual, rounding_up, cancelling_sums, flushed_to_zero, outliers, decades),
     *(denormal, denormal_inputs, large_biases, one_hot, zeros, same_sign),
     *(overflowing(*by) for by in ((1e19, 3e19), (1e25, 3e13), (1e13, 3e25))),
+    *(largest_sums(width) for width in (128, 768, 4096)),
     *(scaled(to) for to in (1e10, 1e18, 1e-10, 1e-19, 1e-22)),
 ]
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from steppe.acceleration.accelerate import accelerate_, restore_
 from steppe.bench.cases import PATTERNS, Case
 from steppe.ops.cpu.calls import DECODE_ROWS
+from steppe.ops.cpu.library import kernels
+from steppe.ops.cpu.screen import token_most
 from steppe.ops.screening import candidates, quantise
 from steppe.timing import PairedTimes, median_ratio, time_turns
 
@@ -101,7 +103,8 @@ def density_of(blocks: Iterable[Any], inputs: Iterable[Tensor]) -> float:
 
 def _candidates(blocks: nn.ModuleList, inputs: Sequence[Tensor], case: Case) -> float:
     """Share of the hidden entries that are candidates."""
-    bits = 16 if len(inputs[0]) <= DECODE_ROWS and not case.trains else 8
+    rows = len(inputs[0]) if not case.trains else DECODE_ROWS + 1
+    most = token_most(inputs[0].shape[1], rows) if kernels().name == "native" else 127
     pairs: list[tuple[Any, Tensor]] = list(zip(blocks, inputs, strict=True))
     if case.is_cold:
         pairs = [(blocks[0], torch.cat(list(inputs)))]  # blocks of the same weights
@@ -109,7 +112,7 @@ def _candidates(blocks: nn.ModuleList, inputs: Sequence[Tensor], case: Case) -> 
     for block, x in pairs:
         layer = block.up if block.gate is None else block.gate
         with torch.no_grad():
-            found = candidates(quantise(x, bits), quantise(layer.weight), layer.bias)
+            found = candidates(quantise(x, most=most), quantise(layer.weight), layer.bias)
         shares.append(found.double().mean().item())
     return statistics.fmean(shares)
 

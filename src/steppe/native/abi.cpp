@@ -37,6 +37,12 @@ Target choose() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
        &avx512::kernels},
+#if defined(STEPPE_AVX_VNNI)
+      {"avx2+vnni",
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("avxvnni"),
+       &avx2_vnni::kernels},
+#endif
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
        &avx2::kernels},
 #endif
@@ -89,7 +95,7 @@ steppe_function described(const char *name, Function function) {
 
 extern "C" {
 
-int steppe_abi_version(void) { return 6; }
+int steppe_abi_version(void) { return 7; }
 
 const steppe_kernels *steppe_chosen_kernels(void) { return steppe::target().kernels; }
 

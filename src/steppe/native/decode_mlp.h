@@ -83,7 +83,7 @@ template <typename E>
 int64_t find_candidates(const DecodeBlock<E> &block, int64_t most, Csr<E> &csr) {
   const int64_t T = block.T, blocks = blocks_of(block.F);
   std::vector<uint64_t> masks(T * blocks);
-  screen_decode(wide_tokens(block.x, T, block.D), block.of.bytes,
+  screen_decode(few_tokens(block.x, T, block.D), block.of.bytes,
              Bounds(block.of.bounds, blocks * kPanel), block.w_bias, block.D, block.F,
              masks.data(), block.threads);
   int64_t found = 0;

@@ -15,6 +15,11 @@ extern const steppe_kernels kernels;
 namespace avx512 {
 extern const steppe_kernels kernels;
 }
+#if defined(STEPPE_AVX_VNNI)
+namespace avx2_vnni {
+extern const steppe_kernels kernels;
+}
+#endif
 namespace avx2 {
 extern const steppe_kernels kernels;
 }

@@ -2,7 +2,7 @@
 //
 // Loops, outside in: tile, chunk of rows, panel, row, eight entries. The sums of a tile stay in the
 // second-level cache for all panels, and G is read from end to end. A row's 64 columns of G stay in
-// registers; each entry's sum grows by one panel at a time, in the order of the panels. If a matrix M
+// registers, with AVX-512; each entry's sum grows by one panel at a time, in the order of the panels. If a matrix M
 // is used once, the thread that works on a tile packs the tile's rows.
 #pragma once
 
@@ -14,23 +14,10 @@
 namespace steppe {
 namespace STEPPE_TARGET {
 
-#if defined(__AVX512BF16__)
-
-struct HalfRow {
-  __m512bh part[2];
-  explicit HalfRow(const bf16 *from)
-      : part{(__m512bh)_mm512_loadu_si512(from), (__m512bh)_mm512_loadu_si512(from + 32)} {}
-  vec times(const bf16 *other) const {
-    const HalfRow right(other);
-    const __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), part[0], right.part[0]);
-    return (vec)_mm512_dpbf16_ps(sum, part[1], right.part[1]);
-  }
-};
-
-#endif
-
+// products[i] = G row · M row i, to be summed over the lanes, for kCount rows.
+#if defined(__AVX512F__)
 template <typename E>
-struct Row {
+struct Row {  // of G, in registers
   vec part[kVectors];
   explicit Row(const E *from) {
     for (int k = 0; k < kVectors; ++k) part[k] = load(from + k * kWidth);
@@ -41,12 +28,49 @@ struct Row {
     for (int k = 1; k < kVectors; ++k) sum += part[k] * load(other + k * kWidth);
     return sum;
   }
+  template <int kCount>
+  void multiply(const E *const *rows, vec *products) const {
+#pragma GCC unroll 8
+    for (int k = 0; k < kCount; ++k) products[k] = times(rows[k]);
+  }
 };
 
 #if defined(__AVX512BF16__)
 template <>
-struct Row<bf16> : HalfRow {
-  using HalfRow::HalfRow;
+struct Row<bf16> {
+  __m512bh part[2];
+  explicit Row(const bf16 *from)
+      : part{(__m512bh)_mm512_loadu_si512(from), (__m512bh)_mm512_loadu_si512(from + 32)} {}
+  vec times(const bf16 *other) const {
+    const Row right(other);
+    const __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), part[0], right.part[0]);
+    return (vec)_mm512_dpbf16_ps(sum, part[1], right.part[1]);
+  }
+  template <int kCount>
+  void multiply(const bf16 *const *rows, vec *products) const {
+#pragma GCC unroll 8
+    for (int k = 0; k < kCount; ++k) products[k] = times(rows[k]);
+  }
+};
+#endif
+#else
+// 16 registers do not hold a row of G and eight sums: the row is read again for each eight.
+template <typename E>
+struct Row {
+  const E *from;
+  explicit Row(const E *from) : from(from) {}
+  template <int kCount>
+  void multiply(const E *const *rows, vec *products) const {
+    vec sums[kCount] = {};
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < kPanel; d += kWidth) {
+      const vec part = load(from + d);
+#pragma GCC unroll 8
+      for (int k = 0; k < kCount; ++k) sums[k] += part * load(rows[k] + d);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < kCount; ++k) products[k] = sums[k];
+  }
 };
 #endif
 
@@ -54,12 +78,14 @@ struct Row<bf16> : HalfRow {
 template <typename E>
 inline void dot_row(const int16_t *index, int64_t count, const E *g, const E *panel, float *sums) {
   const Row<E> row(g);
+  const E *rows[8];
   vec products[8];
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
     const FourPlaces places[2] = {FourPlaces(index + i), FourPlaces(index + i + 4)};
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) products[k] = row.times(panel + places[k / 4][k % 4] * kPanel);
+    for (int k = 0; k < 8; ++k) rows[k] = panel + places[k / 4][k % 4] * kPanel;
+    row.template multiply<8>(rows, products);
     add_sums8(products, 8, sums + i);
   }
   // The last ones summed as those are, so that the bits do not depend on the place in the row. The
@@ -67,15 +93,13 @@ inline void dot_row(const int16_t *index, int64_t count, const E *g, const E *pa
   const int64_t left = count - i, last = count - 1;
   if (left > 4) {
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      products[k] = row.times(panel + index[std::min(i + k, last)] * kPanel);
-    }
+    for (int k = 0; k < 8; ++k) rows[k] = panel + index[std::min(i + k, last)] * kPanel;
+    row.template multiply<8>(rows, products);
     add_sums8(products, left, sums + i);
   } else if (left > 0) {
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      products[k] = row.times(panel + index[std::min(i + k, last)] * kPanel);
-    }
+    for (int k = 0; k < 4; ++k) rows[k] = panel + index[std::min(i + k, last)] * kPanel;
+    row.template multiply<4>(rows, products);
     add_sums4(products, left, sums + i);
   }
 }

@@ -1,4 +1,5 @@
-// Screening: which entries of x Wᵀ + b can be above zero, by an int8 product and a bound on its error.
+// Screening: which entries of x Wᵀ + b can be above zero, by a product of small integers and a bound on
+// its error.
 // docs/screening.md has the proof; steppe/ops/screening.py is the definition.
 //
 // Each row of x and of W is rotated and put on a grid of its own, scale × integers. In units of the
@@ -18,6 +19,7 @@
 #include <new>
 
 #include "compact.h"
+#include "screen_product.h"
 #include "vector.h"
 
 namespace steppe {
@@ -25,9 +27,6 @@ namespace STEPPE_TARGET {
 
 constexpr int kFold = 16;         // features that one step of the rotation mixes
 constexpr int64_t kGrain = 128;   // columns are padded with zeros to a multiple of it
-constexpr int64_t kStrip = 16;    // units whose bytes lie together
-constexpr double kMost = 127;         // of an 8-bit grid
-constexpr double kMostWide = 32639;   // of a 16-bit one: 127 · 256 + 127, so that both digits are bytes
 constexpr double kUnit = 0x1p-24;     // half the distance from 1 to the next float32
 constexpr double kTiny = 0x1p-126;    // the least normal float32, the most that flushing to zero loses
 constexpr double kOurs = 0x1p-36;     // of the float64 arithmetic here, many times over
@@ -42,6 +41,8 @@ typedef float narrow_vec __attribute__((vector_size(kDoubles * 4), aligned(4), m
 typedef int32_t narrow_ivec __attribute__((vector_size(kDoubles * 4), aligned(4), may_alias));
 typedef uint32_t narrow_uvec __attribute__((vector_size(kDoubles * 4), aligned(4), may_alias));
 typedef int8_t byte_vec __attribute__((vector_size(kDoubles), aligned(1), may_alias));
+typedef Integer integer_vec
+    __attribute__((vector_size(kDoubles * sizeof(Integer)), aligned(sizeof(Integer)), may_alias));
 
 inline int64_t padded_width(int64_t D) { return (D + kGrain - 1) / kGrain * kGrain; }
 inline int64_t blocks_of(int64_t F) { return (F + kPanel - 1) / kPanel; }
@@ -182,7 +183,8 @@ struct BoundsOf {
 };
 using Bounds = BoundsOf<const double>;
 
-// W [F, D] on its grids: bytes [strips of 16 units][width / 4][16][4], integers + 128, and the bounds.
+// W [F, D] on its grids: bytes [strips of 16 units][width / kTogether][16][kTogether], integers + 128, and
+// the bounds.
 template <typename E>
 int screen_weight(const E *w, int64_t F, int64_t D, int64_t row_stride, int64_t panel_stride,
                   uint8_t *bytes, double *bounds, int threads) {
@@ -190,9 +192,11 @@ int screen_weight(const E *w, int64_t F, int64_t D, int64_t row_stride, int64_t 
   const BoundsOf<double> to(bounds, padded);
   const double root = std::sqrt(double(D)), rounding = (2.0 * double(D) + 64) * kUnit;
   return for_each_row(padded, D, threads, [&](int64_t f, const RowBuffer &buffer) {
-    uint8_t *column = bytes + f / kStrip * kStrip * width + f % kStrip * 4;
+    uint8_t *column = bytes + f / kStrip * kStrip * width + place_in_strip(0, f % kStrip);
     if (f >= F) {  // no unit at all: its integers are 0
-      for (int64_t d = 0; d < width; d += 4) std::fill_n(column + d * kStrip, 4, uint8_t(128));
+      for (int64_t d = 0; d < width; d += kTogether) {
+        std::fill_n(column + place_in_strip(d, 0), kTogether, uint8_t(128));
+      }
       to.inverse[f] = to.of_norm[f] = to.of_residual[f] = 0;
       to.constant[f] = -1;
       return;
@@ -200,10 +204,9 @@ int screen_weight(const E *w, int64_t F, int64_t D, int64_t row_stride, int64_t 
     const float *row = read_row(w + f * row_stride, D, panel_stride, buffer.row.get());
     const Grid grid = to_grid(row, buffer, kMost, [&](int64_t i, narrow_ivec integers) {
       const byte_vec shifted = __builtin_convertvector(integers + 128, byte_vec);
-      constexpr int kPiece = kDoubles < 4 ? kDoubles : 4;
+      constexpr int kPiece = std::min<int>(kDoubles, kTogether);
       for (int j = 0; j < kDoubles; j += kPiece) {
-        std::memcpy(column + (i + j) / 4 * (4 * kStrip) + (i + j) % 4,
-                    reinterpret_cast<const char *>(&shifted) + j, kPiece);
+        std::memcpy(column + place_in_strip(i + j, 0), reinterpret_cast<const char *>(&shifted) + j, kPiece);
       }
     });
     // ‖k̃‖ ≤ ‖k‖ + ‖k − k̃‖.
@@ -230,17 +233,21 @@ inline Token token_of(const Grid &grid, int64_t sum, int64_t sum_low) {
           int32_t(sum_low)};
 }
 
-// x [T, D], rows `stride` apart, on its grids: int8 [T, width], and what the bound needs.
+// The largest integer on the grid of a token of D features.
+inline int64_t token_most(int64_t D, bool few) { return int64_t(most_of_token(padded_width(D), few)); }
+
+// x [T, D], rows `stride` apart, on its grids: integers [T, width], and what the bound needs.
 template <typename E>
-int screen_tokens(const E *x, int64_t T, int64_t D, int64_t stride, int8_t *integers,
+int screen_tokens(const E *x, int64_t T, int64_t D, int64_t stride, Integer *integers,
                   Token *tokens, int threads) {
+  const double most = most_of_token(padded_width(D), false);
   return for_each_row(T, D, threads, [&](int64_t t, const RowBuffer &buffer) {
     const float *row = read_row(x + t * stride, D, kPanel, buffer.row.get());
-    int8_t *to = integers + t * buffer.width;
+    Integer *to = integers + t * buffer.width;
     narrow_ivec total{};
-    const Grid grid = to_grid(row, buffer, kMost, [&](int64_t i, narrow_ivec part) {
+    const Grid grid = to_grid(row, buffer, most, [&](int64_t i, narrow_ivec part) {
       total += part;
-      *reinterpret_cast<byte_vec *>(to + i) = __builtin_convertvector(part, byte_vec);
+      *reinterpret_cast<integer_vec *>(to + i) = __builtin_convertvector(part, integer_vec);
     });
     int64_t whole = 0;
     for (int i = 0; i < kDoubles; ++i) whole += total[i];
@@ -248,60 +255,15 @@ int screen_tokens(const E *x, int64_t T, int64_t D, int64_t stride, int8_t *inte
   });
 }
 
-// sums [M][64] of M rows of integers, `stride` apart, with a block of bytes: Σ x · (k + 128). They
-// wrap, as the difference with 128 Σ x that is taken later does.
-#if defined(__AVX512VNNI__)
-template <int M>
-inline void multiply_block(const int8_t *x, int64_t stride, const uint8_t *block, int64_t width,
-                           int32_t *sums) {
-  __m512i total[M][4];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) total[m][k] = _mm512_setzero_si512();
-  }
-  for (int64_t d = 0; d < width; d += 4, block += 4 * kStrip) {
-    __m512i part[4];
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) part[k] = _mm512_loadu_si512(block + k * kStrip * width);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      int32_t four;
-      std::memcpy(&four, x + m * stride + d, 4);
-      const __m512i all = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) total[m][k] = _mm512_dpbusd_epi32(total[m][k], part[k], all);
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) _mm512_storeu_si512(sums + m * kPanel + 16 * k, total[m][k]);
-  }
-}
-#else
-template <int M>
-inline void multiply_block(const int8_t *x, int64_t stride, const uint8_t *block, int64_t width,
-                           int32_t *sums) {
-  uint32_t total[M][kPanel] = {};
-  for (int64_t d = 0; d < width; d += 4, block += 4 * kStrip) {
-    for (int m = 0; m < M; ++m) {
-      const int8_t *four = x + m * stride + d;
-      for (int64_t j = 0; j < kPanel; ++j) {
-        const uint8_t *unit = block + j / kStrip * kStrip * width + j % kStrip * 4;
-        total[m][j] += uint32_t(four[0] * unit[0] + four[1] * unit[1] + four[2] * unit[2] +
-                                four[3] * unit[3]);
-      }
-    }
-  }
-  std::memcpy(sums, total, sizeof(total));
-}
-#endif
-
 // The differences of int32 sums and an offset, which wrap, as doubles.
 inline dvec unshifted(const int32_t *sums, int32_t offset) {
   const narrow_uvec raw = *reinterpret_cast<const narrow_uvec *>(sums);
-  return __builtin_convertvector((narrow_ivec)(raw - uint32_t(offset)), dvec);
+  const narrow_ivec product = (narrow_ivec)(raw - uint32_t(offset));
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (dvec)_mm256_cvtepi32_pd((__m128i)product);  // g++ 12 converts two at a time
+#else
+  return __builtin_convertvector(product, dvec);
+#endif
 }
 
 // Which of 64 units, or of the `units` that there are, are candidates for a token: bit j for unit j.
@@ -311,7 +273,7 @@ template <typename Product>
 inline uint64_t candidate_mask(const Token &token, const double *bias, const Bounds &bounds,
                                int64_t first, int64_t units, Product product) {
   uint64_t mask = 0;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int64_t j = 0; j < kPanel; j += kDoubles) {
     const auto at = [&](const double *from) { return *reinterpret_cast<const dvec *>(from + j); };
     const dvec bound = product(j) * token.scale + at(bias) +
@@ -319,6 +281,9 @@ inline uint64_t candidate_mask(const Token &token, const double *bias, const Bou
                         at(bounds.of_residual + first) * token.residual);
 #if defined(__AVX512F__)
     mask |= uint64_t(_mm512_cmp_pd_mask((__m512d)bound, _mm512_setzero_pd(), _CMP_NLE_UQ)) << j;
+#elif defined(__AVX2__)
+    const __m256d kept = _mm256_cmp_pd((__m256d)bound, _mm256_setzero_pd(), _CMP_NLE_UQ);
+    mask |= uint64_t(_mm256_movemask_pd(kept)) << j;
 #else
     double bounds_of[kDoubles];  // g++ 12 with -fsanitize=undefined reads vector elements wrongly here
     std::memcpy(bounds_of, &bound, sizeof(bounds_of));
@@ -343,10 +308,10 @@ inline void bias_bound(const E *bias, int64_t D, int64_t F, const Bounds &bounds
 // masks [T, blocks]: the candidates, bit j of a block for its unit j; counts [T, blocks] of them.
 // Returns how many there are; -1, with nothing to be used, if more than `most`.
 template <typename E>
-int64_t screen(const int8_t *integers, const Token *tokens, int64_t T, int64_t D,
+int64_t screen(const Integer *integers, const Token *tokens, int64_t T, int64_t D,
                const uint8_t *bytes, const double *bounds, const E *bias, int64_t F, int64_t most,
                uint64_t *masks, int32_t *counts, int threads) {
-  constexpr int kRows = 6;            // 24 sums, 4 parts of the weight and a part of x: 29 registers
+  constexpr int kRows = kScreenRows;
   constexpr int64_t kTokens = 96;     // of a task
   constexpr int64_t kChunkBytes = 384 * 1024;  // of the weight, to stay in the second-level cache
   const int64_t width = padded_width(D), blocks = blocks_of(F);

@@ -64,10 +64,21 @@ inline int64_t keep_active(const E *values, const int16_t *index, int64_t count,
     kept += here;
   }
 #else
-  for (int64_t i = 0; i < count; ++i) {
-    if (!is_active(to_float(values[i]))) continue;
-    values_to[kept] = values[i];
-    index_to[kept++] = int16_t(index[i] + shift);
+  // No branch on whether an entry stays, which nothing predicts: each is written, to memory with room
+  // for one that does not.
+  constexpr int64_t kPart = 64;
+  for (int64_t start = 0; start < count; start += kPart) {
+    E some[kPart + 1];
+    int16_t places[kPart + 1];
+    int64_t here = 0;
+    for (int64_t i = start; i < std::min(start + kPart, count); ++i) {
+      some[here] = values[i];
+      places[here] = int16_t(index[i] + shift);
+      here += is_active(to_float(values[i]));
+    }
+    std::copy_n(some, here, values_to + kept);
+    std::copy_n(places, here, index_to + kept);
+    kept += here;
   }
 #endif
   return kept;

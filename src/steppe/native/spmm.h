@@ -2,8 +2,8 @@
 //
 // Loops, outside in: panel, tile, row, entry. A panel's part of a tile (64 columns of `tile` rows of
 // M) stays in the first-level cache while all rows of A gather from it, and 64 columns of one row of
-// the output stay in registers. Two sets of sums, for even and odd entries, hide the latency of the
-// multiply-add. A matrix that is used once is packed panel by panel, by the thread that then gathers
+// the output stay in registers. Eight sums hide the latency of the multiply-add: with AVX-512 they are
+// two sets, for even and odd entries. A matrix that is used once is packed panel by panel, by the thread that then gathers
 // from it: its output stays in its second-level cache.
 #pragma once
 
@@ -43,11 +43,12 @@ struct Values<float> {  // of four: a load less each
 // sum, and few sums to each other, loses less than adding all numbers to one.
 template <typename E>
 inline void gather_row(const Entries &entries, const E *values, const E *panel, float *sums) {
-  vec both[2][kVectors] = {};
+  constexpr int kSets = kVectors < 8 ? 2 : 1;
+  vec sets[kSets][kVectors] = {};
   const auto add = [&](int k, int16_t place, vec value) {
     const E *row = panel + place * kPanel;
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) both[k % 2][v] += value * load(row + v * kWidth);
+    for (int v = 0; v < kVectors; ++v) sets[k % kSets][v] += value * load(row + v * kWidth);
   };
   int64_t entry = entries.first;
   for (; entry + 4 <= entries.last; entry += 4) {
@@ -66,7 +67,9 @@ inline void gather_row(const Entries &entries, const E *values, const E *panel, 
   if (entry < entries.last) one(0);
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) {
-    store(load(sums + v * kWidth) + (both[0][v] + both[1][v]), sums + v * kWidth);
+    vec all = sets[0][v];
+    if constexpr (kSets == 2) all += sets[1][v];
+    store(load(sums + v * kWidth) + all, sums + v * kWidth);
   }
 }
 

@@ -110,6 +110,13 @@ inline __m512 sum4_parts(vec a, vec b, vec c, vec d) {
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
 }
+#elif defined(__AVX2__)
+// The same. A blend takes no shuffle, which `hadd` takes two of for each sum.
+inline __m256 sum4_parts(vec a, vec b, vec c, vec d) {
+  const __m256 ab = _mm256_add_ps(_mm256_blend_ps(a, b, 0xcc), _mm256_shuffle_ps(a, b, 0x4e));
+  const __m256 cd = _mm256_add_ps(_mm256_blend_ps(c, d, 0xcc), _mm256_shuffle_ps(c, d, 0x4e));
+  return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x88), _mm256_shuffle_ps(ab, cd, 0xdd));
+}
 #endif
 
 // The four sums of four vectors.
@@ -119,8 +126,7 @@ inline void sum4(vec a, vec b, vec c, vec d, float *out) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 #elif defined(__AVX2__)
-  const __m256 ab = _mm256_hadd_ps(a, b), cd = _mm256_hadd_ps(c, d);
-  const __m256 abcd = _mm256_hadd_ps(ab, cd);
+  const __m256 abcd = sum4_parts(a, b, c, d);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 #else
   out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
@@ -140,6 +146,16 @@ inline void add_sums8(const vec *v, int64_t count, float *sums) {
   const __m256 old = _mm256_maskz_loadu_ps(kept, sums);
   _mm256_mask_storeu_ps(sums, kept, _mm256_add_ps(old, _mm512_castps512_ps256(whole)));
 #else
+#if defined(__AVX2__)
+  if (count == 8) {
+    const __m256 first = sum4_parts(v[0], v[1], v[2], v[3]);
+    const __m256 second = sum4_parts(v[4], v[5], v[6], v[7]);
+    const __m256 whole = _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20),
+                                       _mm256_permute2f128_ps(first, second, 0x31));
+    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), whole));
+    return;
+  }
+#endif
   float eight[8];
   sum4(v[0], v[1], v[2], v[3], eight);
   sum4(v[4], v[5], v[6], v[7], eight + 4);

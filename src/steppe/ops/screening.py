@@ -31,7 +31,7 @@ class Grid(NamedTuple):
     """The rows of a matrix as small integers, and how far they are from them.
 
     Attributes:
-        integers: int32 ``[N, D to 128]``, of ±127 or, with 16 bits, ±32639 at most.
+        integers: int32 ``[N, D to 128]``, of ±127 at most, or as many as `quantise` was given.
         scale: float64 ``[N]``; a row is about ``scale · integers``.
         residual: float64 ``[N]``, not below ‖row − scale · integers‖.
         norm: float64 ``[N]``, not below ‖row‖; not finite for a row that is not.
@@ -45,15 +45,16 @@ class Grid(NamedTuple):
     width: int
 
 
-def quantise(matrix: Tensor, bits: int = 8) -> Grid:
+def quantise(matrix: Tensor, bits: int = 8, most: int | None = None) -> Grid:
     """The rows of a matrix on a grid of their own, after `rotate`.
 
     Args:
         matrix: ``[N, D]``, float32 or bfloat16.
         bits: 8, or 16 for inputs of few tokens.
+        most: the largest integer, in place of that of so many bits.
     """
     rotated = rotate(matrix.double())
-    most = _MOST[bits]
+    most = _MOST[bits] if most is None else most
     largest = rotated.abs().amax(1) if matrix.shape[1] else rotated.new_zeros(matrix.shape[0])
     usable = largest.isfinite() & (largest > 0)
     scale = torch.where(usable, largest / most, 1.0)

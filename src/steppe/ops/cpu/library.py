@@ -19,8 +19,8 @@ from typing import Any
 from steppe.errors import KernelError
 from steppe.ops.cpu.structures import STRUCTURES
 
-ABI_VERSION = 6
-_VNNI = ("avx512+bf16", "avx512+vnni")
+ABI_VERSION = 7
+_SCREENING = ("avx512+bf16", "avx512+vnni", "avx2+vnni", "avx2")  # on which integers are faster
 _FILE = "libsteppe_native.so"
 # The letters of a signature that the library gives, see steppe_function in steppe_native.h.
 _TYPES: dict[str, Any] = {
@@ -56,7 +56,7 @@ class Kernels:
     Attributes:
         name: ``native``, or ``reference`` for plain torch, which is dense.
         isa: instruction set of the native kernels, ``avx512+bf16``, ``avx512+vnni``, ``avx512``,
-            ``avx2`` or ``portable``; empty for the reference.
+            ``avx2+vnni``, ``avx2`` or ``portable``; empty for the reference.
         reason: why there are no native kernels; empty if there are.
         unscreened: why no first product is screened; empty if first products are.
     """
@@ -92,7 +92,7 @@ def kernels() -> Kernels:
             " steppe",
         )
     isa = library.steppe_isa().decode()
-    unscreened = "" if isa in _VNNI else f"{isa}: int8 products gain nothing without AVX-512 VNNI"
+    unscreened = "" if isa in _SCREENING else f"{isa}: products of integers are no faster"
     return Kernels(name="native", isa=isa, reason="", unscreened=unscreened)
 
 

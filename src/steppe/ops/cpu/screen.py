@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from steppe.ops.cpu.calls import (
+    DECODE_ROWS,
     Panels,
     Support,
     balanced,
@@ -42,7 +43,8 @@ class Screen(NamedTuple):
     """A weight ``[F, D]`` as the screen reads it.
 
     Attributes:
-        integers: uint8 ``[F to 64 / 16, D to 128 / 4, 16, 4]``, one larger by 128 than on the grid.
+        integers: uint8 ``[F to 64 / 16, 16 · D to 128]``, larger by 128 than on the grid; within a
+            strip of 16 units in the order of the instruction set.
         bounds: float64 ``[4, F to 64]``.
         hidden: F.
         width: D.
@@ -65,7 +67,7 @@ def screen_of(weight: Tensor, buffer: str | None = None) -> Screen:
     if width >= MAX_WIDTH:
         refuse(f"a width below {MAX_WIDTH}, got {width}")
     units = ceil_div(hidden, TILE_UNIT) * TILE_UNIT
-    shape = (units // 16, _padded(width) // 4, 16, 4)
+    shape = (units // 16, 16 * _padded(width))
     if buffer is None:
         integers = lasting(shape, torch.uint8)
         bounds = lasting((4, units), torch.float64)
@@ -90,6 +92,17 @@ def screen_of(weight: Tensor, buffer: str | None = None) -> Screen:
     if failed:
         raise MemoryError("screen_of: no memory for a row")
     return Screen(integers, bounds, hidden, width)
+
+
+def token_most(width: int, rows: int) -> int:
+    """The largest integer on the grids of x: 127, or more where the kernels have no VNNI.
+
+    Args:
+        width: D.
+        rows: of a call; at most `DECODE_ROWS` stands for decoding.
+    """
+    most: int = library().steppe_token_most(width, int(rows <= DECODE_ROWS))
+    return most
 
 
 class Candidates(NamedTuple):
@@ -127,7 +140,7 @@ def find_candidates(
         refuse(f"rows of x contiguous, got strides {x.stride()}")
     if bias is not None:
         check_vector(bias, screen.hidden, x)
-    integers = scratch("x integers", (rows, _padded(width)), _like(torch.int8))
+    integers = scratch("x integers", (rows, _padded(width)), _like(torch.int16))  # int8 with VNNI
     tokens = scratch("x tokens", (rows, _TOKEN_BYTES), _like(torch.uint8))
     failed = library().steppe_screen_tokens(
         x.data_ptr(),

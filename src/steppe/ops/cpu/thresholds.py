@@ -60,7 +60,10 @@ _DENSITIES: dict[tuple[torch.dtype, str], dict[int, Tables]] = {
         128: {False: {512: 0.1, 1024: 0.15}, True: {}},
         256: {False: {128: 0.15, 256: 0.25, 512: 0.35}, True: {512: 0.35}},
         512: {
-            False: {1: 1.0, 5: 0.0, 32: 0.15, 128: 0.3, 256: 0.35, 512: 0.45},
+            False: {
+                **{1: 1.0, 5: 0.3, 9: 0.0, 16: 0.08},
+                **{32: 0.15, 128: 0.3, 256: 0.35, 512: 0.45},
+            },
             True: {256: 0.4},
         },
     },
@@ -82,6 +85,11 @@ _CANDIDATES: dict[tuple[torch.dtype, str], Tables] = {
     },
     (torch.float32, "zen4"): {False: {1: 0.3, 9: 0.22, 32: 0.3}, True: {256: 0.3}},
     (torch.bfloat16, "zen4"): {False: {1: 0.3, 9: 0.0, 512: 0.25}, True: {}},
+    # Zen 3. In training the weight is put on its grids in every step, so less is gained.
+    (torch.float32, "avx2"): {
+        False: {1: 0.3, 5: 0.15, 9: 0.2, 32: 0.25},
+        True: {512: 0.1, 1024: 0.12},
+    },
     (torch.bfloat16, "amx"): {False: {1: 0.3, 9: 0.0}, True: {}},
     (torch.bfloat16, "avx512+bf16"): {
         False: {1: 0.3, 9: 0.0, 64: 0.2, 128: 0.25},
