@@ -357,3 +357,12 @@ def test_the_small_runner_knows_passed_from_failed(
         "test_raises_nothing": "failed",
         "test_raises_another": "failed",
     }
+
+
+@pytest.mark.parametrize("name", ["gpu-h200", "gpu-h200-again"])
+def test_the_table_of_a_real_run_can_be_made(name: str, gpu: ModuleType) -> None:
+    """The second has steps that were stopped half way."""
+    path = ROOT / f"benchmarks/results/{name}.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    text = gpu.summary(whole)
+    assert all(step in text for step in whole["steps"])

@@ -41,7 +41,9 @@ def _lines(name: str, row: Mapping[str, Any]) -> Iterator[str]:
 
 def _arm(row: Mapping[str, Any]) -> str:
     """A model in training."""
-    held_out = row.get("held_out", {})
+    held_out = row.get("held_out")
+    if not isinstance(held_out, Mapping):  # too little time was left for it
+        held_out = {}
     compiled = "compiled" if row.get("compiled") is True else f"compiled: {row.get('compiled')}"
     parts = [
         ("{:.0f} tokens/s", row.get("tokens_per_s")),

@@ -228,13 +228,14 @@ def test_the_bodies_of_the_custom_ops_mix_no_devices(masked: bool) -> None:
             mask,
         )
         counted = None if mask is None else mask.flatten()
+        start = torch.zeros((), dtype=torch.int64, device=NAME)
         for dtype in (torch.bfloat16, torch.float32):
             sums = torch.zeros(3, width, dtype=torch.float64, device=NAME)
             p = torch.randn(samples, tokens, width, device=NAME, dtype=dtype)
-            add_moments_._init_fn(sums, p, counted)
+            add_moments_._init_fn(sums, p, counted, start, 1 / 16)
             x = torch.randn(samples, tokens, 8, device=NAME, dtype=dtype)
             weight = torch.randn(width, 8, device=NAME, dtype=dtype)
-            add_product_moments_._init_fn(sums, x, weight, weight[:, 0], counted)
+            add_product_moments_._init_fn(sums, x, weight, weight[:, 0], counted, start, 1 / 16)
     assert not any(event.startswith("wait") for event in watchdog.events)
 
 
@@ -246,7 +247,7 @@ def test_the_reference_ops_never_wait() -> None:
         weights = reference.Weights(matrix, vector, None, None, matrix, x[0])
         rule = mlp_op.rule_of(1.0, 0.5, mix, 0.1)
         _, r, up, kept = reference.mlp(x, weights, rule)
-        mlp_op.dense_backward(x, x, weights, rule, r, up, kept, [True] * 7)
+        mlp_op.dense_backward(x, x[:, 0], x, weights, rule, r, up, kept, [True] * 7)
     assert watchdog.events == {}
 
 

@@ -72,7 +72,7 @@ def run(
     trains: bool = True,
     max_candidates: float = 0.0,
 ) -> Any:
-    return mlp_op.mlp(
+    z, _, *saved = mlp_op.mlp(
         x,
         *weights,
         rule.alpha,
@@ -83,6 +83,7 @@ def run(
         max_density,
         max_candidates,
     )
+    return z, *saved
 
 
 @native
@@ -157,7 +158,9 @@ def test_forward_and_backward_are_those_of_float64_on_the_same_support(
     def backward(of: Callable[[Tensor], Tensor], up: Tensor) -> list[Tensor]:
         part = Weights(*(None if w is None else of(w) for w in exact))
         grad, inputs = of(grad_z.double()), of(x.detach().double())
-        grad_x, of_weights = dense_backward(grad, inputs, part, rule_, r_exact, up.detach(), kept)
+        grad_x, of_weights = dense_backward(
+            grad, None, inputs, part, rule_, r_exact, up.detach(), kept
+        )
         return [grad_x, *[one for one in of_weights if one is not None]]
 
     for got, want, added, tensor in zip(
@@ -272,6 +275,7 @@ def test_dropout_keeps_the_mean_and_its_gradient_uses_the_same_mask(
 
     expected, _ = dense_backward(
         grad_z.double(),
+        None,
         x.detach().double(),
         double(weights),
         rule,
@@ -308,11 +312,13 @@ def test_opcheck(dtype: torch.dtype) -> None:
     weights = weights_for(3, 70, True, dtype)
     rule = 1.0, 0.5, torch.tensor(0.5)
     torch.library.opcheck(mlp_op.mlp, (x, *weights, *rule, 0.0, True, 1.0, 0.0))
-    _, *saved = (part.detach() for part in mlp_op.mlp(x, *weights, *rule, 0.5, True, 1.0, 0.0))
+    output = mlp_op.mlp(x, *weights, *rule, 0.5, True, 1.0, 0.0, True)
+    _, l1, *saved = (part.detach() for part in output)
     torch.library.opcheck(mlp_op.support, (saved, 6, 70, *rule))
     torch.library.opcheck(mlp_op.dropout_mask, (saved, 6, 70))
     backward = (
         torch.randn(6, 3, dtype=dtype),
+        torch.randn_like(l1),
         x.detach(),
         *weights,
         *rule,

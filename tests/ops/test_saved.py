@@ -32,10 +32,20 @@ def packed_mlp(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     p = reference.linear(x, weights.activated, weights.activated_bias)
     a, packed = bitmask.act_pack(p, coefficients_of(alpha, beta, mix), CAPACITY)
     z = reference.linear(a, weights.down.T, weights.down_bias)
-    return z, packed.values, packed.words, packed.starts, x.new_empty(0), x.new_empty(0)
+    return (
+        z,
+        mlp_op.no_l1(x),
+        packed.values,
+        packed.words,
+        packed.starts,
+        x.new_empty(0),
+        x.new_empty(0),
+    )
 
 
-def packed_backward(grad_z: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def packed_backward(
+    grad_z: Tensor, grad_l1: None, x: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
     weights, (alpha, beta, mix), saved = Weights(*arguments[:6]), arguments[6:9], arguments[10:15]
     values, words, starts, *_ = saved
     packed = bitmask.Packed(words, starts, values)
@@ -85,7 +95,7 @@ def block() -> tuple[list[Tensor], Any]:
 
     def run(x: Tensor, up: Tensor, bias: Tensor, down: Tensor, out: Tensor) -> Any:
         rule = 1.0, 0.5, mix
-        z, *saved = mlp_op.mlp(x, up, bias, None, None, down, out, *rule, 0.0, True, 1.0, 0.0)
+        z, _, *saved = mlp_op.mlp(x, up, bias, None, None, down, out, *rule, 0.0, True, 1.0, 0.0)
         support = mlp_op.support([part.detach() for part in saved], ROWS, HIDDEN, *rule)
         return z, *support
 
@@ -107,7 +117,7 @@ def test_a_backend_with_another_form_gives_the_same(packed_form: None) -> None:
     rule, weights = Rule(1.0, 0.25, 0.0), Weights(up, bias, None, None, down, out)
     z, r, none, kept = reference.mlp(x, weights, rule)
     grad_z = torch.ones_like(z).cumsum(1)
-    grad_x, grads = reference.mlp_backward(grad_z, x, weights, rule, r, none, kept)
+    grad_x, grads = reference.mlp_backward(grad_z, None, x, weights, rule, r, none, kept)
     active = (r != 0).view(ROWS, HIDDEN)
     expected = [z, active, active, grad_x, *(one for one in grads if one is not None)]
     for one, other, want in zip(got, compiled, expected, strict=True):
@@ -122,7 +132,7 @@ def saved_in_a_trace(device: str) -> list[Tensor]:
         up, down = (torch.empty(HIDDEN, WIDTH, device=device) for _ in range(2))
         rest = 1.0, 0.5, None, 0.0, True, 1.0, 0.0
         with torch.no_grad():
-            return list(mlp_op.mlp(x, up, None, None, None, down, None, *rest))[1:]
+            return list(mlp_op.mlp(x, up, None, None, None, down, None, *rest))[2:]
 
 
 def test_only_the_cpu_saves_lengths_that_depend_on_the_data() -> None:
@@ -149,7 +159,7 @@ def test_the_support_is_that_of_r_also_where_nothing_is_active(
     x, up, down = torch.randn(ROWS, WIDTH), torch.randn(HIDDEN, WIDTH), torch.randn(HIDDEN, WIDTH)
     bias, rule = torch.full((HIDDEN,), 5 * shift), (0.0, 1.0, torch.tensor(0.5))
     rest = *rule, 0.25, True, max_density, 0.0
-    _, *saved = mlp_op.mlp(x, up, bias, None, None, down, None, *rest)
+    _, _, *saved = mlp_op.mlp(x, up, bias, None, None, down, None, *rest)
     active, slopes = mlp_op.support(saved, ROWS, HIDDEN, *rule)
     expected = x @ up.T + bias > 0
     assert torch.equal(active, expected)

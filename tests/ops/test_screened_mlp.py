@@ -50,7 +50,8 @@ def run(
     max_density: float = 1.0,
 ) -> Any:
     arguments = (x, *weights, *rule, None, 0.0, trains, max_density, max_candidates)
-    return mlp_op.mlp(*arguments)
+    z, _, *saved = mlp_op.mlp(*arguments)
+    return z, *saved
 
 
 def r_of(output: Any, rows: int, hidden: int) -> Tensor:
@@ -133,7 +134,9 @@ def test_the_same_active_set_values_and_gradients(
     assert not (((r != 0) != (plain_r != 0)) & ~unsure).any()
     size = magnitude(x, weights)
     assert bool(((r - plain_r).abs() <= 1e-6 * size + 4 * UNITS[dtype] * plain_r.abs()).all())
-    limit = 1e-6 if dtype == torch.float32 else 2e-2
+    # Sums in another order differ by rounding, which grows as the root of the number of terms.
+    rounding = (width + hidden) ** 0.5 * 2.0**-24
+    limit = 1e-6 + rounding if dtype == torch.float32 else 2e-2
     assert error(got[0], plain[0]) < limit
     if not trains or not rows:
         return
@@ -145,6 +148,7 @@ def test_the_same_active_set_values_and_gradients(
         up = (x.detach().double() @ exact.up.T + (exact.up_bias if with_bias else 0)).flatten()
     grad_x, grad_weights = dense_backward(
         grad_z.double(),
+        None,
         x.detach().double(),
         exact,
         Rule(*rule, 0.0),

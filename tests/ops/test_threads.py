@@ -78,7 +78,8 @@ def block_of(rows: int, gated: bool, dtype: torch.dtype, width: int = 65) -> tup
 
 def forward(x: Tensor, weights: Weights, candidates: float, trains: bool) -> tuple[Tensor, ...]:
     arguments = (*J_SQUARED_RELU, None, 0.0, trains, 1.0, candidates)
-    return torch.ops.steppe.mlp(x, *weights, *arguments)
+    z, _, *saved = torch.ops.steppe.mlp(x, *weights, *arguments)
+    return z, *saved
 
 
 def leaves_of(x: Tensor, weights: Weights) -> tuple[Tensor, Weights, list[Tensor]]:

@@ -17,7 +17,7 @@ from steppe.ops.mlp import mlp, support
 from steppe.ops.outcome import noted
 from steppe.ops.plan import BlockKernels, Limits, Plan
 from steppe.ops.reference import Weights
-from steppe.plugins.base import effective_bias, needs_hidden, shifts_of
+from steppe.plugins.base import effective_bias, l1_readers, needs_hidden, shifts_of
 from steppe.routing.route import Route
 from steppe.surgery.swapping import plain_class
 
@@ -187,7 +187,8 @@ class Computation:
         if plan is not None and self._decodes(route, x):
             assert self._kernels is not None
             may_repeat = (
-                not (self.block.dropout or route.dropout or shifts_of(self.block))
+                not (self.block.dropout or route.dropout)
+                and not (shifts_of(self.block) or l1_readers(self.block))
                 and self._sigma.is_fixed
             )
             coefficients = self._sigma.coefficients()
@@ -212,6 +213,7 @@ class Computation:
             and not torch.is_autocast_enabled(x.device.type)
             and not route.drops()
             and not (block.activated.training and shifts_of(block))
+            and not (block.down.training and l1_readers(block))
         )
 
     def bias_sources(self) -> list[Tensor]:
@@ -238,7 +240,10 @@ class Computation:
             for shift in shifts_of(block):
                 shift.see_x(flat, weights.activated, _bias(block.activated))
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        if plan is not None and not trains and self._kernels is not None and _is_plain(x):
+        readers = l1_readers(block) if block.down.training and not route.trial else ()
+        with_l1 = len(readers) > 0  # torch 2.11 does not trace bool(readers)
+        is_plain = not (trains or with_l1) and _is_plain(x)
+        if is_plain and plan is not None and self._kernels is not None:
             first, *others = tensors
             coefficients = alpha, beta, mix
             z, saved = self._kernels.mlp(first, Weights(*others), coefficients, dropout, plan)
@@ -246,7 +251,8 @@ class Computation:
             limits = self.limits
             if plan is not None and trains:  # nothing is cached, so the plan holds as it is
                 limits = Limits(plan.max_density, plan.max_candidates)
-            z, *saved = mlp(*tensors, alpha, beta, mix, dropout, trains, *limits)
+            arguments = alpha, beta, mix, dropout, trains, *limits, with_l1
+            z, l1, *saved = mlp(*tensors, *arguments)
         if plan is not None:
             route.note(noted())
         if route.observers and not route.trial:
@@ -255,7 +261,10 @@ class Computation:
             shape = (*x.shape[:-1], block.d_hidden)
             for observer in route.observers:
                 observer.see_support(x, active.view(shape), slopes.view(shape))
-        return z.view(*x.shape[:-1], block.d_model)
+        z = z.view(*x.shape[:-1], block.d_model)
+        for reader in readers:
+            z = reader.see_l1(block, l1.view(x.shape[:-1]), z)
+        return z
 
     def weights(self) -> Weights:
         """The block's parameters as they are now, plug-ins applied."""

@@ -2,8 +2,9 @@
 
 Who owns what:
 
-- This module owns the schema: the arguments, z, the gradients, and how autograd calls the ops.
-- The backend of a device owns `saved`: the five tensors that `mlp` returns beside z, and that
+- This module owns the schema: the arguments, z, Σ|a| of each token, the gradients, and how autograd
+  calls the ops.
+- The backend of a device owns `saved`: the five tensors that `mlp` returns behind these, and that
   `mlp_backward`, `support` and `dropout_mask` take. It alone knows their dtypes, their lengths and
   their meaning, and nothing outside of it reads them. Their lengths may depend on the data: the CPU
   keeps the active entries as column-tiled CSR, not one entry more (`steppe.ops.cpu.saved`). Or they
@@ -124,7 +125,8 @@ def mlp(
     trains: bool,
     max_density: float | None,
     max_candidates: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_l1: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """An MLP block: ``z = σ(x Wᵀ + b) V + c``, or ``(σ(x Wᵀ + b) ⊙ (x Uᵀ + d)) V + c`` if gated.
 
     Args:
@@ -143,18 +145,28 @@ def mlp(
         max_density: use the sparse kernels up to this density; None for the measured threshold.
         max_candidates: screen the first product up to this share of candidates, see
             `steppe.ops.screening`; None for the measured threshold.
+        with_l1: whether Σ|a| is asked for, which a penalty on the activations adds to the loss.
 
     Returns:
-        z ``[T, D]`` and the five tensors of `saved`.
+        z ``[T, D]``; Σ|a| of each token, before dropout, ``[T]``, float32 or wider, empty if it was
+        not asked for; the five tensors of `saved`.
     """
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
-    z, r, up_values, kept = reference.mlp(x, weights, rule_of(alpha, beta, mix, dropout))
-    return z, r, up_values, kept, x.new_empty(0), x.new_empty(0)
+    rule = rule_of(alpha, beta, mix, dropout)
+    z, r, up_values, kept = reference.mlp(x, weights, rule)
+    l1 = reference.l1(r, up_values, rule, len(x)) if with_l1 else no_l1(x)
+    return z, l1, r, up_values, kept, x.new_empty(0), x.new_empty(0)
+
+
+def no_l1(x: Tensor) -> Tensor:
+    """The second result of `mlp` where Σ|a| is not asked for, ``[0]``."""
+    return x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.custom_op("steppe::mlp_backward", mutates_args=())
 def mlp_backward(
     grad_z: Tensor,
+    grad_l1: Tensor | None,
     x: Tensor,
     activated: Tensor,
     activated_bias: Tensor | None,
@@ -175,16 +187,20 @@ def mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `mlp`: of x and of the six weights, empty where none is needed.
 
+    The gradient of Σ|a|, ``[T]``, lives on the active entries like the rest: it adds
+    ``sign(a) · grad_l1`` to that of each hidden entry, before dropout.
+
     The five of `saved` are arguments one by one: an op with a list of tensors has no batching rule,
     and a Hessian by ``is_grads_batched=True`` needs one.
     """
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     rule = rule_of(alpha, beta, mix, dropout)
-    return dense_backward(grad_z, x, weights, rule, saved_0, saved_1, saved_2, needs)
+    return dense_backward(grad_z, grad_l1, x, weights, rule, saved_0, saved_1, saved_2, needs)
 
 
 def dense_backward(
     grad_z: Tensor,
+    grad_l1: Tensor | None,
     x: Tensor,
     weights: Weights,
     rule: Rule,
@@ -197,6 +213,7 @@ def dense_backward(
 
     Args:
         grad_z: ``[T, D]``.
+        grad_l1: ``[T]``, or None.
         x: ``[T, D]``.
         weights: of the block.
         rule: activation and dropout.
@@ -205,17 +222,23 @@ def dense_backward(
         kept: the entries that dropout has kept, bool ``[T · F]``; empty without dropout.
         needs: whether each gradient is needed.
     """
-    grad_x, grads = reference.mlp_backward(grad_z, x, weights, rule, r, up, kept)
+    grad_x, grads = reference.mlp_backward(grad_z, grad_l1, x, weights, rule, r, up, kept)
     return only_needed((grad_x, *grads), (x, *weights), needs)
 
 
 def differentiable_gradients(
-    grad_z: Tensor, x: Tensor, weights: Weights, rule: Rule, kept: Tensor
+    grad_z: Tensor,
+    grad_l1: Tensor | None,
+    x: Tensor,
+    weights: Weights,
+    rule: Rule,
+    kept: Tensor,
 ) -> tuple[Tensor, Weights]:
     """`mlp_backward` of a block that is recomputed, dense, so that autograd sees all of it.
 
     Args:
         grad_z: ``[T, D]``.
+        grad_l1: ``[T]``, or None.
         x: ``[T, D]``.
         weights: of the block.
         rule: activation and dropout.
@@ -228,7 +251,7 @@ def differentiable_gradients(
     up = r.new_empty(0)
     if weights.up is not None:
         up = reference.linear(x, weights.up, weights.up_bias).flatten()
-    return reference.mlp_backward(grad_z, x, weights, rule, r, up, kept)
+    return reference.mlp_backward(grad_z, grad_l1, x, weights, rule, r, up, kept)
 
 
 def rule_of(alpha: float, beta: float, mix: Tensor | None, dropout: float) -> Rule:
@@ -295,10 +318,14 @@ def _(
     trains: bool,
     max_density: float | None,
     max_candidates: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_l1: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     fake = _fakes.get(x.device.type, fake_dense)
     saved = fake(x, down.shape[0], up is not None, dropout)
-    return x.new_empty(x.shape[0], down.shape[1]), *saved
+    l1 = no_l1(x)
+    if with_l1:
+        l1 = l1.new_empty(x.shape[0])
+    return x.new_empty(x.shape[0], down.shape[1]), l1, *saved
 
 
 def fake_dense(x: Tensor, hidden: int, gated: bool, dropout: float) -> Five:
@@ -316,6 +343,7 @@ def fake_dense(x: Tensor, hidden: int, gated: bool, dropout: float) -> Five:
 @mlp_backward.register_fake
 def _(
     grad_z: Tensor,
+    grad_l1: Tensor | None,
     x: Tensor,
     activated: Tensor,
     activated_bias: Tensor | None,
@@ -344,28 +372,34 @@ def _(
 
 
 def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, *weights, ctx.alpha, ctx.beta, mix, ctx.dropout, _, _, _ = inputs
-    ctx.save_for_backward(x, *weights, mix, *output[1:])
+    x, *weights, ctx.alpha, ctx.beta, mix, ctx.dropout, _, _, _, ctx.with_l1 = inputs
+    ctx.save_for_backward(x, *weights, mix, *output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _mlp_backward(ctx: Any, grad_z: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_z is None:
+def _mlp_backward(
+    ctx: Any, grad_z: Tensor | None, grad_l1: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    if not ctx.with_l1:
+        grad_l1 = None  # of an empty tensor
+    if grad_z is None and grad_l1 is None:
         return (None,) * len(ctx.needs_input_grad)
     x, activated, activated_bias, up, up_bias, down, down_bias, mix, *saved = ctx.saved_tensors
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
+    if grad_z is None:
+        grad_z = x.new_zeros(x.shape[0], down.shape[1])
     if torch.is_grad_enabled():  # create_graph=True: these gradients are differentiated in turn
         rule = rule_of(ctx.alpha, ctx.beta, mix, ctx.dropout)
         kept = x.new_empty(0, dtype=torch.bool)
         if ctx.dropout:
             kept = dropout_mask([part.detach() for part in saved], len(x), len(down))
-        of_x, of_weights = differentiable_gradients(grad_z, x, weights, rule, kept)
-        return of_x, *of_weights, *(None,) * 7
+        of_x, of_weights = differentiable_gradients(grad_z, grad_l1, x, weights, rule, kept)
+        return of_x, *of_weights, *(None,) * 8
     needs = ctx.needs_input_grad[:7]
     rule_arguments = ctx.alpha, ctx.beta, mix, ctx.dropout
-    grads = mlp_backward(grad_z, x, *weights, *rule_arguments, *saved, needs)
+    grads = mlp_backward(grad_z, grad_l1, x, *weights, *rule_arguments, *saved, needs)
     wanted = zip(grads, needs, strict=True)
-    return *(grad if needed else None for grad, needed in wanted), *(None,) * 7
+    return *(grad if needed else None for grad, needed in wanted), *(None,) * 8
 
 
 mlp.register_autograd(_mlp_backward, setup_context=_save_mlp)

@@ -207,19 +207,34 @@ class Rule(NamedTuple):
             return values
         return values * kept / (1.0 - self.dropout) if self.dropout < 1 else values * 0.0
 
+    def before_dropout(self, r: Tensor, up: Tensor) -> Tensor:
+        """The hidden entries before dropout: σ(r), times `up` in a gated block."""
+        a = self.activation(r)
+        return a * up if up.numel() else a
+
     def hidden(self, r: Tensor, up: Tensor, kept: Tensor) -> Tensor:
         """The input of `down`: σ(r), times `up` in a gated block, after dropout."""
-        a = self.activation(r)
-        return self.drop(a * up if up.numel() else a, kept)
+        return self.drop(self.before_dropout(r, up), kept)
 
     def split(
-        self, grad_hidden: Tensor, r: Tensor, up: Tensor, kept: Tensor
+        self, grad_hidden: Tensor, r: Tensor, up: Tensor, kept: Tensor, grad_l1: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of p and, in a gated block, of `up`, from that of the input of `down`.
 
         They hold where r ≠ 0; elsewhere both are 0.
+
+        Args:
+            grad_hidden: of the input of `down`.
+            r: of the same entries; so the next two.
+            up: of a gated block, else empty.
+            kept: by dropout, or empty.
+            grad_l1: of the entry's token in `l1`, or None.
         """
         grad_a = self.drop(grad_hidden, kept)
+        if grad_l1 is not None and up.numel():
+            grad_a = grad_a + grad_l1 * self.before_dropout(r, up).sgn()
+        elif grad_l1 is not None:  # no entry is negative
+            grad_a = grad_a + grad_l1
         if r.numel() and not up.numel():
             return self._times_slope(grad_a, r), None
         return self._times_slope(grad_a * up, r), grad_a * self.activation(r)
@@ -289,8 +304,22 @@ def mlp_from(
     return z, r, up, kept
 
 
+def l1(r: Tensor, up: Tensor, rule: Rule, rows: int) -> Tensor:
+    """Σ|a| of each token, before dropout, ``[T]``, float32 or wider.
+
+    Args:
+        r: ``[T · F]``, from `mlp`.
+        up: the factor of σ(r) in a gated block, else empty.
+        rule: the activation.
+        rows: T.
+    """
+    wide = torch.promote_types(r.dtype, torch.float32)
+    return rule.before_dropout(r, up).abs().view(rows, -1).sum(1, dtype=wide)
+
+
 def mlp_backward(
     grad_z: Tensor,
+    grad_l1: Tensor | None,
     x: Tensor,
     weights: Weights,
     rule: Rule,
@@ -298,10 +327,11 @@ def mlp_backward(
     up: Tensor,
     kept: Tensor,
 ) -> tuple[Tensor, Weights]:
-    """The gradients of `mlp`, dense.
+    """The gradients of `mlp` and `l1`, dense.
 
     Args:
         grad_z: ``[T, D]``.
+        grad_l1: ``[T]``, or None.
         x: ``[T, D]``.
         weights: of the block.
         rule: activation and dropout.
@@ -315,7 +345,11 @@ def mlp_backward(
     rows, columns = x.shape[0], weights.down.shape[0]
     hidden = rule.hidden(r, up, kept).view(rows, columns)
     grad_down = transposed_product(hidden, grad_z, weights.down)
-    grad_p, grad_up = rule.split((grad_z @ weights.down.T).flatten(), r, up, kept)
+    by_entry = None
+    if grad_l1 is not None:
+        by_entry = grad_l1.to(x.dtype).unsqueeze(1).expand(rows, columns).flatten()
+    grad_hidden = (grad_z @ weights.down.T).flatten()
+    grad_p, grad_up = rule.split(grad_hidden, r, up, kept, by_entry)
     grad_p = torch.ops.aten.threshold_backward(grad_p, r, 0).view(rows, columns)
     grad_x = grad_p @ weights.activated
     grad_up_weight = grad_up_bias = None

@@ -55,7 +55,14 @@ class Constraint:
 
 
 class LossTerm(Constraint):
-    """A constraint that adds a term to the loss of each training step."""
+    """A constraint that adds a term to the loss of each training step.
+
+    Attributes:
+        reads_l1: the term is made of Σ|a| of each token, which the kernels compute on the support;
+            `see_l1` gets it in routed calls.
+    """
+
+    reads_l1: ClassVar[bool] = False
 
     def join(self, block: MLPBlock, journal: Journal) -> None:
         """Note the term on a block, so that `penalize` and the callbacks find it.
@@ -74,6 +81,19 @@ class LossTerm(Constraint):
         Args:
             loss: scalar.
             share: this pass's share of the batch, if the loss is of the whole batch.
+        """
+        raise NotImplementedError
+
+    def see_l1(self, block: MLPBlock, l1: Tensor, z: Tensor) -> Tensor:
+        """Take Σ|a| of a training call that is routed to the kernels.
+
+        Args:
+            block: the block.
+            l1: Σ|a| of each token, before dropout, ``[*]``, with its graph.
+            z: the block's output ``[*, D]``.
+
+        Returns:
+            z, with which the gradient of the term may travel.
         """
         raise NotImplementedError
 
@@ -261,6 +281,12 @@ def shifted_bias(layer: Any, shifts: Sequence[BiasShift]) -> Tensor | None:
         shift = one.shift(linear_weight(layer).dtype)
         bias = -shift if bias is None else bias - shift
     return bias
+
+
+def l1_readers(block: MLPBlock) -> Sequence[LossTerm]:
+    """The terms of the loss that read Σ|a| of a block in training."""
+    terms: list[LossTerm] | None = block.down.__dict__.get(_LOSS_TERMS)
+    return [term for term in terms if term.reads_l1] if terms else ()
 
 
 def loss_terms_of(model: nn.Module) -> list[LossTerm]:

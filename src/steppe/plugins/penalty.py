@@ -59,10 +59,6 @@ class ActivationPenalty(Plugin):
         """Whether λ rises."""
         return self.ramp > 0
 
-    def needs_hidden(self, training: bool) -> str:
-        """In training: the penalty is the norm of the hidden tensor."""
-        return "its loss has a penalty on the activations themselves" if training else ""
-
     def check(self, block: MLPBlock) -> None:
         """Every block fits."""
 
@@ -77,6 +73,7 @@ class ActivationPenalty(Plugin):
         attach(journal, hooks)
         for block, context in zip(blocks, contexts, strict=True):
             penalty.join(block, journal)
+            penalty.contexts[block.name] = context
             receiver = block.down if block.dropout is None else block.dropout
             journal.add_forward_pre_hook(receiver, partial(penalty.see_a, block, context))
         return [penalty]
@@ -92,12 +89,16 @@ class Penalty(LossTerm):
 
     Attributes:
         strength: λ now, a 0-dim tensor on the loss's device, which can change without recompiling.
+        contexts: by the block's name, it knows the padding.
     """
+
+    reads_l1: ClassVar[bool] = True
 
     def __init__(self, strength: float, ramp: float, device: torch.device) -> None:
         self._most = strength
         self._ramp = ramp
         self.strength = torch.full((), strength * ramp_progress(0.0, ramp), device=device)
+        self.contexts: dict[str, TokenContext] = {}
         self._means: list[Tensor] = []  # of the last forward pass
         self._is_due = False
         # Reentrant checkpointing first runs the blocks without a graph, so their means give no
@@ -144,7 +145,25 @@ class Penalty(LossTerm):
         a = args[0]
         if not block.down.training or a.shape[-1] != block.d_hidden:
             return None
-        mean = mean_l1(a, context.counted(a, block))
+        taken = self._take(block, mean_l1(a, context.counted(a, block)), a)
+        return None if taken is a else (taken, *args[1:])
+
+    def see_l1(self, block: MLPBlock, l1: Tensor, z: Tensor) -> Tensor:
+        """Take Σ|a| of a training call that is routed to the kernels; the output."""
+        counted = self.contexts[block.name].counted(z, block)
+        return self._take(block, mean_over(l1, counted), z)
+
+    def _take(self, block: MLPBlock, mean: Tensor, carrier: Tensor) -> Tensor:
+        """Keep a block's mean for the loss.
+
+        Args:
+            block: the block.
+            mean: over tokens, of Σ|a|, 0-dim.
+            carrier: a tensor of the same call, whose gradient comes by here.
+
+        Returns:
+            The carrier; with the gradient of the mean, if the loss has had the mean without one.
+        """
         # A pass recomputed by checkpointing: the same operations, but nothing more to add.
         if torch.compiler.is_compiling() or not in_backward():
             self._means.append(mean)
@@ -153,8 +172,8 @@ class Penalty(LossTerm):
                 self._bare.add(block.name)
         elif block.name in self._bare and self._factor is not None:
             self._bare.remove(block.name)
-            return (_WithGradient.apply(a, mean, self._factor.to(mean)), *args[1:])
-        return None
+            carrier = _WithGradient.apply(carrier, mean, self._factor.to(mean))
+        return carrier
 
     def add_to(self, loss: Tensor, share: float = 1.0) -> Tensor:
         """The loss with the penalty of the last forward pass, which is then used up.
@@ -207,13 +226,13 @@ class _Added(torch.autograd.Function):
 
 
 class _WithGradient(torch.autograd.Function):
-    """The activations as they are; its backward also gives their mean a gradient."""
+    """A tensor as it is; its backward also gives the mean of its block a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-        """The activations."""
+    def forward(ctx: Any, carrier: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+        """The tensor."""
         ctx.save_for_backward(factor)
-        return a.detach()
+        return carrier.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -235,10 +254,19 @@ def mean_l1(a: Tensor, counted: Tensor | None) -> Tensor:
         >>> mean_l1(torch.tensor([[1.0, -2.0], [4.0, 1.0]]), None)
         tensor(4.)
     """
-    per_token = a.abs().sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
+    return mean_over(a.abs().sum(-1, dtype=torch.promote_types(a.dtype, torch.float32)), counted)
+
+
+def mean_over(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean of a number of each token over the tokens that count; 0 where none does.
+
+    Args:
+        values: ``[*]``.
+        counted: bool ``[*]``; None for all.
+    """
     if counted is None:
-        return per_token.mean()
-    return torch.where(counted, per_token, 0.0).sum() / counted.sum().clamp(min=1)
+        return values.mean()
+    return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
 
 
 def penalize(loss: Tensor, model: nn.Module) -> Tensor:

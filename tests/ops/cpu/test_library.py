@@ -105,7 +105,7 @@ down = torch.randn_like(weight)
 block = (x, weight, bias, None, None, down, None, 1.0, 0.0, None, 0.0)
 for trains in (False, True):
     screened, plain = (mlp(*block, trains, 1.0, most) for most in (1.0, 0.0))
-    assert len(screened[1]) == len(plain[1]) > 0
+    assert len(screened[2]) == len(plain[2]) > 0  # r
     assert torch.allclose(screened[0], plain[0], atol=1e-5)
 x = extreme[0] * torch.where(torch.rand(40, 256) < 0.5, -1, 1)
 found = find_candidates(x, screen_of(extreme[1]), torch.full((70,), -1.5e6))

@@ -15,6 +15,7 @@ from steppe.ops.reference import Rule, Weights
 
 def sparse_gradients(
     grad_z: Tensor,
+    grad_l1: Tensor | None,
     x: Tensor,
     weights: Weights,
     rule: Rule,
@@ -25,6 +26,7 @@ def sparse_gradients(
 
     Args:
         grad_z: ``[T, D]``.
+        grad_l1: of Σ|a| of each token, ``[T]``, or None.
         x: ``[T, D]``.
         weights: of the block.
         rule: activation and dropout.
@@ -40,8 +42,9 @@ def sparse_gradients(
     panels_g = calls.pack(grad_z, "gradient")
     grad_hidden = calls.sampled(support, panels_g, weights.down)
     hidden = rule.hidden(r, up_values, kept)
-    grad_p, grad_up = rule.split(grad_hidden, r, up_values, kept)
-    del grad_hidden
+    by_entry = None if grad_l1 is None else _by_entry(grad_l1.to(x.dtype), support)
+    grad_p, grad_up = rule.split(grad_hidden, r, up_values, kept, by_entry)
+    del grad_hidden, by_entry
 
     turned, (hidden_t, grad_p_t) = calls.transpose(support, hidden, grad_p)
     grads: list[Tensor | None] = [None] * 7
@@ -66,3 +69,14 @@ def sparse_gradients(
     if grads[0] is not None:
         calls.spmm_into(grads[0], grad_up, support, weights.up, accumulate=True)
     return grads
+
+
+def _by_entry(of_tokens: Tensor, support: Support) -> Tensor:
+    """The number of each entry's token, ``[nnz]``.
+
+    Args:
+        of_tokens: ``[T]``.
+        support: of the entries.
+    """
+    of_rows = of_tokens.repeat(support.tiles)
+    return of_rows.repeat_interleave(support.offsets.diff(), output_size=support.entries)

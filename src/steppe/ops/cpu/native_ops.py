@@ -96,13 +96,34 @@ def mlp(
     trains: bool,
     max_density: float | None,
     max_candidates: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_l1: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `steppe.ops.mlp.mlp`."""
     weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     rows, width = x.shape
     plan = plan_for(rows, width, x.dtype, trains, Limits(max_density, max_candidates))
-    z, saved = compute(x, weights, rule_of(alpha, beta, mix, dropout), plan, trains)
-    return z, *saved
+    rule = rule_of(alpha, beta, mix, dropout)
+    z, saved = compute(x, weights, rule, plan, trains)
+    l1 = l1_of(saved, rule, rows, len(down)) if with_l1 else mlp_op.no_l1(x)
+    return z, l1, *saved
+
+
+def l1_of(saved: Saved, rule: Rule, rows: int, columns: int) -> Tensor:
+    """Σ|a| of each token, before dropout, ``[T]``, float32 or wider.
+
+    Args:
+        saved: of a forward pass.
+        rule: the activation.
+        rows: T.
+        columns: F.
+    """
+    if not saved.is_sparse:
+        return reference.l1(saved.r, saved.up, rule, rows)
+    hidden = rule.before_dropout(saved.r, saved.up)
+    # Without a gate no entry is negative.
+    sizes = hidden.abs() if saved.up.numel() else hidden
+    wide = sizes.to(torch.promote_types(sizes.dtype, torch.float32))
+    return calls.row_sums(wide, Support(saved.indices, saved.offsets, rows, columns))
 
 
 def compute(
@@ -291,6 +312,7 @@ def _decode(
 @mlp_op.mlp_backward.register_kernel("cpu")
 def _(
     grad_z: Tensor,
+    grad_l1: Tensor | None,
     x: Tensor,
     activated: Tensor,
     activated_bias: Tensor | None,
@@ -314,12 +336,12 @@ def _(
     form = Saved(saved_0, saved_1, saved_2, saved_3, saved_4)
     rows, columns = x.shape[0], down.shape[0]
     if form.is_sparse and runs(grad_z, x, *weights):
-        grads = sparse_gradients(grad_z, x, weights, rule, form, needs)
+        grads = sparse_gradients(grad_z, grad_l1, x, weights, rule, form, needs)
         return only_needed(grads, (x, *weights), needs)
     r = form.dense(form.r, rows, columns)
     up_values = form.up if up is None else form.dense(form.up, rows, columns)
     kept = form.dense(form.kept, rows, columns) if dropout else form.kept
-    return mlp_op.dense_backward(grad_z, x, weights, rule, r, up_values, kept, needs)
+    return mlp_op.dense_backward(grad_z, grad_l1, x, weights, rule, r, up_values, kept, needs)
 
 
 @mlp_op.support.register_kernel("cpu")
