@@ -82,7 +82,7 @@ def test_two_processes_are_as_one(alone: Path, way: str) -> None:
 @pytest.mark.distributed
 def test_two_sharded_processes_on_the_kernels_are_as_one_dense(alone: Path) -> None:
     place = alone.parent
-    flags = (*SAME, "--activation_penalty", "0")
+    flags = (*SAME, "--rising_threshold", "false")
     batch = ("--per_device_train_batch_size", "8")
     dense, ours = place / "dense", place / "on the kernels"
     recipe_worker.run_tiny_text(place / "data", place / "cache", dense, *flags, *batch)

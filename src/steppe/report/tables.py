@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from steppe.report.acceleration import shares_of_calls
 from steppe.tables import FittingTable
 
 BASELINE = "vanilla"
@@ -57,7 +58,8 @@ def recipe_table(summary: dict[str, Any]) -> FittingTable:
         summary: as `steppe.training.run_recipe.run_recipe` returned or wrote it.
 
     Returns:
-        A table of held-out quality, densities in percent, steps and time.
+        A table of held-out quality, densities in percent, steps and time; of an accelerated run
+        the kernels and how the calls of its blocks ran.
     """
     table = FittingTable(f"{summary['recipe']}, {summary['arm']}")
     table.add_texts("held-out")
@@ -69,6 +71,12 @@ def recipe_table(summary: dict[str, Any]) -> FittingTable:
         table.add_row(key.replace("_", " "), f"{100 * summary[key]:.1f} %")
     table.add_row("steps", str(summary["steps"]))
     table.add_row("time", f"{summary['seconds']:.0f} s")
+    acceleration = summary.get("acceleration")
+    if acceleration:
+        calls, reasons = shares_of_calls(acceleration)
+        table.add_row("kernels", acceleration["kernels"] or "none")
+        table.add_row("calls of its blocks", calls.replace(", ", "\n") or "none was seen")
+        table.add_row("why not sparse", reasons.replace(", ", "\n") or "–")
     return table
 
 
