@@ -156,17 +156,15 @@ def test_a_dense_run_goes_on_accelerated(place: Path, tmp_path: Path, dense: dic
     ("flags", "tolerance"),
     [
         (("--gradient_checkpointing", "true"), 1e-5),
-        (
-            ("--gradient_accumulation_steps", "4", "--per_device_train_batch_size", "2"),
-            1e-5,
-        ),
+        (("--gradient_accumulation_steps", "4", "--per_device_train_batch_size", "2"), 1e-5),
         (("--bf16", "true"), 5e-3),
     ],
     ids=["checkpointing", "accumulation", "bf16"],
 )
 def test_the_trainers_options_change_nothing(
-    place: Path, tmp_path: Path, dense: dict, flags: tuple[str, ...], tolerance: float
+    place: Path, tmp_path: Path, flags: tuple[str, ...], tolerance: float
 ) -> None:
+    dense = trained(place, tmp_path / "dense", *flags)
     ours = trained(place, tmp_path / "run", "--accelerate", *flags)
     assert ours["losses"] == pytest.approx(dense["losses"], rel=tolerance)
     assert min(sparse_calls(ours)) > 8
