@@ -119,6 +119,7 @@ def test_a_run_has_the_losses_of_a_dense_one(tmp_path: Path, options: dict[str, 
         assert ours["AF_up_per_block"] == pytest.approx(dense["AF_up_per_block"], rel=1e-3)
     written = read_run(tmp_path).acceleration
     assert written == callback.acceleration.record
+    assert len(written["blocks"]) == 2
     for block in written["blocks"]:
         assert block["calls"]["sparse"] > 0
         assert block["reasons"][WATCHED] >= 2
@@ -154,6 +155,7 @@ def test_a_model_that_was_accelerated_before_stays_so(tmp_path: Path) -> None:
     callback = SteppeCallback(accelerate=True)
     make_trainer(tmp_path, model, callback).train()
     assert acceleration_of(model) is before
+    assert len(ways(callback)) == 2
     assert all("sparse" in how for how in ways(callback))
 
 
@@ -211,6 +213,7 @@ def test_checkpoints_of_an_accelerated_run_are_those_of_the_plain_model(tmp_path
     assert len(find_blocks(loaded)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler, within torch
 def test_a_compiled_model_has_the_losses_of_a_dense_one(tmp_path: Path) -> None:
     found = []
@@ -224,4 +227,5 @@ def test_a_compiled_model_has_the_losses_of_a_dense_one(tmp_path: Path) -> None:
         trainer.train()
         torch.compiler.reset()
         found.append(losses(trainer))
+    assert len(callback.acceleration.record["blocks"]) == 1  # its calls are not seen
     assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -10,6 +10,7 @@ import torch
 
 from steppe.data.embedded import load_digits_split, load_pydoc_split
 from steppe.errors import NonFiniteLossError
+from steppe.runs import read_run
 from steppe.training import demo
 from steppe.training.recipe import read_recipe
 from steppe.training.recipe_arguments import model_settings
@@ -42,10 +43,14 @@ def test_pydoc_is_text_in_disjoint_windows() -> None:
 
 
 @pytest.fixture(scope="module")
-def summary(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def summary(folder: Path) -> dict:
     """The demo with little held-out data and short timing."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("demo")
     tasks = []
     for task in demo.TASKS:
         text = (RECIPES / f"{task.name}.yaml").read_text(encoding="utf-8")
@@ -95,7 +100,7 @@ def test_the_threshold_has_risen_over_the_first_half(summary: dict) -> None:
             assert threshold[1][1] < 0.75 * control[1][1]
 
 
-def test_the_wide_model_is_trained_twice_from_the_same_weights(summary: dict) -> None:
+def test_the_wide_model_is_trained_twice_from_the_same_weights(summary: dict, folder: Path) -> None:
     twice = summary["accelerated"]
     dense, ours = (twice["runs"][way] for way in ("dense", "accelerated"))
     assert (twice["recipe"], twice["arm"], twice["steps"]) == ("pydoc-wide", "threshold", 11)
@@ -104,6 +109,8 @@ def test_the_wide_model_is_trained_twice_from_the_same_weights(summary: dict) ->
     assert ours["density"] == pytest.approx(dense["density"], abs=0.01)
     seconds = [run["processor_seconds"] for run in (dense, ours)]
     assert twice["speed_up"] == pytest.approx(seconds[0] / seconds[1])
+    runs = [read_run(folder / label) for label in demo.labels_of_runs(2)[-2:]]
+    assert [len(run.acceleration.get("blocks", ())) for run in runs] == [0, 1]
 
 
 def test_the_speed_of_the_trained_blocks_is_in_the_summary(summary: dict) -> None:
