@@ -24,7 +24,7 @@ TRITON  := build/triton
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results twins cost bench losses gpu test test-slow test-screening test-versions test-native valgrind test-gpu-offline lint format clean
+.PHONY: help install demo results twins cost bench training losses gpu test test-slow test-screening test-versions test-native valgrind test-gpu-offline lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,10 @@ cost: $(STAMP) ## measure anew what measuring costs (ten minutes, nothing else r
 bench: $(STAMP) ## measure anew what the kernels gain (twenty minutes, nothing else running)
 	$(BIN)/python benchmarks/mlp_cpu.py --json benchmarks/results/mlp_cpu.json
 	$(BIN)/python benchmarks/models_cpu.py --json benchmarks/results/models_cpu.json
+	$(BIN)/python docs/render.py
+
+training: $(STAMP) ## train a small GPT on the kernels and dense anew: TEXT=FILE (half an hour)
+	$(BIN)/python benchmarks/training_cpu.py '$(TEXT)' --json benchmarks/results/training_cpu.json
 	$(BIN)/python docs/render.py
 
 losses: $(STAMP) ## train the same model dense, sparse and in float64 anew, and compare (two minutes)

@@ -1,10 +1,11 @@
 """What `accelerate_` gains on whole models of true shapes, on the CPU.
 
-NLLB-600M translates greedily and with 4 beams; T5-base generates, and does a training step; two
-layers of Nemotron-4B (squared ReLU) and one of a gated 7B model (Llama's shape with ReLU), both in
-bfloat16, are given a prompt, and decode. Attention, embeddings and the head are timed too. Weights
-are random, and the first layers are shifted so that a share ρ of the hidden entries is active; a
-row has the share that was measured while it ran.
+NLLB-600M translates greedily and with 4 beams; T5-base generates, and does a training step, as do
+T5-small, OPT-125m and a ViT-S with a small head; two layers of Nemotron-4B (squared ReLU), and one
+and two of a gated 7B model (Llama's shape with ReLU), in bfloat16, are given a prompt, and decode.
+Attention, embeddings and the head are timed too. Weights are random, and the first layers are
+shifted so that a share ρ of the hidden entries is active; a row has the share that was measured
+while it ran.
 
 Dense and accelerated take turns in one process, on the same Parameters; a row is the median of the
 ratios of the rounds. Each row's outputs are compared as well: tokens must be the same, and what is
@@ -35,8 +36,12 @@ from transformers import (
     M2M100ForConditionalGeneration,
     NemotronConfig,
     NemotronModel,
+    OPTConfig,
+    OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from mlp_cpu import set_density_
@@ -96,23 +101,58 @@ def nllb_600m(quick: bool) -> tuple[nn.Module, Batch]:
     return M2M100ForConditionalGeneration(config), {"input_ids": ids, "labels": ids.flip(1)}
 
 
-def t5_base(quick: bool) -> tuple[nn.Module, Batch]:
-    """T5-base: d 768, F 3072, 12 + 12 layers, no biases."""
-    width, vocabulary, layers = (64, 512, 1) if quick else (768, 32_128, 12)
+def t5(quick: bool, width: int, layers: int, samples: int, tokens: int) -> tuple[nn.Module, Batch]:
+    """T5 with F = 4 d and twice as many layers as given, no biases; half as many tokens decoded."""
+    width, vocabulary, layers = (64, 512, 1) if quick else (width, 32_128, layers)
     config = T5Config(
         vocab_size=vocabulary,
         d_model=width,
         d_ff=4 * width,
         num_layers=layers,
-        num_heads=12,
+        num_heads=width // 64,
         dropout_rate=0.0,
         feed_forward_proj="relu",
         decoder_start_token_id=0,
     )
     model = T5ForConditionalGeneration(config)
     _share_component_(model)
-    ids = torch.randint(2, vocabulary, (2, 64))
-    return model, {"input_ids": ids, "labels": ids[:, :32].contiguous()}
+    samples, tokens = (2, 64) if quick else (samples, tokens)
+    ids = torch.randint(2, vocabulary, (samples, tokens))
+    return model, {"input_ids": ids, "labels": ids[:, : tokens // 2].contiguous()}
+
+
+def opt_125m(quick: bool) -> tuple[nn.Module, Batch]:
+    """OPT-125m: d 768, F 3072, 12 layers, 50,272 tokens; 1,024 tokens a step."""
+    width, vocabulary, layers, tokens = (64, 512, 1, 32) if quick else (768, 50_272, 12, 512)
+    config = OPTConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        ffn_dim=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=12 if not quick else 4,
+        max_position_embeddings=tokens,
+        dropout=0.0,
+    )
+    ids = torch.randint(4, vocabulary, (2, tokens))
+    return OPTForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+def vit_s(quick: bool) -> tuple[nn.Module, Batch]:
+    """ViT-S/16 with ReLU: d 384, F 1536, 12 layers, 10 classes; 8 images of 197 tokens a step."""
+    width, layers, size, images = (64, 1, 64, 2) if quick else (384, 12, 224, 8)
+    config = ViTConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        image_size=size,
+        hidden_act="relu",
+        num_labels=10,
+    )
+    pixels = torch.randn(images, 3, size, size)
+    labels = torch.randint(10, (images,))
+    return ViTForImageClassification(config), {"pixel_values": pixels, "labels": labels}
 
 
 def nemotron_4b(quick: bool) -> tuple[nn.Module, Batch]:
@@ -131,14 +171,14 @@ def nemotron_4b(quick: bool) -> tuple[nn.Module, Batch]:
     return _layers(NemotronModel(config))
 
 
-def gated_7b(quick: bool) -> tuple[nn.Module, Batch]:
-    """One layer of a 7B model of Llama's shape with ReLU: d 4096, F 11008, gated, no biases."""
+def gated_7b(quick: bool, layers: int = 2) -> tuple[nn.Module, Batch]:
+    """Layers of a 7B model of Llama's shape with ReLU: d 4096, F 11008, gated, no biases."""
     width, hidden = (64, 192) if quick else (4096, 11_008)
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=width,
         intermediate_size=hidden,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=32,
         hidden_act="relu",
     )
@@ -207,9 +247,18 @@ def decode(model: Any, batch: Batch) -> list[Tensor]:
 _OF_LAYERS: dict[str, Run] = {"prefill": prefill, "decode": decode}
 SUBJECTS = {
     "NLLB-600M": Subject(nllb_600m, {"greedy": generate, "4 beams": partial(generate, beams=4)}),
-    "T5-base": Subject(t5_base, {"greedy": generate, "training": train}),
+    "T5-base": Subject(
+        partial(t5, width=768, layers=12, samples=2, tokens=64),
+        {"greedy": generate, "training": train},
+    ),
+    "T5-small": Subject(
+        partial(t5, width=512, layers=6, samples=8, tokens=128), {"training": train}
+    ),
+    "OPT-125m": Subject(opt_125m, {"training": train}),
+    "ViT-S": Subject(vit_s, {"training": train}),
     "Nemotron-4B, 2 layers": Subject(nemotron_4b, _OF_LAYERS),
-    "gated 7B, 1 layer": Subject(gated_7b, _OF_LAYERS),
+    "gated 7B, 1 layer": Subject(partial(gated_7b, layers=1), _OF_LAYERS),
+    "gated 7B, 2 layers": Subject(gated_7b, {"decode": decode}),
 }
 
 
@@ -315,14 +364,16 @@ def main(
     model: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(SUBJECTS)}; all by default.")
     ] = None,
+    density: Annotated[list[float] | None, typer.Option(help="0.1 and 0.05 by default.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="1 and 2 by default.")] = None,
 ) -> None:
     """Measure what `accelerate_` gains on whole models."""
     rows = []
     for name in model or SUBJECTS:
         rows += rows_of(
             name,
-            DENSITIES[:1] if quick else DENSITIES,
-            THREADS[:1] if quick else THREADS,
+            density or (DENSITIES[:1] if quick else DENSITIES),
+            threads or (THREADS[:1] if quick else THREADS),
             0.0 if quick else SECONDS,
             quick,
         )

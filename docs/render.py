@@ -20,6 +20,7 @@ TWINS = "docs/results/twins.json"
 MODELS = "benchmarks/results/models_cpu.json"
 LOSSES = "benchmarks/results/same_losses.json"
 VERSIONS = "docs/results/versions.json"
+TRAINING = "benchmarks/results/training_cpu.json"
 PAGES = ("README.md", "docs/kernels.md", "docs/recipes.md", "docs/screening.md")
 
 
@@ -43,6 +44,7 @@ def render(page: str) -> str:
             f"{100 * _cost('run measured every 50 steps') - 100:+.1f} %"
         ),
         f"twins: {TWINS}": lambda: "\n" + twins_markdown(_read(TWINS)),
+        f"training runs: {TRAINING}": lambda: "\n" + training_markdown(_read(TRAINING)),
         f"losses: {LOSSES}": lambda: "\n" + losses_markdown(_read(LOSSES)),
         f"versions: {VERSIONS}": lambda: versions_sentence(_read(VERSIONS)),
         f"fullgraph setting: {VERSIONS}": lambda: versions_with_setting(_read(VERSIONS)),
@@ -88,6 +90,35 @@ def speed_markdown(result: dict[str, Any]) -> str:
             cells.append(", ".join(found))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n" + _trained_speed(result["rows"]) + "\n"
+
+
+def training_markdown(result: dict[str, Any]) -> str:
+    """Whole training runs: as many steps, and as many seconds, for each arm."""
+    runs, budgets = result["runs"], result["time"]
+    steps = next(iter(runs.values()))["steps"]
+    lines = [
+        f"| {steps:,} steps | ms a step | at the end | faster | held-out loss | density |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in runs.items():
+        lines.append(
+            f"| {name} | {row['ms_a_step']:.0f} | {row['ms_a_step_at_the_end']:.0f} |"
+            f" {row['speedup']:.2f}× | {row['loss']:.3f} | {row['density']:.3f} |"
+        )
+    lines += ["", "| as many seconds | " + " | ".join(budgets) + " | parameters | memory |"]
+    lines.append("|---|" + "---|" * (len(budgets) + 2))
+    for name in next(iter(budgets.values())):
+        rows = [rows[name] for rows in budgets.values()]
+        cells = [f"{row['loss']:.3f} ({row['steps']:,} steps)" for row in rows]
+        size = (
+            f"{rows[0]['parameters'] / 1e6:.1f} M | {rows[0]['bytes_of_training'] / 2**20:.0f} MB"
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} | {size} |")
+    lines += ["", "| a step, accelerated | time of one / the other | density |", "|---|---|---|"]
+    for name, row in result["steps"].items():
+        quartiles = f"{row['lower_quartile']:.2f} to {row['upper_quartile']:.2f}"
+        lines.append(f"| {name} | {row['ratio']:.2f} ({quartiles}) | {row['density']:.3f} |")
+    return "\n".join(lines) + "\n"
 
 
 def models_markdown(result: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ lost, would depend on which program came first; here the bits are always the sam
 are kept are the first ones. And a result of the interpreter, which runs the programs one after the
 other, holds on a card, which runs them at once.
 
-Compiled for sm_80, 89, 90 and 100 and interpreted in the tests. On an H200 they gave the definition's
+Compiled for sm_80, 89, 90 and 100 and interpreted in the tests. An H200 gave the definition's
 results; docs/gpu.md has their speed, a third of what the memory allows.
 """
 
