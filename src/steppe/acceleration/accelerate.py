@@ -156,7 +156,7 @@ def accelerate_(
     root = unwrap(model)
     old = acceleration_of(root)
     if old is not None:
-        _decelerate(old)
+        decelerate(old)
     try:
         blocks = blocks_for("accelerate_", root, where, patterns, strict)
         for block in blocks:
@@ -246,7 +246,7 @@ def restore_(model: nn.Module) -> nn.Module:
     acceleration = acceleration_of(model)
     if acceleration is None:
         return take_out_plugins_(model)
-    _decelerate(acceleration)
+    decelerate(acceleration)
     if sparsification_of(model) is not None:
         return take_out_plugins_(model)
     forget_patterns_(model)
@@ -271,7 +271,7 @@ def acceleration_of(model: nn.Module) -> Acceleration | None:
     return next((vars(one)[_ATTRIBUTE] for one in found.values()), None)
 
 
-def _decelerate(acceleration: Acceleration) -> None:
+def decelerate(acceleration: Acceleration) -> None:
     """Take an acceleration back and free the memory that it kept."""
     for route in acceleration.routes:
         route.computation.forget()

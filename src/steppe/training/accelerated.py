@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from steppe.acceleration.accelerate import Acceleration, _decelerate, accelerate_, acceleration_of
+from steppe.acceleration.accelerate import Acceleration, accelerate_, acceleration_of, decelerate
 from steppe.acceleration.explanation import explain
 from steppe.acceleration.sigma import sigma_of
 from steppe.blocks.block import MLPBlock
@@ -85,7 +85,7 @@ class AccelerationOfRun:
             self.take_record()
             self._ours = self._model = None
             if ours is not None and acceleration_of(model) is ours:
-                _decelerate(ours)
+                decelerate(ours)
 
     def _is_of_relu_type(self, block: MLPBlock) -> bool:
         return block.name not in self._left_out
