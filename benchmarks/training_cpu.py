@@ -39,6 +39,7 @@ HELD_OUT = 0.05  # share of the text, its end
 EVALUATED = 16  # batches of it
 STRENGTH = 1e-3  # λ of the penalty
 TURNS = 25
+POINT = 10  # steps whose mean loss is a point of a curve
 PARTS = ("steps", "runs", "time")
 
 
@@ -119,15 +120,18 @@ class Run:
         seconds: spent so far, of the processor.
         steps: made so far.
         recent: seconds of the last steps.
+        curve: seconds so far, and the mean training loss of the last `POINT` steps.
     """
 
     arm: Arm
     seconds: float = 0.0
     steps: int = 0
     recent: list[float] = field(default_factory=list)
+    curve: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Make the model."""
+        self._losses: list[Tensor] = []
         self.model = new_model(self.arm.width)
         if self.arm.plugins:
             steppe.sparsify_(self.model, list(self.arm.plugins))
@@ -143,6 +147,7 @@ class Run:
         if self.arm.plugins:
             steppe.advance_(self.model, progress)
         loss = self.model(input_ids=ids, labels=ids).loss
+        of_task = loss.detach()
         if self.arm.plugins == PENALTY:
             loss = steppe.penalize(loss, self.model)
         loss.backward()
@@ -154,6 +159,10 @@ class Run:
         self.seconds += taken
         self.steps += 1
         self.recent = [*self.recent[-99:], taken]
+        self._losses.append(of_task)
+        if len(self._losses) == POINT:
+            self.curve.append((self.seconds, torch.stack(self._losses).mean().item()))
+            self._losses.clear()
 
     def found(self, text: Text) -> dict[str, Any]:
         """The row of this run, with the loss in nats a byte and the density on held-out text."""
@@ -168,6 +177,7 @@ class Run:
             "ms_a_step_at_the_end": 1e3 * statistics.median(self.recent),
             "parameters": parameters,
             "bytes_of_training": 16 * parameters,  # weights, gradients, two moments
+            "curve": self.curve,
             **evaluated(self.model, text),
         }
         if self.arm.accelerated:

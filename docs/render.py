@@ -271,9 +271,32 @@ def _and(words: list[str]) -> str:
     return " and ".join([*filter(None, [", ".join(words[:-1])]), words[-1]])
 
 
+def plot_time(budgets: dict[str, Any], path: Path) -> None:
+    """Draw the training loss against the seconds, a panel for each budget.
+
+    Args:
+        budgets: of ``benchmarks/training_cpu.py``.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure  # part of the extra `demo`
+
+    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(budgets), squeeze=False)[0]
+    for panel, (budget, rows) in zip(panels, budgets.items(), strict=True):
+        for name, row in rows.items():
+            seconds, losses = zip(*row["curve"], strict=True)
+            panel.plot(seconds, losses, label=f"{name}: {row['loss']:.3f}")
+        panel.set(xlabel="processor seconds", ylabel="training loss, nats a byte", title=budget)
+        panel.set_ylim(top=3.0)
+        panel.legend(title="held-out loss at the end", fontsize=8, title_fontsize=8)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
-    """Rewrite the pages and the plot."""
+    """Rewrite the pages and the plots."""
     plot_training_density(_read(DEMO), ROOT / "docs/results/demo.png")
+    plot_time(_read(TRAINING)["time"], ROOT / "docs/results/time.png")
     for name in PAGES:
         page = ROOT / name
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")

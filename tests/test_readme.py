@@ -22,8 +22,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Minutes of training, made short; `bench` and `calibrate` are run by test_cli.py.
 SHORTENED = {
-    "steppe train text-gpt --data_dir ./texts --arm steppe": "--max_steps 2 --vocab_size 300"
-    " --length 32 --eval_steps 2 --held_out_samples 8 --use_cpu true --cache_dir cache",
+    "steppe train text-gpt --data_dir ./texts --arm steppe --accelerate": "--max_steps 2"
+    " --vocab_size 300 --length 32 --eval_steps 2 --held_out_samples 8 --use_cpu true"
+    " --cache_dir cache",
 }
 NOT_HERE = ("steppe bench", "steppe calibrate")
 

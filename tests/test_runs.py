@@ -22,6 +22,13 @@ def report() -> Report:
     return steppe.measure(models.gpt2(), [{"input_ids": ids, "labels": ids}])
 
 
+ACCELERATION = {
+    "kernels": "avx2",
+    "blocks": [{"name": "h.0", "calls": {"sparse": 3, "dense": 1}, "reasons": {"why": 1}}],
+    "not_accelerated": {"h.1": "GELU"},
+}
+
+
 def run_of(report: Report) -> Run:
     return Run(
         name="a <b>",
@@ -38,6 +45,7 @@ def run_of(report: Report) -> Run:
             | {"density": 0.5, "candidates": 0.6, "dense_ms": 2.0, "ratio": 1.5, "bound": 2.5}
             | {"unscreened_ratio": 1.25}
         ],
+        acceleration=ACCELERATION,
     )
 
 
@@ -108,9 +116,10 @@ def test_a_run_without_reports_is_a_run(tmp_path: Path) -> None:
 def test_a_run_of_before_speed_was_recorded_is_read(report: Report, tmp_path: Path) -> None:
     write_run(run_of(report), tmp_path / RUN_FILE)
     values = json.loads((tmp_path / RUN_FILE).read_text())
-    del values["speed"]
+    del values["speed"], values["acceleration"]
     (tmp_path / RUN_FILE).write_text(json.dumps(values))
     assert read_run(tmp_path).speed == []
+    assert read_run(tmp_path).acceleration == {}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +177,14 @@ def test_a_run_that_cannot_be_written_leaves_nothing(report: Report, tmp_path: P
         ("quality", {"loss": True}, "quality"),
         ("logs", [1], "logs"),
         ("speed", [{"case": "training"}], "speed has a dtype"),
+        ("acceleration", {"kernels": "avx2", "blocks": []}, "acceleration has a not_accelerated"),
+        ("acceleration", ACCELERATION | {"blocks": [{"name": "h.0"}, {}]}, "no numbers of calls"),
+        (
+            "acceleration",
+            ACCELERATION | {"blocks": [{"name": "h.0", "calls": {"sparse": -1}}]},
+            "no numbers of calls",
+        ),
+        ("acceleration", ACCELERATION | {"blocks": [{"name": "h.0", "calls": 1}]}, "values"),
         ("activations", "ReLU", "activations"),
         ("tokens_per_sample", "5", "tokens_per_sample"),
     ],

@@ -54,6 +54,8 @@ class Run:
         logs: of the Trainer, one dictionary per log, each with ``step``.
         quality: held-out quality at the end by its name (``accuracy``, ``loss``, …).
         speed: rows of `steppe.bench.time_model`: how fast the blocks ran on some machine.
+        acceleration: how the blocks ran on the sparse kernels, as
+            `steppe.training.accelerated.record_of_acceleration` has it; empty for a run without.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Run:
     logs: list[dict[str, Any]] = field(default_factory=list)
     quality: dict[str, float] = field(default_factory=dict)
     speed: list[dict[str, Any]] = field(default_factory=list)
+    acceleration: dict[str, Any] = field(default_factory=dict)
 
     @property
     def training_density(self) -> float:
@@ -153,7 +156,8 @@ def read_run(path: Path) -> Run:
             f" {repr(version)[:_SHOWN]}. Another program, or another steppe, wrote it."
         )
     try:
-        values.setdefault("speed", [])  # not in the first runs of this version
+        for key, empty in (("speed", []), ("acceleration", {})):
+            values.setdefault(key, empty)  # not in the first runs of this version
         known = {field.name: values[field.name] for field in fields(Run)}
         for part in ("training", "held_out"):
             known[part] = [report_from_dict(values["blocks"] | entry) for entry in known[part]]
@@ -203,6 +207,13 @@ def _require_whole(run: Run) -> None:
                 raise ValueError(
                     f"speed has a {key} that is no {kind}: {repr(row.get(key))[:_SHOWN]}"
                 )
+    for key, kind in _ACCELERATION.items():
+        if run.acceleration and not _KINDS[kind](run.acceleration.get(key)):
+            raise ValueError(f"acceleration has a {key} that is no {kind}")
+    for block in run.acceleration.get("blocks", ()):
+        counts = [*block.get("calls", {}).values(), *block.get("reasons", {}).values()]
+        if not _is_text(block.get("name")) or not all(map(_is_count, counts)):
+            raise ValueError(f"acceleration has no numbers of calls: {repr(block)[:_SHOWN]}")
 
 
 def _is_number(value: object) -> bool:
@@ -253,6 +264,12 @@ _SPEED = {
     ),
 }
 """Keys that a row of `Run.speed` must have, by kind."""
+_ACCELERATION = {
+    "kernels": "str",
+    "blocks": "list[dict[str, Any]]",
+    "not_accelerated": "dict[str, str]",
+}
+"""Keys of `Run.acceleration`, by kind."""
 
 
 def measures_of(report: Report) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def test_demo_writes_summary_plot_logs_and_models_and_prints_the_table(tmp_path:
         assert name in result.stdout
     assert "ours and not the paper's" in result.stdout
     assert "dense time / accelerated time" in result.stdout
+    assert "pydoc-wide, threshold, dense and accelerated: " in result.stdout
+    assert "faster (" in result.stdout
     assert result.stdout.splitlines()[-1] == str(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for label in ("digits", "pydoc", "vanilla", "control", "steppe", "threshold"):

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import steppe
 from gpu_models import ARMS, STEPS, gpt, loss_on, token_ids, train
+from gpu_steps.gpt import PATTERNS
 
 
 @contextmanager
@@ -26,13 +27,18 @@ def one_process(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("arm", list(ARMS))
-def test_a_sharded_model_learns_what_a_whole_one_does(device: str, arm: str) -> None:
+def test_a_sharded_model_learns_what_a_whole_one_does(
+    device: str, arm: str, accelerated: bool
+) -> None:
     whole = gpt(device, arm)
     expected = train(whole, arm, device)
     with one_process(device):
         mesh = init_device_mesh(device, (1,))
         model = gpt(device, arm)
+        if accelerated:
+            steppe.accelerate_(model, patterns=PATTERNS, max_density=1.0)
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -47,6 +53,8 @@ def test_a_sharded_model_learns_what_a_whole_one_does(device: str, arm: str) -> 
             optimizer.zero_grad()
             got.append(loss.item())
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
+        if accelerated and device == "cpu" and steppe.kernels().name == "native":
+            assert all(block.how == "sparse" for block in steppe.explain(model).blocks)
         for name, parameter in model.named_parameters():
             # On average: where a gradient is only rounding, AdamW takes whole steps all the same.
             wanted = whole.get_parameter(name)

@@ -33,7 +33,12 @@ from steppe.report.readings import (
     read_terms,
 )
 from steppe.report.series import baseline_of, pick
-from steppe.report.sheets import settings_sheet, speed_sheet, summary_table
+from steppe.report.sheets import (
+    acceleration_sheet,
+    settings_sheet,
+    speed_sheet,
+    summary_table,
+)
 from steppe.runs import Run, write_run
 
 go = pytest.importorskip("plotly.graph_objects")
@@ -408,6 +413,21 @@ def test_the_speed_of_the_blocks_stands_in_a_table_where_it_was_timed() -> None:
     assert row in words
     assert "untimed" not in words
     assert speed_sheet([run("untimed", [0.5], 0.25)]) == ""
+
+
+def test_an_accelerated_run_stands_beside_the_dense_one_with_its_seconds() -> None:
+    blocks = [
+        {"name": "h.0", "calls": {"sparse": 5, "dense": 5}, "reasons": {"more than 35% <i>": 5}},
+        {"name": "h.1", "calls": {"sparse": 10}, "reasons": {}},
+    ]
+    acceleration = {"kernels": "avx2", "blocks": blocks, "not_accelerated": {}}
+    logs = [{"step": 1, "loss": 2.0}, {"step": 2, "train_runtime": 33.2}]
+    ours = run("accelerated", [0.5], 0.25, acceleration=acceleration, logs=logs)
+    dense = run("dense", [0.5], 0.25, logs=[{"step": 2, "train_runtime": 60.9}])
+    words = " ".join(plain(Outline(acceleration_sheet([dense, ours])).words).split())
+    assert "dense61none––" in words
+    assert "accelerated33avx275 % sparse, 25 % dense25 % more than 35% <i>" in words
+    assert acceleration_sheet([dense]) == ""
 
 
 def test_settings_that_differ_are_marked_and_counted() -> None:

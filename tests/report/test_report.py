@@ -8,7 +8,13 @@ import pytest
 from rich.console import Console
 
 from steppe.errors import OutputError
-from steppe.report import demo_markdown, demo_table, plot_training_density, speed_table
+from steppe.report import (
+    accelerated_sentence,
+    demo_markdown,
+    demo_table,
+    plot_training_density,
+    speed_table,
+)
 
 
 def arm(quality: str, value: float, density: float, **more: object) -> dict:
@@ -82,6 +88,49 @@ def test_speed_is_a_row_an_arm() -> None:
         ["steppe"],
     ]
     assert all(row[-7:] == ["48,", "192", "1024", "12.5", "2.50", "1.25", "3.2"] for row in rows)
+
+
+TIMED = {"d": 256, "f": 4096, "tokens": 1024, "candidates": 0.04, "dense_ms": 100.0}
+TWICE = {
+    "recipe": "pydoc-wide",
+    "arm": "threshold",
+    "speed_up": 1.85,
+    "runs": {
+        "dense": {"quality": 2.312, "processor_seconds": 61.2, "speed": []},
+        "accelerated": {
+            "quality": 2.309,
+            "processor_seconds": 33.1,
+            "speed": [{**TIMED, "ratio": 3.125}, {**TIMED, "ratio": 1.5}],
+        },
+    },
+}
+
+
+def test_blocks_that_were_not_timed_have_no_row() -> None:
+    untimed = arm("loss", 1.9, 0.25, speed_up={}, runs=[{"history": [], "speed": []}])
+    arms = {"vanilla": untimed, "steppe": untimed}
+    data_sets = {"pydoc": {"quality": "loss", "arms": arms}}
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(speed_table({"data_sets": data_sets, "accelerated": TWICE}))
+    rows = [line.split() for line in capture.get().splitlines() if "1024" in line]
+    assert rows == [
+        ["pydoc-wide", "threshold", "256,", "4096", "1024", "4.0", "3.12", "1.50", "100.0"]
+    ]
+    assert "vanilla" not in capture.get()
+
+
+def test_the_sentence_of_the_accelerated_run_is_computed_from_it() -> None:
+    said = accelerated_sentence({"accelerated": TWICE})
+    assert said == (
+        "pydoc-wide, threshold, dense and accelerated: the same loss (2.31 and 2.31), 1.9× faster"
+        " (61 s and 33 s of the processor)"
+    )
+    worse = {**TWICE["runs"], "dense": {**TWICE["runs"]["dense"], "quality": 2.2}}
+    assert ": losses (2.20 and 2.31)" in accelerated_sentence(
+        {"accelerated": {**TWICE, "runs": worse}}
+    )
+    assert accelerated_sentence(SUMMARY) == "", "a summary of version 1"
 
 
 def test_several_seeds_show_their_spread() -> None:

@@ -44,3 +44,15 @@ def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
         assert two["density"] == pytest.approx(one["density"], abs=2e-3)
     assert by_rank[0]["saved_at_6"] == by_rank[0]["history"][:3]
     assert len(by_rank[0]["logged"]) == len(alone["logged"]) >= 2
+
+
+def test_two_accelerated_processes_train_as_one_dense_one(tmp_path: Path) -> None:
+    run_together(trainer_worker.work, WORLD, tmp_path, WORLD, True)
+    by_rank = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    alone = trainer_worker.train(tmp_path / "alone", world=1)
+    assert by_rank[0]["losses"] == by_rank[1]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    for one, two in zip(alone["history"], by_rank[0]["history"], strict=True):
+        assert two["density"] == pytest.approx(one["density"], abs=2e-3)
+    for result in by_rank:
+        blocks = result["acceleration"]["blocks"]
+        assert [block["calls"]["sparse"] > 0 for block in blocks] == [True, True]

@@ -140,14 +140,18 @@ def assert_clean(model: nn.Module, like: nn.Module) -> None:
         ], name
 
 
-@pytest.mark.parametrize("plugged", [False, True], ids=["plain", "plug-ins"])
+@pytest.mark.parametrize(
+    ("plugged", "accelerate"),
+    [(False, False), (True, False), (True, True)],
+    ids=["plain", "plug-ins", "accelerated"],
+)
 @pytest.mark.parametrize("place", [*EVENTS, *PLACES])
 def test_nothing_stays_on_the_model_whatever_raises_where(
-    tmp_path: Path, place: str, plugged: bool
+    tmp_path: Path, place: str, plugged: bool, accelerate: bool
 ) -> None:
     model = gpt2(plugged)
     error = KeyboardInterrupt() if plugged else StopError()
-    callback = SteppeCallback(every=1)
+    callback = SteppeCallback(every=1, accelerate=accelerate)
     trainer = make_trainer(tmp_path, model, place, error, callback)
     handles = raise_in(model, trainer, place, error)
     with pytest.raises(type(error)) as caught:

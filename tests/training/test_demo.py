@@ -10,7 +10,10 @@ import torch
 
 from steppe.data.embedded import load_digits_split, load_pydoc_split
 from steppe.errors import NonFiniteLossError
+from steppe.runs import read_run
 from steppe.training import demo
+from steppe.training.recipe import read_recipe
+from steppe.training.recipe_arguments import model_settings
 from steppe.training.recipe_file import RECIPES
 
 
@@ -40,20 +43,36 @@ def test_pydoc_is_text_in_disjoint_windows() -> None:
 
 
 @pytest.fixture(scope="module")
-def summary(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def summary(folder: Path) -> dict:
     """The demo with little held-out data and short timing."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("demo")
     tasks = []
     for task in demo.TASKS:
         text = (RECIPES / f"{task.name}.yaml").read_text(encoding="utf-8")
         cheap = folder / f"{task.name}.yaml"
-        cheap.write_text(
-            text.replace("time_blocks: 0.5", "time_blocks: 0.02\nheld_out_samples: 64")
-        )
+        cheap.write_text(f"{text}held_out_samples: 64\n")
         tasks.append(replace(task, recipe=cheap))
+    text = (RECIPES / "pydoc-wide.yaml").read_text(encoding="utf-8")
+    narrow = folder / "pydoc-wide.yaml"  # an eighth as wide
+    for old, new in (
+        *(("n_embd: 256", "n_embd: 64"), ("n_inner: 4096", "n_inner: 512")),
+        *(
+            ("held_out_samples: 256", "held_out_samples: 64"),
+            ("time_blocks: 0.5", "time_blocks: 0.02"),
+        ),
+        *(("measure_every: 25", "measure_every: 10"),),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    narrow.write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "TASKS", tuple(tasks))
+        patch.setattr(demo, "WIDE", replace(demo.WIDE, recipe=narrow))
         return demo.run_demo(folder, seeds=2, max_steps=11)
 
 
@@ -79,22 +98,39 @@ def test_the_threshold_has_risen_over_the_first_half(summary: dict) -> None:
             )
             assert [step for step, _ in threshold] == [1, 11]
             assert threshold[1][1] < 0.75 * control[1][1]
-        # What is timed has the threshold in its biases; without, half as much again is active.
-        for run in arms["threshold"]["runs"]:
-            assert run["speed"][0]["density"] == pytest.approx(run["density"], rel=0.2)
+
+
+def test_the_wide_model_is_trained_twice_from_the_same_weights(summary: dict, folder: Path) -> None:
+    twice = summary["accelerated"]
+    dense, ours = (twice["runs"][way] for way in ("dense", "accelerated"))
+    assert (twice["recipe"], twice["arm"], twice["steps"]) == ("pydoc-wide", "threshold", 11)
+    assert dense["history"][0] == ours["history"][0]
+    assert ours["quality"] == pytest.approx(dense["quality"], rel=1e-3)
+    assert ours["density"] == pytest.approx(dense["density"], abs=0.01)
+    seconds = [run["processor_seconds"] for run in (dense, ours)]
+    assert twice["speed_up"] == pytest.approx(seconds[0] / seconds[1])
+    runs = [read_run(folder / label) for label in demo.labels_of_runs(2)[-2:]]
+    assert [len(run.acceleration.get("blocks", ())) for run in runs] == [0, 1]
 
 
 def test_the_speed_of_the_trained_blocks_is_in_the_summary(summary: dict) -> None:
+    run = summary["accelerated"]["runs"]["accelerated"]
+    assert [row["case"] for row in run["speed"]] == ["training", "prefill"]
+    for row in run["speed"]:
+        assert row["ratio"] > 0
+        # As many tokens as a step has; enough for the kernels to be called.
+        assert row["tokens"] == 1024
+        # What is timed has the threshold in its biases; without, half as much again is active.
+        assert row["density"] == pytest.approx(run["density"], rel=0.2)
+    assert summary["accelerated"]["runs"]["dense"]["speed"] == []
     for data_set in summary["data_sets"].values():
-        for arm in data_set["arms"].values():
-            assert list(arm["speed_up"]) == ["training", "prefill"]
-            rows = [run["speed"] for run in arm["runs"]]
-            for index, median in enumerate(arm["speed_up"].values()):
-                ratios = [row[index]["ratio"] for row in rows]
-                assert median == pytest.approx(sum(ratios) / 2)
-            # As many tokens as a step has; enough for the kernels to be called.
-            assert all(row[0]["tokens"] == 1024 for row in rows)
-            assert all(0 < row[0]["density"] < 1 for row in rows)
+        assert all(not one["speed"] for arm in data_set["arms"].values() for one in arm["runs"])
+
+
+def test_the_wide_model_is_wide_enough_to_gain() -> None:
+    settings = model_settings(read_recipe("pydoc-wide").model)
+    assert settings["n_embd"] >= 256
+    assert settings["n_inner"] >= 1024
 
 
 def test_means_and_deviations_are_those_of_the_runs(summary: dict) -> None:

@@ -6,6 +6,7 @@ import copy
 import importlib
 import pickle
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from steppe import (
 from steppe.errors import MissingExtraError, NonFiniteLossError, ScheduleError
 from steppe.plugins.applied import require_sparsification
 from steppe.runs import read_run
+from steppe.training import accelerated
 from steppe.training.lightning import LightningCallback
 from steppe.wiring.first_pass import stop_looking
 
@@ -312,6 +314,49 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
     assert [entry["step"] for entry in whole.held_out_history] == [3, 6]
     assert [log["step"] for log in resumed._logs] == [log["step"] for log in whole._logs]
     assert_same_weights(again, module)
+
+
+# ---- on the sparse kernels
+
+
+@pytest.fixture
+def _at_any_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks this small run on the kernels only where they are forced to."""
+    forced = partial(steppe.accelerate_, max_density=1.0)
+    monkeypatch.setattr(accelerated, "accelerate_", forced)
+
+
+@pytest.mark.usefixtures("_at_any_density")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_accelerated_run_trains_and_measures_as_a_dense_one(
+    tmp_path: Path, accumulate: int
+) -> None:
+    callback = LightningCallback(every=3, accelerate=True)
+    module, _ = fit(tmp_path, gpt2(*ALL_THREE), callback, accumulate_grad_batches=accumulate)
+    twin = gpt2(*ALL_THREE)
+    want = by_hand(twin, accumulate, every=3)
+    assert_same_weights(module.model, twin)
+    assert_clean(module.model, gpt2(*ALL_THREE))
+    for ours, theirs in zip(callback.history, want, strict=True):
+        assert ours["density"] == pytest.approx(theirs["density"], abs=2e-3)
+        assert ours["AF_up_per_block"] == pytest.approx(theirs["AF_up_per_block"], rel=1e-3)
+    record = read_run(tmp_path).acceleration
+    assert record == callback.acceleration.record
+    assert [block["calls"]["sparse"] > 0 for block in record["blocks"]] == [True, True]
+
+
+@pytest.mark.usefixtures("_at_any_density")
+@pytest.mark.parametrize("error", [ValueError("in the middle"), KeyboardInterrupt()])
+def test_an_error_in_the_middle_leaves_the_model_restored(
+    tmp_path: Path, error: BaseException
+) -> None:
+    module = Module(gpt2(*ALL_THREE))
+    callback = LightningCallback(accelerate=True)
+    trainer = make_trainer(tmp_path, callback, Raises("on_train_batch_end", error))
+    with pytest.raises((type(error), SystemExit)):
+        trainer.fit(module, loader(batches(STEPS)))
+    assert callback.acceleration.record["blocks"]
+    assert_clean(module.model, gpt2(*ALL_THREE))
 
 
 # ---- nothing stays behind

@@ -13,7 +13,7 @@ FLAGS = ("--bf16", "false", "--use_cpu", "true", "--data_dir", "there")
 NAMES = {
     *("vit-b16-imagenet1k", "vit-b16-imagenet1k-finetune", "vit-cifar10"),
     *("t5-base-c4", "t5-base-c4-finetune", "fashion-mnist-vit", "text-gpt", "text-t5"),
-    *("digits", "pydoc"),
+    *("digits", "pydoc", "pydoc-wide"),
 }
 
 

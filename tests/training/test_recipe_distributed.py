@@ -77,3 +77,22 @@ def test_two_processes_are_as_one(alone: Path, way: str) -> None:
     assert two["world_size"] == 2
     assert one["quality"] == pytest.approx(two["quality"], rel=1e-5)
     assert one["density"] == pytest.approx(two["density"], abs=1e-5)
+
+
+@pytest.mark.distributed
+def test_two_sharded_processes_on_the_kernels_are_as_one_dense(alone: Path) -> None:
+    place = alone.parent
+    flags = (*SAME, "--rising_threshold", "false")
+    batch = ("--per_device_train_batch_size", "8")
+    dense, ours = place / "dense", place / "on the kernels"
+    recipe_worker.run_tiny_text(place / "data", place / "cache", dense, *flags, *batch)
+    run_together(
+        *(recipe_worker.work, 2, place / "data", place / "cache", ours),
+        *(*flags, *WAYS["fsdp2"], "--accelerate"),
+    )
+    expected, got = (load_file(out / "model" / "model.safetensors") for out in (dense, ours))
+    for name, tensor in expected.items():
+        assert (tensor - got[name]).abs().max() < 1e-5, name
+    summary = json.loads((ours / "summary.json").read_text())
+    blocks = summary["acceleration"]["blocks"]
+    assert [block["calls"]["sparse"] > 0 for block in blocks] == [True, True]

@@ -25,10 +25,11 @@ def demo(
         int | None, typer.Option(min=1, help="Stop each run early; for a quick look only.")
     ] = None,
 ) -> None:
-    """Train a tiny Transformer on two real data sets: vanilla, control, and with plug-ins."""
+    """Train tiny Transformers: vanilla, control, with plug-ins; and one dense and accelerated."""
     quieten_libraries()
     with needing("demo", "demo"):
         from steppe.report import (
+            accelerated_sentence,
             demo_table,
             find_runs,
             plot_training_density,
@@ -63,6 +64,11 @@ def demo(
         style="dim",
     )
     show_table(speed_table(summary))
+    say(
+        f"The blocks of {' and '.join(summary['data_sets'])} are too small to gain: not timed.",
+        style="dim",
+    )
+    say(accelerated_sentence(summary), style="bold")
     logs = f"tensorboard --logdir {shlex.quote(str(out))}"
     for line in (out / "summary.json", plot, logs, page):
         say_path(line)

@@ -12,6 +12,7 @@ FLAGS: dict[str, dict[str, str]] = {
         **{
             name: f"--{name}"
             for name in (
+                "accelerate",
                 "checkpoint",
                 "data_dir",
                 "gradient_accumulation_steps",

@@ -8,11 +8,18 @@ from steppe.report.flops import BlockFlops, Product, count_flops
 from steppe.report.measure_table import curve_table, measure_table
 from steppe.report.page import write_report
 from steppe.report.plots import plot_bench, plot_training_density
-from steppe.report.tables import demo_markdown, demo_table, recipe_table, speed_table
+from steppe.report.tables import (
+    accelerated_sentence,
+    demo_markdown,
+    demo_table,
+    recipe_table,
+    speed_table,
+)
 
 __all__ = [
     "BlockFlops",
     "Product",
+    "accelerated_sentence",
     "bench_table",
     "blocks_table",
     "calibration_summary",

@@ -25,7 +25,13 @@ from steppe.report.figures import Chart
 from steppe.report.ratio import ratio_taken_apart
 from steppe.report.readings import read_inference
 from steppe.report.series import baseline_of
-from steppe.report.sheets import run_mark, settings_sheet, speed_sheet, summary_table
+from steppe.report.sheets import (
+    acceleration_sheet,
+    run_mark,
+    settings_sheet,
+    speed_sheet,
+    summary_table,
+)
 from steppe.runs import Run
 
 # Nothing may be loaded, whatever a later version of Plotly might want to.
@@ -217,6 +223,7 @@ def _article(part: _Part, alone: bool) -> str:
 </header>
 <div class="charts">
 {sections}
+{acceleration_sheet(part.runs, part.prefix)}
 {speed_sheet(part.runs, part.prefix)}
 {settings_sheet(part.runs, part.prefix)}
 </div>

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from steppe.report.acceleration import shares_of_calls
 from steppe.report.bench_table import curve_name
 from steppe.report.figures import style_of
 from steppe.report.readings import format_quality, percent
@@ -131,6 +132,35 @@ bound.</p>
 </section>"""
 
 
+def acceleration_sheet(runs: Sequence[Run], prefix: str = "") -> str:
+    """How the training ran on the sparse kernels; nothing where no run was accelerated.
+
+    Args:
+        runs: at least one; those that were not accelerated are shown for comparison.
+        prefix: of the ids of its elements.
+    """
+    if not any(run.acceleration for run in runs):
+        return ""
+    heads = ["run", "seconds of training", "kernels", "calls of its blocks", "why not sparse"]
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(run.name)}</th>'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in _accelerated(run))
+        + "</tr>"
+        for run in runs
+    )
+    return f"""<section class="wide" id="{prefix}acceleration">
+<h2 id="{prefix}acceleration-title">How the training ran</h2>
+<p class="reading">Accelerated runs compute the same numbers on sparse kernels. A call is one pass
+of one block. It runs dense where too many units are active, or while its gradients are
+measured.</p>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="{prefix}acceleration-title">
+<table class="settings"><thead><tr>{head}</tr></thead>
+<tbody>{body}</tbody></table>
+</div>
+</section>"""
+
+
 def settings_sheet(runs: Sequence[Run], prefix: str = "") -> str:
     """Settings and versions of the runs, folded up; differences stand first and are marked.
 
@@ -164,6 +194,17 @@ def settings_sheet(runs: Sequence[Run], prefix: str = "") -> str:
 </div>
 </details>
 </section>"""
+
+
+def _accelerated(run: Run) -> list[str]:
+    """The seconds of a run as the Trainer logged them, its kernels, and how its blocks ran."""
+    seconds = [log["train_runtime"] for log in run.logs if "train_runtime" in log]
+    time = f"{seconds[-1]:.0f}" if seconds else "–"
+    if not run.acceleration:
+        return [time, "none", "–", "–"]
+    calls, reasons = shares_of_calls(run.acceleration)
+    kernels = run.acceleration["kernels"] or "none"
+    return [time, kernels, calls or "none was seen", reasons or "–"]
 
 
 def _curve(row: dict[str, Any]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from steppe.report.acceleration import shares_of_calls
 from steppe.tables import FittingTable
 
 BASELINE = "vanilla"
+_SAME = 0.01  # relative difference of two losses that count as the same
 
 
 def demo_table(summary: dict[str, Any]) -> FittingTable:
@@ -55,7 +58,8 @@ def recipe_table(summary: dict[str, Any]) -> FittingTable:
         summary: as `steppe.training.run_recipe.run_recipe` returned or wrote it.
 
     Returns:
-        A table of held-out quality, densities in percent, steps and time.
+        A table of held-out quality, densities in percent, steps and time; of an accelerated run
+        the kernels and how the calls of its blocks ran.
     """
     table = FittingTable(f"{summary['recipe']}, {summary['arm']}")
     table.add_texts("held-out")
@@ -67,18 +71,25 @@ def recipe_table(summary: dict[str, Any]) -> FittingTable:
         table.add_row(key.replace("_", " "), f"{100 * summary[key]:.1f} %")
     table.add_row("steps", str(summary["steps"]))
     table.add_row("time", f"{summary['seconds']:.0f} s")
+    acceleration = summary.get("acceleration")
+    if acceleration:
+        calls, reasons = shares_of_calls(acceleration)
+        table.add_row("kernels", acceleration["kernels"] or "none")
+        table.add_row("calls of its blocks", calls.replace(", ", "\n") or "none was seen")
+        table.add_row("why not sparse", reasons.replace(", ", "\n") or "–")
     return table
 
 
 def speed_table(summary: dict[str, Any]) -> FittingTable:
-    """The gain of the sparse kernels on the blocks that `steppe demo` trained.
+    """The gain of the sparse kernels on the blocks that `steppe demo` trained and timed.
 
     Args:
         summary: as `steppe.training.demo.run_demo` returned or wrote it.
 
     Returns:
         A table of dense time / sparse time, the median over the seeds, one row per data set and
-        arm; the sizes and times of a block are those of the first seed.
+        arm; the sizes and times of a block are those of the first seed. Blocks that are too small
+        to gain were not timed, and have no row.
     """
     title = "speed of the trained blocks on one core, dense time / accelerated time"
     table = FittingTable(title)
@@ -88,19 +99,51 @@ def speed_table(summary: dict[str, Any]) -> FittingTable:
         *("training\nstep", "inference", "dense\nms"),
     )
     for name, data_set in summary["data_sets"].items():
-        for index, (arm, result) in enumerate(data_set["arms"].items()):
-            first = result["runs"][0]["speed"][0]
-            table.add_row(
-                name if index == 0 else "",
-                arm,
-                f"{first['d']}, {first['f']}",
-                str(first["tokens"]),
-                f"{100 * first['candidates']:.1f}",
-                *(f"{ratio:.2f}" for ratio in result["speed_up"].values()),
-                f"{first['dense_ms']:.1f}",
-            )
+        timed = {arm: one for arm, one in data_set["arms"].items() if one["runs"][0]["speed"]}
+        for index, (arm, result) in enumerate(timed.items()):
+            first, gains = result["runs"][0]["speed"][0], result["speed_up"].values()
+            table.add_row(name if index == 0 else "", arm, *_speed_cells(first, gains))
         table.add_section()
+    twice = summary.get("accelerated")
+    if twice is not None:
+        rows = twice["runs"]["accelerated"]["speed"]
+        cells = _speed_cells(rows[0], [row["ratio"] for row in rows])
+        table.add_row(twice["recipe"], twice["arm"], *cells)
     return table
+
+
+def accelerated_sentence(summary: dict[str, Any]) -> str:
+    """The losses and the times of the model that `steppe demo` trained dense and accelerated.
+
+    Args:
+        summary: as `steppe.training.demo.run_demo` returned or wrote it.
+
+    Returns:
+        One sentence; empty for a summary of version 1, which has no such model.
+    """
+    twice = summary.get("accelerated")
+    if twice is None:
+        return ""
+    dense, ours = (twice["runs"][way] for way in ("dense", "accelerated"))
+    losses = f"{dense['quality']:.2f} and {ours['quality']:.2f}"
+    is_same = abs(ours["quality"] / dense["quality"] - 1) < _SAME
+    return (
+        f"{twice['recipe']}, {twice['arm']}, dense and accelerated:"
+        f" {'the same loss' if is_same else 'losses'} ({losses}),"
+        f" {twice['speed_up']:.1f}× faster ({dense['processor_seconds']:.0f} s and"
+        f" {ours['processor_seconds']:.0f} s of the processor)"
+    )
+
+
+def _speed_cells(first: dict[str, Any], gains: Iterable[float]) -> list[str]:
+    """The cells of a row of times: sizes, gains, and the dense time."""
+    return [
+        f"{first['d']}, {first['f']}",
+        str(first["tokens"]),
+        f"{100 * first['candidates']:.1f}",
+        *(f"{gain:.2f}" for gain in gains),
+        f"{first['dense_ms']:.1f}",
+    ]
 
 
 def demo_markdown(summary: dict[str, Any]) -> str:

@@ -109,6 +109,7 @@ class Route:
         self.modes = block.down.__dict__  # quicker than a look-up by nn.Module
         self._last: Outcome | None = None
         self._calls: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
         self._number = next(_numbers)
         _by_number[self._number] = self
 
@@ -195,12 +196,20 @@ class Route:
         self.computation.take_stock(self)
         return self._calls
 
+    @property
+    def reasons(self) -> Counter[str]:
+        """Number of calls so far that were not sparse, by the reason."""
+        self.computation.take_stock(self)
+        return self._reasons
+
     def note(self, outcome: Outcome | None, times: int = 1) -> None:
         """Note how a call ran, or several equal calls."""
         if outcome is not None and self.trial is None:
             self.computation.take_stock(self)  # of earlier ones
             self._last = outcome
             self._calls[outcome.how] += times
+            if outcome.reason:
+                self._reasons[outcome.reason] += times
 
     def note_own_modules(self, x: Tensor, reason: str) -> None:
         """Note that the block's own modules run, and why."""

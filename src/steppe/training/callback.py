@@ -71,6 +71,12 @@ class SteppeCallback(History, AroundCallback, ExportableState):
 
     ``steppe.json`` in the output folder has all of it, for ``steppe report``.
 
+    With `accelerate`, `accelerate_` runs the blocks on the sparse kernels from the beginning of the
+    training, after a checkpoint was loaded, to its end, whatever ends it. A model that is
+    accelerated already stays so. Blocks that are not of ReLU type stay dense, with a warning. A
+    measured step runs dense unless `flatness` is False, since AF is measured on a block's own
+    modules. ``steppe.json`` says how each block has run.
+
     A loss that is computed outside of the model (label smoothing, ``compute_loss_func``, a
     ``compute_loss`` of your own) counts as a mean over labels: over those of the whole step where
     the Trainer passes their number to the function, else over those of the micro-batch.
@@ -82,6 +88,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         where: which blocks to measure; all by default.
         patterns: patterns of your own for `find_blocks`; those that `sparsify_`, `accelerate_`,
             `watch` or `measure` was given are known.
+        accelerate: run the blocks on the sparse kernels while the model trains.
 
     Raises:
         ValueError: `every` is below 1.
@@ -97,8 +104,10 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         flatness: bool = True,
         where: Callable[[MLPBlock], bool] | None = None,
         patterns: Sequence[BlockPattern] = (),
+        accelerate: bool = False,
     ) -> None:
-        super().__init__(every, per_block, flatness, where, patterns)
+        super().__init__(every, per_block, flatness, where, patterns, accelerate)
+        self._is_in_train = False  # whether the end of the run will be seen, however it ends
         self._is_training = False
         self._is_turn = False  # whether the step that runs is measured
         self._folder = ""  # where the record of the run is written
@@ -133,13 +142,21 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         """Get ready to measure, from the state of a checkpoint if the run resumes from one.
 
         Raises:
-            ScheduleError: one process has several GPUs, which ``nn.DataParallel`` would use.
+            ScheduleError: one process has several GPUs, which ``nn.DataParallel`` would use; or the
+                callback accelerates, and was added to the Trainer later.
+            AccelerationError: a block does not fit the kernels.
         """
         assert model is not None
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
             raise ScheduleError(
                 f"SteppeCallback: one process for {args.n_gpu} GPUs runs the hooks in threads that"
                 f" race (nn.DataParallel). Start with: torchrun --nproc_per_node {args.n_gpu} ..."
+            )
+        if self.accelerate and not self._is_in_train:
+            raise ScheduleError(
+                "SteppeCallback: expected to accelerate from the Trainer's first event on, so that"
+                " it sees the run's end. Give it to the Trainer: Trainer(...,"
+                " callbacks=[SteppeCallback(accelerate=True)])"
             )
         trainer = attend(self)
         complete_weights_(trainer, resumed_from(trainer))
@@ -154,6 +171,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
             self._penalized = PenalizedLoss(model, args.gradient_accumulation_steps * together)
         self._is_training, self._is_turn = True, False
         advance_to_(model, state.global_step, state.max_steps)
+        self.acceleration.begin(model)
 
     def on_step_begin(
         self,
@@ -242,6 +260,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Write the record of the run so far."""
+        self.acceleration.take_record()
         self._write(args, state, model)
 
     def on_log(
@@ -274,8 +293,20 @@ class SteppeCallback(History, AroundCallback, ExportableState):
         if model is not None and args.load_best_model_at_end and state.best_global_step:
             advance_to_(model, state.best_global_step, state.max_steps)
         self._settle()
+        self.acceleration.end()
         self._write(args, state, model)
         self._is_training, self._monitor, self._penalized = False, None, None
+
+    def around_train(
+        self, trainer: Trainer, train: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around a whole run: the acceleration is taken back however it ends."""
+        self._is_in_train = True
+        try:
+            return train(*args, **kwargs)
+        finally:
+            self._is_in_train = False
+            self.acceleration.end()
 
     def around_training_step(
         self, trainer: Trainer, step: Callable[..., Any], *args: Any, **kwargs: Any
@@ -365,6 +396,7 @@ class SteppeCallback(History, AroundCallback, ExportableState):
             state.log_history,
             {**trainer_settings(args), "measured_every": self.every},
             {"transformers": transformers.__version__},
+            self.acceleration.record,
         )
 
     def _write(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from steppe.training.accelerated import AccelerationOfRun
+
 OnStep = Callable[[int, int], None]
 """Called with the optimizer steps done and the steps in all."""
 OnLog = Callable[[str], None]
@@ -28,19 +30,27 @@ class PassOn(TrainerCallback):
     Args:
         on_step: called at the start and after each step; None for nobody.
         on_log: called with the line of each log; None for nobody.
+        acceleration: of the run; its sentence is the first line.
     """
 
-    def __init__(self, on_step: OnStep | None, on_log: OnLog | None) -> None:
+    def __init__(
+        self, on_step: OnStep | None, on_log: OnLog | None, acceleration: AccelerationOfRun
+    ) -> None:
         self._on_step = on_step
         self._on_log = on_log
+        self._acceleration = acceleration
         self._last = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Pass on the step at which the run begins."""
-        if self._on_step is not None and state.is_world_process_zero:
+        """Pass on the step at which the run begins, and how it is accelerated."""
+        if not state.is_world_process_zero:
+            return
+        if self._on_step is not None:
             self._on_step(state.global_step, state.max_steps)
+        if self._on_log is not None and self._acceleration.sentence:
+            self._on_log(self._acceleration.sentence)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

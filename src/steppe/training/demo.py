@@ -1,4 +1,4 @@
-"""Two recipes with real data that comes with dependencies, each in four arms.
+"""Three recipes with real data that comes with dependencies: two in four arms, one accelerated.
 
 The arms of a seed start from the same initial weights and see the same order of batches:
 
@@ -6,6 +6,9 @@ The arms of a seed start from the same initial weights and see the same order of
 - ``control``: vanilla, but the norms are not decayed (the effect of RestrictedNorm alone);
 - ``steppe``: vanilla's optimizer with the paper's three plug-ins;
 - ``threshold``: control with the rising threshold, which is ours and not the paper's.
+
+The blocks of these two are too small for the sparse kernels to gain. The third model is wide. It is
+trained twice in the arm ``threshold``, from the same seed: dense and accelerated.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,7 +35,7 @@ from steppe.training.recipe_arguments import ARMS, model_settings
 from steppe.training.recipe_data import bytes_model
 from steppe.training.run_recipe import run_recipe
 
-SUMMARY_VERSION = 1
+SUMMARY_VERSION = 2  # since 2 with `accelerated`, and with `speed` where blocks gain
 SUMMARY = "summary.json"
 _WARMUP = 0.1  # share of the run
 
@@ -58,6 +61,9 @@ class Task:
 
 
 TASKS = (Task("digits", "accuracy", "top1"), Task("pydoc", "loss", "loss"))
+WIDE = Task("pydoc-wide", "loss", "loss")
+_WIDE_ARM = "threshold"
+_WAYS = ("dense", "accelerated")  # that the wide model is trained in
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,10 @@ class ArmRun:
         derivative_density_per_block: the same for the derivative.
         training_density_per_block: training density per block.
         seconds: training time.
+        processor_seconds: the processor's part of it.
         history: ``[step, density]`` of the measured training steps.
         speed: rows of `steppe.bench.time_model`: a training step of the trained blocks on
-            a batch of held-out data, and inference.
+            a batch of held-out data, and inference; none where blocks are too small to gain.
     """
 
     seed: int
@@ -88,6 +95,7 @@ class ArmRun:
     derivative_density_per_block: list[float]
     training_density_per_block: list[float]
     seconds: float
+    processor_seconds: float
     history: list[tuple[int, float]]
     speed: list[dict[str, Any]]
 
@@ -102,11 +110,11 @@ def run_demo(
     max_steps: int | None = None,
     on_step: OnStep | None = None,
 ) -> dict[str, Any]:
-    """Train all arms of both recipes and write ``summary.json``.
+    """Train all arms of two recipes, and one model dense and accelerated; write ``summary.json``.
 
     Args:
         out: folder for the summary, the TensorBoard logs and the trained models.
-        seeds: number of repetitions, ≥ 1.
+        seeds: number of repetitions of the arms, ≥ 1.
         max_steps: train for at most so many steps; the densities then say little.
         on_step: called with the progress of each run.
 
@@ -128,6 +136,7 @@ def run_demo(
     start = time.perf_counter()
     with _one_thread(), writing_to(out, "out"):
         data_sets = {task.name: _run_task(task, out, seeds, max_steps, on_step) for task in TASKS}
+        accelerated = _run_both_ways(out, max_steps, on_step)
     summary = {
         "version": SUMMARY_VERSION,
         "seeds": seeds,
@@ -136,6 +145,7 @@ def run_demo(
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "data_sets": data_sets,
+        "accelerated": accelerated,
     }
     write_json(out / SUMMARY, summary)
     return summary
@@ -147,7 +157,8 @@ def labels_of_runs(seeds: int) -> list[str]:
     Args:
         seeds: number of repetitions.
     """
-    return [_label(task, arm, seed) for task in TASKS for arm in ARMS for seed in range(seeds)]
+    arms = [_label(task, arm, f"seed-{s}") for task in TASKS for arm in ARMS for s in range(seeds)]
+    return arms + [_label(WIDE, _WIDE_ARM, way) for way in _WAYS]
 
 
 def language_model(width: int = 64) -> nn.Module:
@@ -177,17 +188,16 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _label(task: Task, arm: str, seed: int) -> str:
+def _label(task: Task, arm: str, which: str) -> str:
     """The label of a run, which is also its folder within the demo's."""
-    return f"{task.name}/{arm}/seed-{seed}"
+    return f"{task.name}/{arm}/{which}"
 
 
 def _run_task(
     task: Task, out: Path, seeds: int, max_steps: int | None, on_step: OnStep | None
 ) -> dict[str, Any]:
     """Run all arms of a recipe from all seeds; the recipe's part of the summary."""
-    whole = read_recipe(task.recipe).training.max_steps
-    steps = whole if max_steps is None else min(whole, max_steps)
+    steps = _steps_of(task, max_steps)
     arms = {}
     for arm in ARMS:
         runs = [
@@ -206,9 +216,44 @@ def _run_task(
     }
 
 
-def _recipe_of(task: Task, arm: str, seed: int, steps: int, out: Path) -> Recipe:
+def _run_both_ways(out: Path, max_steps: int | None, on_step: OnStep | None) -> dict[str, Any]:
+    """Train the wide model dense and accelerated, from one seed; its part of the summary."""
+    steps = _steps_of(WIDE, max_steps)
+    runs = {}
+    for way in _WAYS:
+        is_accelerated = way == "accelerated"
+        flags: dict[str, object] = {"accelerate": str(is_accelerated).lower()}
+        if not is_accelerated:
+            flags["time_blocks"] = 0  # the trained blocks are the same
+        runs[way] = _run_arm(WIDE, _recipe_of(WIDE, _WIDE_ARM, 0, steps, out, way, flags), on_step)
+    dense, accelerated = (runs[way] for way in _WAYS)
+    return {
+        "recipe": WIDE.name,
+        "arm": _WIDE_ARM,
+        "quality": WIDE.quality,
+        "steps": steps,
+        "speed_up": dense.processor_seconds / accelerated.processor_seconds,
+        "runs": {way: asdict(run) for way, run in runs.items()},
+    }
+
+
+def _steps_of(task: Task, max_steps: int | None) -> int:
+    """The number of steps of a run."""
+    whole = read_recipe(task.recipe).training.max_steps
+    return whole if max_steps is None else min(whole, max_steps)
+
+
+def _recipe_of(
+    task: Task,
+    arm: str,
+    seed: int,
+    steps: int,
+    out: Path,
+    which: str = "",
+    more: Mapping[str, object] | None = None,
+) -> Recipe:
     """The recipe of one run."""
-    label = _label(task, arm, seed)
+    label = _label(task, arm, which or f"seed-{seed}")
     flags = {
         "arm": arm,
         "seed": seed,
@@ -217,6 +262,7 @@ def _recipe_of(task: Task, arm: str, seed: int, steps: int, out: Path) -> Recipe
         "output_dir": out / label,
         "run_name": label,
         "use_cpu": str(not torch.cuda.is_available()).lower(),
+        **(more or {}),
     }
     return read_recipe(task.recipe, [f"--{key}={value}" for key, value in flags.items()])
 
@@ -230,10 +276,10 @@ def _run_arm(task: Task, recipe: Recipe, on_step: OnStep | None) -> ArmRun:
     run = read_run(folder)
     quality = summary["quality"][task.measured]
     write_run(replace(run, quality={task.quality: quality}), folder / RUN_FILE)
-    return _arm_run(recipe.training.seed, quality, summary["seconds"], run)
+    return _arm_run(recipe.training.seed, quality, summary, run)
 
 
-def _arm_run(seed: int, quality: float, seconds: float, run: Run) -> ArmRun:
+def _arm_run(seed: int, quality: float, summary: dict[str, Any], run: Run) -> ArmRun:
     """The results of a run."""
     (held_out,) = run.held_out
     per_step = zip(*([block.density for block in one.blocks] for one in run.training), strict=True)
@@ -246,7 +292,8 @@ def _arm_run(seed: int, quality: float, seconds: float, run: Run) -> ArmRun:
         density_per_block=[block.density for block in held_out.blocks],
         derivative_density_per_block=[block.derivative_density for block in held_out.blocks],
         training_density_per_block=[sum(column) / len(column) for column in per_step],
-        seconds=seconds,
+        seconds=summary["seconds"],
+        processor_seconds=summary["processor_seconds"],
         history=[(step, one.density) for step, one in zip(run.steps, run.training, strict=True)],
         speed=run.speed,
     )

@@ -18,6 +18,7 @@ from steppe.measures.monitor import Monitor
 from steppe.measures.tally import Tally, sum_over
 from steppe.runs import measures_of
 from steppe.surgery.pattern_notes import note_patterns_
+from steppe.training.accelerated import AccelerationOfRun
 from steppe.training.reporters import mean_of
 
 
@@ -33,6 +34,7 @@ class History:
         flatness: measure the backward pass too, not only the densities.
         where: which blocks to measure; all by default.
         patterns: patterns of the user's for `find_blocks`.
+        accelerate: accelerate the model while it trains.
 
     Raises:
         ValueError: `every` is below 1.
@@ -45,6 +47,7 @@ class History:
         flatness: bool,
         where: Callable[[MLPBlock], bool] | None = None,
         patterns: Sequence[BlockPattern] = (),
+        accelerate: bool = False,
     ) -> None:
         if every < 1:
             raise ValueError(f"{type(self).__name__}: expected every ≥ 1, got {every}")
@@ -53,6 +56,9 @@ class History:
         self.flatness = flatness
         self.where = where
         self.patterns = tuple(patterns)
+        self.accelerate = accelerate
+        self.acceleration = AccelerationOfRun(accelerate, self.patterns)
+        """How the blocks have run, while the model trains and afterwards."""
         self.history: list[dict[str, Any]] = []
         """One entry per measured step, complete when training ends: ``step`` and
         ``Report.to_dict()`` of it."""

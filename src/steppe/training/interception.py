@@ -44,6 +44,12 @@ class AroundCallback(TrainerCallback):
 
     unprinted: frozenset[str] = frozenset()
 
+    def around_train(
+        self, trainer: Trainer, train: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around a whole run, where the Trainer was attended before the run."""
+        return train(*args, **kwargs)
+
     def around_training_step(
         self, trainer: Trainer, step: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -144,6 +150,10 @@ class _Attended:
     """The methods of a Trainer that its `AroundCallback`s run around."""
 
     callback_handler: Any
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """A whole run."""
+        return self._through_callbacks("train", args, kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch."""

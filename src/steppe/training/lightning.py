@@ -61,6 +61,10 @@ class LightningCallback(History, pl.Callback):
     ``steppe.json`` in the log's folder (``trainer.log_dir``, else ``default_root_dir``) has all of
     it, for ``steppe report``.
 
+    With `accelerate`, `accelerate_` runs the blocks on the sparse kernels while ``fit`` trains, as
+    `SteppeCallback` does: from the start of the training, after a checkpoint was loaded, to its
+    end, whatever ends it. A measured step runs dense unless `flatness` is False.
+
     A loss that the module computes from logits counts as a mean over the samples of the
     micro-batch; for a Hugging Face model's own loss the scale of each sample is known.
 
@@ -71,6 +75,7 @@ class LightningCallback(History, pl.Callback):
         where: which blocks to measure; all by default.
         patterns: patterns of your own for `find_blocks`; those that `sparsify_`, `accelerate_`,
             `watch` or `measure` was given are known.
+        accelerate: run the blocks on the sparse kernels while the model trains.
 
     Raises:
         ValueError: `every` is below 1.
@@ -87,8 +92,9 @@ class LightningCallback(History, pl.Callback):
         flatness: bool = True,
         where: Callable[[MLPBlock], bool] | None = None,
         patterns: Sequence[BlockPattern] = (),
+        accelerate: bool = False,
     ) -> None:
-        super().__init__(every, per_block, flatness, where, patterns)
+        super().__init__(every, per_block, flatness, where, patterns, accelerate)
         self._restored: dict[str, Any] = {}
         self._logs: list[dict[str, Any]] = []
         self._constrained: Constrained | None = None
@@ -109,6 +115,7 @@ class LightningCallback(History, pl.Callback):
 
         Raises:
             ScheduleError: not one optimizer, or a schedule and no end of the run.
+            AccelerationError: a block does not fit the kernels.
         """
         self._leave()
         restored, self._restored = self._restored, {}
@@ -121,6 +128,7 @@ class LightningCallback(History, pl.Callback):
             name = type(self).__name__
             self._constrained = constrain_only_(model, trainer.optimizers, total, name)
             self._constrained.load_state_dict({"step": trainer.global_step})
+        self.acceleration.begin(model)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int
@@ -200,6 +208,7 @@ class LightningCallback(History, pl.Callback):
     ) -> None:
         """Write the record of the run so far."""
         if self._monitor is not None:
+            self.acceleration.take_record()
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -209,6 +218,7 @@ class LightningCallback(History, pl.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
             self._keep_log(trainer.global_step, metrics)
+        self.acceleration.end()
         self._write(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
@@ -250,6 +260,7 @@ class LightningCallback(History, pl.Callback):
             self._logs,
             settings,
             {"lightning": getattr(pl, "__version__", "")},
+            self.acceleration.record,
         )
 
     def _new_metrics(self) -> dict[str, float]:
@@ -278,6 +289,7 @@ class LightningCallback(History, pl.Callback):
     def _leave(self) -> None:
         """Take everything off the model and the optimizer."""
         self._passing.close()
+        self.acceleration.end()
         if self._constrained is not None:
             self._constrained.remove()
             self._constrained = None

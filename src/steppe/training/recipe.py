@@ -29,7 +29,7 @@ from steppe.training.recipe_values import wrong_values
 # has not used, which the Trainer switches on for every model.
 DEFAULTS = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
 # Keys that older runs do not know: a default is left out, so that those can be resumed.
-_LATER = ("patterns", "plugins", "xavier", "held_out_flatness", "time_blocks")
+_LATER = ("patterns", "plugins", "xavier", "held_out_flatness", "time_blocks", "accelerate")
 _NO_PATHS_YET = ("checkpoint", "tokenizer")  # these may be hub ids
 _PATHS = ("data_dir", "cache_dir", "output_dir", *_NO_PATHS_YET)
 

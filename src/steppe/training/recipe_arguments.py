@@ -128,6 +128,10 @@ class ArmArguments:
         default=0.0,
         metadata={"help": "Share of the run over which floor and activation change; finetuning."},
     )
+    accelerate: bool = field(
+        default=False,
+        metadata={"help": "Train on the sparse kernels: the same numbers, sooner; CPU."},
+    )
     measure_every: int = field(default=50, metadata={"help": "Measure one step in so many."})
     held_out_flatness: bool = field(
         default=False, metadata={"help": "Measure AF on the held-out data too, at the end."}

@@ -48,6 +48,7 @@ def record_of(
     logs: Sequence[Mapping[str, Any]],
     settings: dict[str, Any],
     packages: Mapping[str, str],
+    acceleration: dict[str, Any],
 ) -> Run:
     """The record of a run.
 
@@ -60,6 +61,7 @@ def record_of(
         logs: one mapping per log, each with ``step``; metrics of single blocks are left out.
         settings: of the training, JSON values.
         packages: version of the package that trains, by its name.
+        acceleration: of `AccelerationOfRun`; empty for a run without one.
     """
     sparsification = sparsification_of(model)
     layout: dict[str, Any] = {
@@ -84,6 +86,7 @@ def record_of(
         held_out_steps=[entry["step"] for entry in held_out],
         held_out=[report_from_dict(layout | entry) for entry in held_out],
         logs=[of_the_model(log) for log in logs],
+        acceleration=acceleration,
     )
 
 

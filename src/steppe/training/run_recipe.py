@@ -24,7 +24,13 @@ from transformers import (
 from steppe.bench import PREFILL, TRAINING, time_model
 from steppe.data.draws import DrawSampler
 from steppe.data.read_errors import first_line, reading
-from steppe.errors import NonFiniteLossError, OutOfMemoryError, RecipeError, SteppeError
+from steppe.errors import (
+    AccelerationError,
+    NonFiniteLossError,
+    OutOfMemoryError,
+    RecipeError,
+    SteppeError,
+)
 from steppe.files import prepare_file, write_json
 from steppe.measures import measure
 from steppe.measures.measure import call_model
@@ -47,7 +53,7 @@ SUMMARY = "summary.json"
 RESULT = "model"
 """Folder of the trained model, within the run's."""
 # Keys that may differ when a run is resumed.
-_NOT_A_SETTING = ("resume", "cache_dir", "held_out_flatness", "time_blocks")
+_NOT_A_SETTING = ("resume", "cache_dir", "held_out_flatness", "time_blocks", "accelerate")
 _QUALITY = ("loss", "top1", "top5", "accuracy")
 _FULL_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -72,6 +78,7 @@ def run_recipe(
         CheckpointError: the vanilla checkpoint is none, or no checkpoint of the run is whole.
         RecipeError: the run's folder has checkpoints already, and the recipe does not resume.
         OutOfMemoryError: a step does not fit; the message has settings for it.
+        AccelerationError: the recipe accelerates, and a block does not fit the kernels.
         OutputError: the folder cannot be written, or is full.
         NonFiniteLossError: the loss became NaN or infinite.
 
@@ -88,12 +95,15 @@ def run_recipe(
     if plugins:
         sparsify_(job.model, plugins)
     tuner = add_lora_(job.model, recipe)
-    callback = SteppeCallback(every=recipe.arm.measure_every)
-    trainer = _trainer(recipe, job, settings, [callback, PassOn(on_step, on_log)])
+    callback = SteppeCallback(every=recipe.arm.measure_every, accelerate=recipe.arm.accelerate)
+    passes_on = PassOn(on_step, on_log, callback.acceleration)
+    trainer = _trainer(recipe, job, settings, [callback, passes_on])
     if on_log is not None and trainer.is_world_process_zero():
         for note in (*job.notes, *([] if resumed is None else [f"going on from {resumed}"])):
             on_log(note)
-    seconds = _train(recipe, trainer, resumed)
+    start = time.perf_counter(), time.process_time()
+    _train(recipe, trainer, resumed)
+    seconds, processor_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     if tuner is not None:
         tuner.merge_and_unload()
     quality = _quality(recipe, trainer)
@@ -107,9 +117,11 @@ def run_recipe(
         "steps": trainer.state.global_step,
         "training_density": callback.training_density,
         "seconds": seconds,
+        "processor_seconds": processor_seconds,
         "resumed_from": None if resumed is None else resumed.name,
         "parameters": sum(p.numel() for p in job.model.parameters()),
         "model": str(model_folder),
+        **({"acceleration": callback.acceleration.record} if recipe.arm.accelerate else {}),
     }
     if trainer.is_world_process_zero():
         whole = _with_held_out(run, trainer.state.global_step, held_out)
@@ -202,9 +214,8 @@ def _unchecked_trainer(
     return trainer
 
 
-def _train(recipe: Recipe, trainer: RecipeTrainer, resumed: Path | None) -> float:
-    """Train, and return the seconds; raises the usual mishaps as errors of the recipe."""
-    start = time.perf_counter()
+def _train(recipe: Recipe, trainer: RecipeTrainer, resumed: Path | None) -> None:
+    """Train; raises the usual mishaps as errors of the recipe."""
     try:
         with reading(place_of(recipe.data)):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -212,11 +223,14 @@ def _train(recipe: Recipe, trainer: RecipeTrainer, resumed: Path | None) -> floa
         if not any(word in str(error).lower() for word in _FULL_MEMORY):
             raise
         raise _out_of_memory(recipe) from None
+    except AccelerationError as error:
+        raise AccelerationError(
+            f"{error.message}. Or train by the blocks' own modules", {"accelerate": False}
+        ) from None
     except KeyError as error:
         if "metric_for_best_model" not in str(error):
             raise
         raise RecipeError(f"{recipe.name}: {error.args[0]}") from None
-    return time.perf_counter() - start
 
 
 def _out_of_memory(recipe: Recipe) -> OutOfMemoryError:
