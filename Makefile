@@ -24,7 +24,7 @@ TRITON  := build/triton
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results twins cost bench training losses gpu test test-slow test-screening test-versions test-native valgrind test-gpu-offline lint format clean
+.PHONY: help install demo results twins cost bench training losses gpu test test-slow test-screening test-versions test-native test-native-arm valgrind test-gpu-offline lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -105,6 +105,15 @@ valgrind: test-native ## run the same under valgrind, which knows instruction se
 	@for isa in portable avx2; do \
 	  STEPPE_ISA=$$isa valgrind --quiet --error-exitcode=1 build/native-tests/kernels_test || exit 1; \
 	done
+
+# Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user
+ARM := build/native-arm
+test-native-arm: $(STAMP) ## build the kernels for aarch64 and test them under qemu (ten minutes)
+	$(BIN)/cmake -S src/steppe/native -B $(ARM) -DSTEPPE_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+	$(BIN)/cmake --build $(ARM) --parallel $(WORKERS)
+	$(BIN)/ctest --test-dir $(ARM) --output-on-failure
 
 # Triton is interpreted in the first process and compiles for GPUs that are not there in the second.
 test-gpu-offline: $(TRITON)/.installed ## test the GPU kernels without a GPU (Linux; 190 MB to download)
