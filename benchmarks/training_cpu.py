@@ -292,13 +292,17 @@ def with_folded_weights(plain: Run, run: Run) -> None:
 
 
 def freeze(*given: Run) -> None:
-    """Let steps change nothing but the optimizer's moments, so that the densities stay."""
+    """Let steps change neither weights nor deviations, so that the densities stay."""
     for run in given:
-        run.optimizer.step = _no_step  # type: ignore[method-assign]
+        run.optimizer.step = _do_nothing  # type: ignore[method-assign]
+        for block in steppe.find_blocks(run.model):
+            threshold = getattr(block.activated, "threshold", None)
+            if threshold is not None:
+                threshold.take_up = _do_nothing
 
 
-def _no_step(*_: Any) -> None:
-    """In place of an optimizer's step."""
+def _do_nothing(*_: Any) -> None:
+    """In place of a step of the optimizer, and of one of the running deviations."""
 
 
 def main(

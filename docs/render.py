@@ -272,7 +272,7 @@ def _and(words: list[str]) -> str:
 
 
 def plot_time(budgets: dict[str, Any], path: Path) -> None:
-    """Draw the training loss against the seconds, a panel for each budget.
+    """Draw the held-out loss of each arm against the seconds of its run.
 
     Args:
         budgets: of ``benchmarks/training_cpu.py``.
@@ -280,16 +280,15 @@ def plot_time(budgets: dict[str, Any], path: Path) -> None:
     """
     from matplotlib.figure import Figure  # part of the extra `demo`
 
-    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(budgets), squeeze=False)[0]
-    for panel, (budget, rows) in zip(panels, budgets.items(), strict=True):
-        for name, row in rows.items():
-            seconds, losses = zip(*row["curve"], strict=True)
-            panel.plot(seconds, losses, label=f"{name}: {row['loss']:.3f}")
-        panel.set(xlabel="processor seconds", ylabel="training loss, nats a byte", title=budget)
-        panel.set_ylim(top=3.0)
-        panel.legend(title="held-out loss at the end", fontsize=8, title_fontsize=8)
-        panel.grid(alpha=0.3)
+    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    panel = figure.subplots()
+    for name in next(iter(budgets.values())):
+        rows = [rows[name] for rows in budgets.values()]
+        seconds, losses = ([row[key] for row in rows] for key in ("seconds", "loss"))
+        panel.plot(seconds, losses, marker="o", label=name)
+    panel.set(xlabel="processor seconds of the run", ylabel="held-out loss, nats a byte")
+    panel.legend()
+    panel.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 
