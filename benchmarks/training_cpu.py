@@ -15,6 +15,7 @@ one process, and times are those of the processor: forward, backward, optimizer 
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -277,18 +278,10 @@ def steps(text: Text) -> dict[str, Any]:
 
 def with_folded_weights(plain: Run, run: Run) -> None:
     """Give a plain model the weights of another one, its thresholds in the biases."""
-    for mine, block in zip(
-        steppe.find_blocks(plain.model), steppe.find_blocks(run.model), strict=True
-    ):
-        threshold = getattr(block.activated, "threshold", None)
-        if threshold is not None:
-            mine.activated.bias.data.sub_(threshold.multiple * threshold.deviation)
-    names = dict(run.model.named_parameters())
-    for name, parameter in plain.model.named_parameters():
-        shift = parameter.data.clone() if "c_fc.bias" in name else 0.0
-        parameter.data.copy_(names[name].data)
-        if "c_fc.bias" in name:
-            parameter.data.add_(shift)  # the new bias was zero before the threshold
+    source = copy.deepcopy(run.model)
+    if run.arm.plugins == THRESHOLD:
+        steppe.fold_(source)
+    plain.model.load_state_dict(source.state_dict())
 
 
 def freeze(*given: Run) -> None:

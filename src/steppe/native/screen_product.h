@@ -138,7 +138,7 @@ inline void multiply_block(const Integer *x, int64_t stride, const uint8_t *bloc
 }
 
 constexpr int64_t kLine = 64;
-// Bytes of a weight to fetch ahead of what is read: the hardware stops at the end of a page.
+// Bytes of a weight to prefetch: the hardware prefetcher stops at the end of a page.
 constexpr int64_t kFetchAhead = 1024;
 
 // sums [T][kFewDigits][16] of the digits of T rows of integers, [T][kFewDigits][width], with a strip of

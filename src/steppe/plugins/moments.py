@@ -38,9 +38,7 @@ def add_moments_(
     """
     if not in_backward():
         p, counted = _sampled(p.reshape(-1, p.shape[-1]), counted, start, sample)
-        moments = moments_of(p, counted).to(sums.dtype)
-        with _ADDING:  # the model may run in several threads at once
-            sums += moments
+        _add_(sums, p, counted)
 
 
 @add_moments_.register_fake
@@ -71,9 +69,7 @@ def add_product_moments_(
     """
     if not in_backward():
         x, counted = _sampled(x.reshape(-1, x.shape[-1]), counted, start, sample)
-        moments = moments_of(F.linear(x, weight, bias), counted).to(sums.dtype)
-        with _ADDING:
-            sums += moments
+        _add_(sums, F.linear(x, weight, bias), counted)
 
 
 @add_product_moments_.register_fake
@@ -126,6 +122,13 @@ def rows_of_sample(rows: int, start: Tensor, sample: float, processes: int = 1) 
         return None
     numbers = torch.arange(max(rows // every, 1), device=start.device)
     return (start + every * numbers) % rows
+
+
+def _add_(sums: Tensor, p: Tensor, counted: Tensor | None) -> None:
+    """Add the moments of pre-activations ``[n, F]`` to `sums`."""
+    moments = moments_of(p, counted).to(sums.dtype)
+    with _ADDING:  # the model may run in several threads at once
+        sums += moments
 
 
 def _sampled(

@@ -10,7 +10,7 @@ are kept are the first ones. And a result of the interpreter, which runs the pro
 other, holds on a card, which runs them at once.
 
 Compiled for sm_80, 89, 90 and 100 and interpreted in the tests. An H200 gave the definition's
-results; docs/gpu.md has their speed, a third of what the memory allows.
+results, at a third of its memory's speed; docs/gpu.md has the numbers.
 """
 
 from __future__ import annotations
