@@ -22,7 +22,7 @@ def named_plugins(text: str) -> list[Plugin]:
 
     Example:
         >>> named_plugins('{"rising_threshold": {"multiple": 1.5}}')
-        [RisingThreshold(multiple=1.5, ramp=0.5)]
+        [RisingThreshold(multiple=1.5, ramp=0.5, sample=0.0625, seed=0)]
     """
     example = """e.g. '{"rising_threshold": {"multiple": 1.5}}'"""
     try:
