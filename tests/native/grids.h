@@ -16,8 +16,26 @@ inline int64_t width_of(int64_t D) { return ceil_div(D, 128) * 128; }
 // The largest integer of a token of D features; `few` tokens are those of decode_mlp.
 inline double most_of(int64_t D, bool few) { return double(kernels().token_most(D, few)); }
 
+// The largest integer of two bytes, which stand side by side in a row each.
+inline constexpr int64_t kMostOfTwo = 127 * 256 + 127;
+
 // Whether the integers of x are int16.
-inline bool are_words() { return most_of(128, false) > 127; }
+inline bool are_words() { return most_of(128, true) > double(kMostOfTwo); }
+
+// Bytes of a row of integers of x.
+inline int64_t digits() { return most_of(128, false) == double(kMostOfTwo) ? 2 : 1; }
+
+// Where the integer of a digit of a token is; rows of two digits are in tiles.
+inline int64_t place_of(int64_t token, int64_t digit, int64_t d, int64_t D) {
+  const int64_t row = token * digits() + digit;
+  if (digits() == 1) return row * width_of(D) + d;
+  return row / 16 * 16 * width_of(D) + d / 64 * 16 * 64 + row % 16 * 64 + d % 64;
+}
+
+// Integers of x, as many as there have to be: with two digits for a multiple of 16 tokens.
+inline int64_t room_for(int64_t T, int64_t D) {
+  return (digits() == 2 ? ceil_div(T, 16) * 16 : T) * digits() * width_of(D);
+}
 
 // A row on its grid, by the definition: integers nearest to the rotated values over the scale.
 struct Grid {

@@ -75,10 +75,11 @@ void test_screen_tokens(int64_t T, int64_t D, int64_t gap) {
           what + ": status");
   };
   Output<Token> tokens(T);
+  const int64_t width = width_of(D), size = room_for(T, D);
   const auto integers = same_for_all_teams<Integer>(
-      T * width_of(D), what, [&](Integer *out, int threads) { run(out, tokens.data(), threads); });
+      size, what, [&](Integer *out, int threads) { run(out, tokens.data(), threads); });
   const auto same = same_for_all_teams<Token>(T, what + " tokens", [&](Token *out, int threads) {
-    Output<Integer> unused(T * width_of(D));
+    Output<Integer> unused(size);
     run(unused.data(), out, threads);
   });
   check(same == tokens, what + ": other tokens");
@@ -86,13 +87,15 @@ void test_screen_tokens(int64_t T, int64_t D, int64_t gap) {
   int64_t wrong = 0, off = 0;
   for (int64_t t = 0; t < T; ++t) {
     const Grid grid = grid_of(x, t, most_of(D, false));
-    int64_t sum = 0;
-    for (int64_t d = 0; d < width_of(D); ++d) {
-      const int64_t got = integers[t * width_of(D) + d];
-      sum += got;
+    int64_t sum = 0, sum_low = 0;
+    for (int64_t d = 0; d < width; ++d) {
+      const int64_t first = integers[place_of(t, 0, d, D)];
+      const int64_t low = digits() == 2 ? integers[place_of(t, 1, d, D)] : 0;
+      const int64_t got = digits() == 2 ? 256 * first + low : first;
+      sum += first, sum_low += low;
       wrong += std::abs(got - grid.integers[d]) > (grid.has_midpoint ? 1 : 0);
     }
-    wrong += sum != tokens[t].sum || tokens[t].sum_low != 0;
+    wrong += sum != tokens[t].sum || tokens[t].sum_low != sum_low;
     off += !(std::fabs(tokens[t].scale / grid.scale - 1) < 1e-13);
     off += !covers(tokens[t].norm, grid.norm);
     // Of a row that is on its grid both are rounding in float64.
@@ -114,7 +117,7 @@ void test_screen(int64_t T, int64_t F, int64_t D, bool with_bias, bool spoilt) {
   if (spoilt) spoil(&x, &w, &bias);
   const E *b = with_bias ? bias.data() : nullptr;
   const Screen screen = screen_of(w.data(), F, D, D, 64, what);
-  Output<int16_t> integers(T * width_of(D));  // or twice as many as there are
+  Output<int16_t> integers(room_for(T, D));  // or twice as many as there are
   Output<Token> tokens(T);
   kernels().screen_tokens(x.data(), kDtype<E>, T, D, D, integers.data(), tokens.data(), 1);
   const int64_t blocks = ceil_div(F, 64);

@@ -214,7 +214,7 @@ void test_screening(const Case<E> &of) {
                              to[1].as<double>(), threads);
       });
   const auto tokens = same_for_threads(
-      "screen_tokens" + of.what, {bytes_of<int16_t>(T * width_of(D)), T * kToken},
+      "screen_tokens" + of.what, {bytes_of<int16_t>(room_for(T, D)), T * kToken},
       [&](const Memories &to, int threads) {
         kernels().screen_tokens(of.x.data(), kDtype<E>, T, D, D, to[0].as<void>(), to[1].as<void>(),
                              threads);

@@ -5,6 +5,8 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "kernels.h"
@@ -20,15 +22,35 @@ struct Target {
   const steppe_kernels *kernels;
 };
 
+#if defined(STEPPE_AMX)
+// Whether the system lets this process use the tiles, 8 KB of state a thread, for which it has to ask.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // The best target that this processor runs and STEPPE_ISA allows.
 Target choose() {
+#if defined(STEPPE_X86)
+  const bool has_bf16 =
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#endif
   const Target targets[] = {
 #if defined(STEPPE_X86)
-      {"avx512+bf16",
-       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"),
-       &avx512_bf16::kernels},
+#if defined(STEPPE_AMX)
+      {"avx512+amx",
+       has_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+           may_use_tiles(),
+       &avx512_amx::kernels},
+#endif
+      {"avx512+bf16", has_bf16, &avx512_bf16::kernels},
       {"avx512+vnni",
        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
@@ -95,7 +117,7 @@ steppe_function described(const char *name, Function function) {
 
 extern "C" {
 
-int steppe_abi_version(void) { return 7; }
+int steppe_abi_version(void) { return 8; }
 
 const steppe_kernels *steppe_chosen_kernels(void) { return steppe::target().kernels; }
 

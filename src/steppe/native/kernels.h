@@ -6,6 +6,11 @@
 namespace steppe {
 
 #if defined(STEPPE_X86)
+#if defined(STEPPE_AMX)
+namespace avx512_amx {
+extern const steppe_kernels kernels;
+}
+#endif
 namespace avx512_bf16 {
 extern const steppe_kernels kernels;
 }

@@ -236,22 +236,36 @@ inline Token token_of(const Grid &grid, int64_t sum, int64_t sum_low) {
 // The largest integer on the grid of a token of D features.
 inline int64_t token_most(int64_t D, bool few) { return int64_t(most_of_token(padded_width(D), few)); }
 
-// x [T, D], rows `stride` apart, on its grids: integers [T, width], and what the bound needs.
+// A row of x on its grid, of kCount digits, and what the bound needs. `to(digit, i)` is where those from
+// feature i on are.
+template <int kCount, typename To>
+inline Token put_on_grid(const float *row, const RowBuffer &buffer, double most, To to) {
+  narrow_ivec sums{}, sums_low{};
+  const Grid grid = to_grid(row, buffer, most, [&](int64_t i, narrow_ivec part) {
+    if constexpr (kCount == 2) {
+      const narrow_ivec high = (part + 128) >> 8, low = part - (high << 8);
+      *reinterpret_cast<integer_vec *>(to(1, i)) = __builtin_convertvector(low, integer_vec);
+      sums_low += low, part = high;
+    }
+    sums += part;
+    *reinterpret_cast<integer_vec *>(to(0, i)) = __builtin_convertvector(part, integer_vec);
+  });
+  int64_t sum = 0, sum_low = 0;
+  for (int i = 0; i < kDoubles; ++i) sum += sums[i], sum_low += sums_low[i];
+  return token_of(grid, sum, sum_low);
+}
+
+// x [T, D], rows `stride` apart, on its grids: integers [T, kDigits] rows of `width`, in the order of
+// place_in_rows, and what the bound needs.
 template <typename E>
 int screen_tokens(const E *x, int64_t T, int64_t D, int64_t stride, Integer *integers,
                   Token *tokens, int threads) {
   const double most = most_of_token(padded_width(D), false);
   return for_each_row(T, D, threads, [&](int64_t t, const RowBuffer &buffer) {
     const float *row = read_row(x + t * stride, D, kPanel, buffer.row.get());
-    Integer *to = integers + t * buffer.width;
-    narrow_ivec total{};
-    const Grid grid = to_grid(row, buffer, most, [&](int64_t i, narrow_ivec part) {
-      total += part;
-      *reinterpret_cast<integer_vec *>(to + i) = __builtin_convertvector(part, integer_vec);
+    tokens[t] = put_on_grid<kDigits>(row, buffer, most, [&](int64_t digit, int64_t i) {
+      return integers + place_in_rows(t * kDigits + digit, i, buffer.width);
     });
-    int64_t whole = 0;
-    for (int i = 0; i < kDoubles; ++i) whole += total[i];
-    tokens[t] = token_of(grid, whole, 0);
   });
 }
 
@@ -259,22 +273,32 @@ int screen_tokens(const E *x, int64_t T, int64_t D, int64_t stride, Integer *int
 inline dvec unshifted(const int32_t *sums, int32_t offset) {
   const narrow_uvec raw = *reinterpret_cast<const narrow_uvec *>(sums);
   const narrow_ivec product = (narrow_ivec)(raw - uint32_t(offset));
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  return (dvec)_mm256_cvtepi32_pd((__m128i)product);  // g++ 12 converts two at a time
+#if defined(__AVX512F__)
+  return (dvec)_mm512_cvtepi32_pd((__m256i)product);  // g++ 12 converts by halves
+#elif defined(__AVX2__)
+  return (dvec)_mm256_cvtepi32_pd((__m128i)product);
 #else
   return __builtin_convertvector(product, dvec);
 #endif
 }
 
-// Which of 64 units, or of the `units` that there are, are candidates for a token: bit j for unit j.
-// `product(j)` is I of kDoubles of them, `bias` [64] has the bias in units of the scale and the
+// I of kDoubles units, from the sums of each digit, which are `apart`.
+template <int kCount>
+inline dvec product_of(const Token &token, const int32_t *sums, int64_t apart) {
+  const dvec first = unshifted(sums, int32_t(128 * uint32_t(token.sum)));
+  if constexpr (kCount == 1) return first;
+  return first * 256.0 + unshifted(sums + apart, int32_t(128 * uint32_t(token.sum_low)));
+}
+
+// Which of kUnits units, or of the `units` that there are, are candidates for a token: bit j for unit j.
+// `product(j)` is I of kDoubles of them, `bias` [kUnits] has the bias in units of the scale and the
 // constant.
-template <typename Product>
+template <int64_t kUnits = kPanel, typename Product>
 inline uint64_t candidate_mask(const Token &token, const double *bias, const Bounds &bounds,
                                int64_t first, int64_t units, Product product) {
   uint64_t mask = 0;
 #pragma GCC unroll 16
-  for (int64_t j = 0; j < kPanel; j += kDoubles) {
+  for (int64_t j = 0; j < kUnits; j += kDoubles) {
     const auto at = [&](const double *from) { return *reinterpret_cast<const dvec *>(from + j); };
     const dvec bound = product(j) * token.scale + at(bias) +
                        (at(bounds.of_norm + first) * token.norm +
@@ -290,7 +314,7 @@ inline uint64_t candidate_mask(const Token &token, const double *bias, const Bou
     for (int i = 0; i < kDoubles; ++i) mask |= uint64_t(!(bounds_of[i] <= 0)) << (j + i);
 #endif
   }
-  return units >= kPanel ? mask : mask & ((uint64_t(1) << units) - 1);
+  return units >= kUnits ? mask : mask & ((uint64_t(1) << std::max<int64_t>(units, 0)) - 1);
 }
 
 // to [64]: the bias of the units from `first` on, in units of their scales, and the constant.
@@ -311,7 +335,7 @@ template <typename E>
 int64_t screen(const Integer *integers, const Token *tokens, int64_t T, int64_t D,
                const uint8_t *bytes, const double *bounds, const E *bias, int64_t F, int64_t most,
                uint64_t *masks, int32_t *counts, int threads) {
-  constexpr int kRows = kScreenRows;
+  constexpr int kTokensAtOnce = kScreenRows / kDigits;
   constexpr int64_t kTokens = 96;     // of a task
   constexpr int64_t kChunkBytes = 384 * 1024;  // of the weight, to stay in the second-level cache
   const int64_t width = padded_width(D), blocks = blocks_of(F);
@@ -326,6 +350,7 @@ int64_t screen(const Integer *integers, const Token *tokens, int64_t T, int64_t 
 #pragma omp atomic read
       so_far = found;
       if (so_far > most) continue;
+      const Tiles tiles;
       const int64_t first_block = chunk * per_chunk;
       const int64_t last_block = std::min(first_block + per_chunk, blocks);
       const int64_t last = std::min((group + 1) * kTokens, T);
@@ -333,25 +358,31 @@ int64_t screen(const Integer *integers, const Token *tokens, int64_t T, int64_t 
       for (int64_t block = first_block; block < last_block; ++block) {
         double shifted[kPanel];
         bias_bound(bias, D, F, units, block * kPanel, shifted);
-        const uint8_t *at = bytes + block * kPanel * width;
-        const auto take = [&](int64_t t, const int32_t *sums) {
-          const int32_t offset = int32_t(128 * uint32_t(tokens[t].sum));
-          const uint64_t mask =
-              candidate_mask(tokens[t], shifted, units, block * kPanel, F - block * kPanel,
-                             [&](int64_t j) { return unshifted(sums + j, offset); });
-          masks[t * blocks + block] = mask;
-          counts[t * blocks + block] = __builtin_popcountll(mask);
-          here += __builtin_popcountll(mask);
-        };
-        int32_t sums[kRows * kPanel];
-        int64_t t = group * kTokens;
-        for (; t + kRows <= last; t += kRows) {
-          multiply_block<kRows>(integers + t * width, width, at, width, sums);
-          for (int m = 0; m < kRows; ++m) take(t + m, sums + m * kPanel);
-        }
-        for (; t < last; ++t) {
-          multiply_block<1>(integers + t * width, width, at, width, sums);
-          take(t, sums);
+        for (int64_t part = 0; part < kPanel; part += kScreenUnits) {
+          const int64_t unit = block * kPanel + part;
+          const uint8_t *at = bytes + unit * width;
+          int32_t sums[kScreenRows * kScreenUnits];
+          const auto take = [&](int64_t t, int64_t m) {
+            const int32_t *of_token = sums + m * kDigits * kScreenUnits;
+            const uint64_t mask = candidate_mask<kScreenUnits>(
+                tokens[t], shifted + part, units, unit, F - unit,
+                [&](int64_t j) { return product_of<kDigits>(tokens[t], of_token + j, kScreenUnits); });
+            const int32_t count = __builtin_popcountll(mask);
+            uint64_t &whole = masks[t * blocks + block];
+            whole = part == 0 ? mask : whole | mask << part;
+            counts[t * blocks + block] = part == 0 ? count : counts[t * blocks + block] + count;
+            here += count;
+          };
+          int64_t t = group * kTokens;
+          // By tiles the rows behind the last ones are multiplied too, and not used.
+          for (; t + (kHasTiles ? 1 : kTokensAtOnce) <= last; t += kTokensAtOnce) {
+            tiles.multiply(integers + t * kDigits * width, at, width, sums);
+            for (int64_t m = 0; m < std::min<int64_t>(kTokensAtOnce, last - t); ++m) take(t + m, m);
+          }
+          for (; t < last; ++t) {
+            multiply_block<1>(integers + t * width, width, at, width, sums);
+            take(t, 0);
+          }
         }
       }
 #pragma omp atomic

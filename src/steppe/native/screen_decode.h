@@ -28,19 +28,8 @@ FewTokens few_tokens(const E *x, int64_t T, int64_t D) {
   for (int64_t t = 0; t < T; ++t) {
     const float *row = read_row(x + t * D, D, kPanel, buffer.row.get());
     Integer *first = few.digits.data() + t * kFewDigits * few.width;
-    narrow_ivec sum{}, sum_low{};
-    const Grid grid = to_grid(row, buffer, most, [&](int64_t i, narrow_ivec part) {
-      if constexpr (kFewDigits == 2) {
-        const narrow_ivec high = (part + 128) >> 8, low = part - (high << 8);
-        *reinterpret_cast<integer_vec *>(first + few.width + i) = __builtin_convertvector(low, integer_vec);
-        sum_low += low, part = high;
-      }
-      sum += part;
-      *reinterpret_cast<integer_vec *>(first + i) = __builtin_convertvector(part, integer_vec);
-    });
-    int64_t of_first = 0, of_low = 0;
-    for (int i = 0; i < kDoubles; ++i) of_first += sum[i], of_low += sum_low[i];
-    few.tokens[t] = token_of(grid, of_first, of_low);
+    few.tokens[t] = put_on_grid<kFewDigits>(
+        row, buffer, most, [&](int64_t digit, int64_t i) { return first + digit * few.width + i; });
   }
   return few;
 }
@@ -62,13 +51,8 @@ void screen_decode_of(const FewTokens &few, const uint8_t *bytes, const Bounds &
     bias_bound(bias, D, F, bounds, b * kPanel, shifted);
     for (int t = 0; t < T; ++t) {
       const Token &token = few.tokens[t];
-      const int32_t offset = int32_t(128 * uint32_t(token.sum));
-      const int32_t offset_low = int32_t(128 * uint32_t(token.sum_low));
       const auto product = [&](int64_t j) {
-        const int32_t(*digits)[kStrip] = sums[j / kStrip][t];
-        const dvec first = unshifted(digits[0] + j % kStrip, offset);
-        if constexpr (kFewDigits == 1) return first;
-        return first * 256.0 + unshifted(digits[kFewDigits - 1] + j % kStrip, offset_low);
+        return product_of<kFewDigits>(token, sums[j / kStrip][t][0] + j % kStrip, kStrip);
       };
       masks[t * blocks + b] =
           candidate_mask(token, shifted, bounds, b * kPanel, F - b * kPanel, product);

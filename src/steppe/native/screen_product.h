@@ -2,7 +2,9 @@
 // 128. It is exact: no instruction here saturates, and sums that wrap are those of the bytes alone, which
 // 128 Σ x takes away again (`unshifted`).
 //
-// With VNNI the integers of x are bytes, and one instruction adds four products. Without it the one
+// With VNNI the integers of x are bytes, and one instruction adds four products. With AMX one adds the
+// products of 16 rows of x and 16 units, 64 features at once: eight times as many in a second. There x has
+// two digits, each a row of bytes, with many tokens too. Without VNNI the one
 // instruction for bytes, `vpmaddubsw`, saturates from |x| = 65 on and is no faster than the one for int16,
 // since its sums have to be widened at once. So the integers of x are int16 there: the grid of x is then
 // so fine that fewer units are candidates, and x needs no second digit in decoding.
@@ -20,13 +22,19 @@ namespace STEPPE_TARGET {
 constexpr int64_t kStrip = 16;  // units whose bytes lie together
 constexpr double kMost = 127;   // of the integers of W
 
+// Digits of an integer of x, 256 · the first + the second; kFewDigits in decoding.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-using Integer = int8_t;              // of x
-constexpr int kFewDigits = 2;        // of an integer of x in decoding: 256 · the first + the second
-constexpr double kMostOfFew = 32639; // 127 · 256 + 127, so that both digits are bytes
+using Integer = int8_t;  // of x
+constexpr int kFewDigits = 2;
+#if defined(__AMX_INT8__)
+constexpr int kDigits = 2;
+#else
+constexpr int kDigits = 1;
+#endif
+constexpr double kMostOfTwo = 32639;  // 127 · 256 + 127, so that both digits are bytes
 #else
 using Integer = int16_t;
-constexpr int kFewDigits = 1;
+constexpr int kFewDigits = 1, kDigits = 1;
 #endif
 
 // The largest integer of x, of a row of `width` features, with which a product fits into int32; of `few`
@@ -34,7 +42,7 @@ constexpr int kFewDigits = 1;
 inline double most_of_token(int64_t width, [[maybe_unused]] bool few) {
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
   (void)width;
-  return few ? kMostOfFew : kMost;
+  return (few ? kFewDigits : kDigits) == 2 ? kMostOfTwo : kMost;
 #else
   return double(std::min<int64_t>(INT16_MAX, INT32_MAX / (int64_t(kMost) * std::max<int64_t>(width, 1))));
 #endif
@@ -68,7 +76,7 @@ inline Sums add_products(Sums sums, Sums bytes, Sums x) {
 }
 #endif
 constexpr int kSide = 4;       // vectors of sums side by side, and rows of them: 24 sums, 4 parts of W
-constexpr int kScreenRows = 6;  // and a part of x are 29 of 32 registers
+constexpr int kBlockRows = 6;  // and a part of x are 29 of 32 registers
 #else
 typedef __m256i Sums;
 inline Sums no_sums() { return _mm256_setzero_si256(); }
@@ -92,8 +100,8 @@ inline Sums add_products(Sums sums, Sums bytes, Sums x) {
   return _mm256_add_epi32(sums, _mm256_madd_epi16(bytes, x));
 }
 #endif
-constexpr int kSide = 2;        // 8 to 12 sums of 16 registers
-constexpr int kScreenRows = 5;
+constexpr int kSide = 2;       // 8 to 12 sums of 16 registers
+constexpr int kBlockRows = 5;
 #endif
 
 inline Sums together_at(const Integer *x) {
@@ -185,7 +193,7 @@ inline void multiply_strip(const Integer *x, int64_t width, const uint8_t *strip
 
 #else
 
-constexpr int kScreenRows = 4;
+constexpr int kBlockRows = 4;
 
 // sums of `rows` rows of integers, rows `stride` apart, with a strip of bytes; sums `stride_to` apart.
 inline void multiply_rows(const Integer *x, int rows, int64_t stride, const uint8_t *strip,
@@ -218,6 +226,83 @@ inline void multiply_strip(const Integer *x, int64_t width, const uint8_t *strip
                            int32_t (*sums)[kFewDigits][kStrip]) {
   multiply_rows(x, T * kFewDigits, width, strip, width, sums[0][0], kStrip);
 }
+
+#endif
+
+#if defined(__AMX_INT8__)
+
+constexpr int kTile = 16;               // rows of a tile
+constexpr int64_t kTileRow = 64;        // bytes of one: features of x, or four of each unit of a strip
+constexpr int64_t kTileBytes = kTile * kTileRow;
+constexpr int kScreenRows = 2 * kTile;  // of x at once: of 16 tokens, of two digits each
+constexpr int64_t kScreenUnits = 2 * kStrip;
+constexpr bool kHasTiles = true;
+
+// Where the integer of a row of x is: in tiles, since rows far apart would contend for the cache.
+inline int64_t place_in_rows(int64_t row, int64_t feature, int64_t width) {
+  return row / kTile * kTile * width + feature / kTileRow * kTileBytes + row % kTile * kTileRow +
+         feature % kTileRow;
+}
+
+// The shapes of eight tiles, as the processor reads them. A constant, since g++ 12 does not know that
+// more than the first bytes are read.
+struct alignas(64) Shapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {kTileRow, kTileRow, kTileRow, kTileRow, kTileRow, kTileRow, kTileRow, kTileRow};
+  uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
+};
+constexpr Shapes kShapes;
+static_assert(sizeof(Shapes) == 64, "as the processor reads it");
+
+// The tiles of a thread, while it lives: 0 to 3 for sums, 4 and 5 for x, 6 and 7 for W.
+struct Tiles {
+  Tiles() { _tile_loadconfig(&kShapes); }
+  Tiles(const Tiles &) = delete;
+  ~Tiles() { _tile_release(); }
+
+  // sums [kScreenRows][kScreenUnits] of rows of x from one on with two strips, which are as tiles of W
+  // have to be.
+  void multiply(const Integer *x, const uint8_t *strip, int64_t width, int32_t *sums) const {
+    constexpr int64_t kSumsRow = kScreenUnits * sizeof(int32_t);
+    const Integer *lower = x + kTile * width;
+    const uint8_t *other = strip + kStrip * width;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t place = 0; place < kTile * width; place += kTileBytes) {
+      _tile_loadd(4, x + place, kTileRow);
+      _tile_loadd(6, strip + place, kTileRow);
+      _tile_loadd(7, other + place, kTileRow);
+      _tile_loadd(5, lower + place, kTileRow);
+      _tile_dpbsud(0, 4, 6);
+      _tile_dpbsud(1, 4, 7);
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
+    }
+    _tile_stored(0, sums, kSumsRow);
+    _tile_stored(1, sums + kStrip, kSumsRow);
+    _tile_stored(2, sums + kTile * kScreenUnits, kSumsRow);
+    _tile_stored(3, sums + kTile * kScreenUnits + kStrip, kSumsRow);
+  }
+};
+
+#else
+
+constexpr int kScreenRows = kBlockRows;
+constexpr int64_t kScreenUnits = kPanel;
+constexpr bool kHasTiles = false;
+
+inline int64_t place_in_rows(int64_t row, int64_t feature, int64_t width) {
+  return row * width + feature;
+}
+
+struct Tiles {
+  Tiles() {}  // not trivial, so that none is called unused
+  void multiply(const Integer *x, const uint8_t *block, int64_t width, int32_t *sums) const {
+    multiply_block<kScreenRows>(x, width, block, width, sums);
+  }
+};
 
 #endif
 

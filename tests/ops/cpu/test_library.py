@@ -113,7 +113,7 @@ x = extreme[0] * torch.where(torch.rand(40, 256) < 0.5, -1, 1)
 found = find_candidates(x, screen_of(extreme[1]), torch.full((70,), -1.5e6))
 assert found.share == 0.0
 """
-ORDER = ["avx512+bf16", "avx512+vnni", "avx512", "avx2+vnni", "avx2", "portable"]
+ORDER = ["avx512+amx", "avx512+bf16", "avx512+vnni", "avx512", "avx2+vnni", "avx2", "portable"]
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from typing import Any
 from steppe.errors import KernelError
 from steppe.ops.cpu.structures import STRUCTURES
 
-ABI_VERSION = 7
-_SCREENING = ("avx512+bf16", "avx512+vnni", "avx2+vnni", "avx2")  # on which integers are faster
+ABI_VERSION = 8
+# On which integers are faster.
+_SCREENING = ("avx512+amx", "avx512+bf16", "avx512+vnni", "avx2+vnni", "avx2")
 _FILE = "libsteppe_native.so"
 # The letters of a signature that the library gives, see steppe_function in steppe_native.h.
 _TYPES: dict[str, Any] = {
@@ -55,8 +56,9 @@ class Kernels:
 
     Attributes:
         name: ``native``, or ``reference`` for plain torch, which is dense.
-        isa: instruction set of the native kernels, ``avx512+bf16``, ``avx512+vnni``, ``avx512``,
-            ``avx2+vnni``, ``avx2`` or ``portable``; empty for the reference.
+        isa: instruction set of the native kernels, ``avx512+amx``, ``avx512+bf16``,
+            ``avx512+vnni``, ``avx512``, ``avx2+vnni``, ``avx2`` or ``portable``; empty for the
+            reference.
         reason: why there are no native kernels; empty if there are.
         unscreened: why no first product is screened; empty if first products are.
     """

@@ -35,6 +35,7 @@ from steppe.ops.reference import TILE_UNIT, ceil_div
 MAX_WIDTH = 131_072  # of int8 products: their sums are int32
 _GRAIN = 128  # the width is padded to a multiple of it
 _TOKEN_BYTES = 32
+_TOKENS = 16  # on AMX x is multiplied by so many rows at once
 _SAMPLED = 32  # one token in so many is screened first, and two at least
 _GOLDEN = 0.6180339887498949
 
@@ -95,7 +96,7 @@ def screen_of(weight: Tensor, buffer: str | None = None) -> Screen:
 
 
 def token_most(width: int, rows: int) -> int:
-    """The largest integer on the grids of x: 127, or more where the kernels have no VNNI.
+    """The largest integer on the grids of x: 127 with VNNI, more on AMX and without either.
 
     Args:
         width: D.
@@ -140,7 +141,8 @@ def find_candidates(
         refuse(f"rows of x contiguous, got strides {x.stride()}")
     if bias is not None:
         check_vector(bias, screen.hidden, x)
-    integers = scratch("x integers", (rows, _padded(width)), _like(torch.int16))  # int8 with VNNI
+    padded = ceil_div(rows, _TOKENS) * _TOKENS
+    integers = scratch("x integers", (padded, _padded(width)), _like(torch.int16))  # or less: bytes
     tokens = scratch("x tokens", (rows, _TOKEN_BYTES), _like(torch.uint8))
     failed = library().steppe_screen_tokens(
         x.data_ptr(),
