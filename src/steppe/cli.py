@@ -15,7 +15,12 @@ def main() -> None:
         signal.signal(signal.SIGINT, end_at_once)
     from steppe.commands.app import run
 
-    sys.exit(run())
+    code = run()
+    # Of `python -m`: a KeyboardInterrupt that has crossed an `exec` of source text, as dataclasses
+    # are made by, lets Python end by the signal and not with the code, although it was caught. The
+    # next `exec` makes it forget.
+    exec("")
+    sys.exit(code)
 
 
 def end_at_once(signal_number: int, frame: object) -> None:

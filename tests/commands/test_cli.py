@@ -125,6 +125,23 @@ def test_ctrl_c_ends_with_one_line_and_no_summary(tmp_path: Path) -> None:
     assert not (tmp_path / "summary.json").exists()
 
 
+def test_ctrl_c_in_code_made_from_text_ends_with_the_code_too(tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text("""\
+import steppe.cli, steppe.commands.app
+
+def run():
+    try:
+        exec("raise KeyboardInterrupt")
+    except KeyboardInterrupt:
+        return steppe.cli.INTERRUPTED
+
+steppe.commands.app.run = run
+steppe.cli.main()
+""")
+    command = [sys.executable, "-m", "interrupted"]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 130
+
+
 @pytest.fixture
 def measurable(tmp_path: Path) -> list[str]:
     """Two checkpoints of a run, and the options that name data for them."""
