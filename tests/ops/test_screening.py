@@ -23,26 +23,24 @@ from ops.screening_cases import (
     rounding_up,
 )
 from steppe.ops import screening
-from steppe.ops.screening import candidates, estimate, quantise, rotate, slack
-
-BITS = (8, 16)
+from steppe.ops.screening import MOST_OF_BYTES, candidates, estimate, quantise, rotate, slack
 
 
-def missed(x: Tensor, weight: Tensor, bias: Tensor, bits: int) -> int:
+def missed(x: Tensor, weight: Tensor, bias: Tensor, most: int) -> int:
     """Units that an evaluation finds active, float64's among them, and the screen does not."""
-    found = candidates(quantise(x, bits), quantise(weight), bias)
+    found = candidates(quantise(x, most), quantise(weight), bias)
     return int((active_somewhere(x, weight, bias) & ~found).sum())
 
 
 @pytest.mark.parametrize("flushed", [False, True])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("most", MOST_OF_BYTES)
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
-def test_no_unit_is_missed(make: Make, bits: int, flushed: bool) -> None:
+def test_no_unit_is_missed(make: Make, most: int, flushed: bool) -> None:
     for seed in range(3):
         x, weight, bias = make(torch.Generator().manual_seed(seed))
         torch.set_flush_denormal(flushed)
         try:
-            assert missed(x, weight, bias, bits) == 0
+            assert missed(x, weight, bias, most) == 0
         finally:
             torch.set_flush_denormal(False)
 
@@ -64,7 +62,7 @@ def test_without_a_part_of_the_bound_units_are_missed(
     case = make(torch.Generator().manual_seed(0))
     torch.set_flush_denormal(True)
     try:
-        assert missed(*case, bits=8) > 0
+        assert missed(*case, most=127) > 0
     finally:
         torch.set_flush_denormal(False)
 
@@ -81,13 +79,13 @@ def test_what_is_not_finite_is_a_candidate(value: float, place: int) -> None:
     assert missed(x, weight, bias, 8) == 0
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_a_bound_a_hundredth_smaller_misses_units(bits: int) -> None:
+@pytest.mark.parametrize("most", MOST_OF_BYTES)
+def test_a_bound_a_hundredth_smaller_misses_units(most: int) -> None:
     x, weight, bias = along_residual(torch.Generator().manual_seed(0))
-    one, other = quantise(x, bits), quantise(weight)
+    one, other = quantise(x, most), quantise(weight)
     assert float(one.residual.max() / one.norm.max()) < 1e-4
     _assert_tight(x, weight, bias, estimate(one, other), slack(one, other, bias))
-    if bits == 8:
+    if most == 127:
         x, weight, bias = along_inputs_residual(torch.Generator().manual_seed(0))
         one, other = quantise(x), quantise(weight)
         assert float(other.residual.max() / other.norm.max()) < 1e-4
@@ -109,8 +107,8 @@ def test_few_others_are_candidates() -> None:
     weight = torch.randn(512, 768, generator=generator) / 768**0.5
     bias = torch.full((512,), -1.645)  # one in twenty is active
     shares = [
-        float(candidates(quantise(x, bits), quantise(weight), bias).double().mean())
-        for bits in BITS
+        float(candidates(quantise(x, most), quantise(weight), bias).double().mean())
+        for most in MOST_OF_BYTES
     ]
     assert 0.05 < shares[1] < 0.085
     assert shares[1] < shares[0] < 0.13
@@ -137,11 +135,11 @@ def test_the_rotation_spreads_one_feature_over_sixteen() -> None:
     assert (spread.count_nonzero(1) == 16).all()
 
 
-@pytest.mark.parametrize(("bits", "most"), [(8, 127), (16, 32639)])
+@pytest.mark.parametrize("most", MOST_OF_BYTES)
 @pytest.mark.parametrize("width", [0, 1, 33, 128, 300])
-def test_the_largest_of_a_row_is_the_grids_last_integer(bits: int, most: int, width: int) -> None:
+def test_the_largest_of_a_row_is_the_grids_last_integer(most: int, width: int) -> None:
     matrix = torch.randn(5, width)
-    grid = quantise(matrix, bits)
+    grid = quantise(matrix, most)
     assert grid.width == width
     assert grid.integers.shape == (5, width + -width % 128)
     assert not grid.norm.isnan().any()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 _GRAIN = 128  # the width is padded with zeros to a multiple of it
 _VECTORS = 16  # parts of a row that the rotation mixes
-_MOST = {8: 127, 16: 127 * 256 + 127}  # integers of a grid: of 16 bits, two digits that are bytes
+MOST_OF_BYTES = 127, 127 * 256 + 127  # of an integer of one, and of two that are its digits
 _UNIT = 2.0**-24  # half the distance from 1 to the next float32
 _TINY = 2.0**-126  # the least normal float32: flushing to zero loses at most this
 _OURS = 2.0**-36  # of the float64 arithmetic here and in the kernel, many times over
@@ -31,7 +31,7 @@ class Grid(NamedTuple):
     """The rows of a matrix as small integers, and how far they are from them.
 
     Attributes:
-        integers: int32 ``[N, D to 128]``, of ±127 at most, or as many as `quantise` was given.
+        integers: int32 ``[N, D to 128]``, as large as `quantise` was told at most.
         scale: float64 ``[N]``; a row is about ``scale · integers``.
         residual: float64 ``[N]``, not below ‖row − scale · integers‖.
         norm: float64 ``[N]``, not below ‖row‖; not finite for a row that is not.
@@ -45,16 +45,14 @@ class Grid(NamedTuple):
     width: int
 
 
-def quantise(matrix: Tensor, bits: int = 8, most: int | None = None) -> Grid:
+def quantise(matrix: Tensor, most: int = MOST_OF_BYTES[0]) -> Grid:
     """The rows of a matrix on a grid of their own, after `rotate`.
 
     Args:
         matrix: ``[N, D]``, float32 or bfloat16.
-        bits: 8, or 16 for inputs of few tokens.
-        most: the largest integer, in place of that of so many bits.
+        most: the largest integer.
     """
     rotated = rotate(matrix.double())
-    most = _MOST[bits] if most is None else most
     largest = rotated.abs().amax(1) if matrix.shape[1] else rotated.new_zeros(matrix.shape[0])
     usable = largest.isfinite() & (largest > 0)
     scale = torch.where(usable, largest / most, 1.0)
