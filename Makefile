@@ -98,7 +98,7 @@ test-native: $(STAMP) ## test the kernels in C++, each instruction set, plain an
 	  build=build/native-tests$${flags:+-$${flags%%,*}}; \
 	  $(BIN)/cmake -S src/steppe/native -B $$build -DSTEPPE_TESTS=ON -DSTEPPE_SANITIZE=$$flags \
 	    && $(BIN)/cmake --build $$build --parallel $(WORKERS) \
-	    && $(BIN)/ctest --test-dir $$build --output-on-failure || exit 1; \
+	    && $(BIN)/ctest --test-dir $$build --output-on-failure --parallel $(WORKERS) || exit 1; \
 	done
 
 valgrind: test-native ## run the same under valgrind, which knows instruction sets up to avx2
