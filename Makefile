@@ -21,7 +21,7 @@ PENDING := $(VENV)/.installing
 TRITON  := build/triton
 
 # One torch thread a worker: two workers with all cores each are slower than one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo results twins cost bench training losses gpu test test-slow test-screening test-versions test-native test-native-arm valgrind test-gpu-offline lint format clean
@@ -34,7 +34,7 @@ install: $(STAMP) ## make the virtual environment in .venv
 demo: $(STAMP) ## train the demo models and print the table
 	$(BIN)/steppe demo $(DEMO_ARGS)
 
-results: $(STAMP) ## measure the README's table and plot anew (a quarter of an hour)
+results: $(STAMP) ## measure the README's table and plot anew (ten minutes)
 	$(BIN)/steppe demo --seeds 3 --out runs/results
 	cp runs/results/summary.json docs/results/demo.json
 	$(BIN)/python docs/render.py

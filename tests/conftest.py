@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from importlib import metadata
@@ -10,6 +11,9 @@ from pathlib import Path
 # Nothing may be downloaded, and a test must not depend on how many cores there are.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# A thread that waits lets others compute. Spinning, as is the default, tests with two threads take
+# several times as long where the second core is busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What is measured of this machine under two busy workers is not to be kept for its user.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="steppe-tests-")
 
@@ -36,6 +40,25 @@ def pytest_report_header() -> list[str]:
     """Says which tests are left out."""
     missing = f"tests/ops/cuda: left out, there is no {TRITON} (make test-gpu-offline)"
     return [] if HAS_TRITON else [missing]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests that share a fixture of their file to one worker, which makes it once."""
+    for item in items:
+        fixtures = getattr(item, "_fixtureinfo", None)
+        found = [] if fixtures is None else fixtures.name2fixturedefs.values()
+        if any(fixture.scope == "module" for fixtures in found for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of garbage collections: it stays anyway.
+
+    Each run of a Trainer collects: that took a fifth of the tests' time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -277,7 +277,8 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("name", ["opt", pytest.param("t5 gated", marks=pytest.mark.slow)])
 def test_compiled_into_one_graph(name: str) -> None:
-    model = steppe.accelerate_(MODELS[name]().eval(), max_density=1.0)
+    model = models.one_layer_(MODELS[name]()).eval()
+    steppe.accelerate_(model, max_density=1.0)
     inputs = models.inputs_for(model)
     expected = loss_and_gradients(model, inputs)
     block = model.model.decoder.layers[0] if name == "opt" else model.encoder.block[0].layer[1]
@@ -333,13 +334,13 @@ def test_what_statistics_write_to_does_not_keep_compiled_graphs_from_cuda_graphs
                 assert place in fixed, places[place]
         return make_boxed_func(graph.forward)
 
-    model = steppe.sparsify_(models.gpt2(), [steppe.RisingThreshold()])
+    model = steppe.sparsify_(models.one_layer_(models.gpt2()), [steppe.RisingThreshold()])
     backend = functools.partial(compile_fx, inner_compile=see)
     compiled = torch.compile(model, backend=backend)
     ids = models.token_ids(2, 8)
     with steppe.watch(model):
         compiled(input_ids=ids, labels=ids).loss.backward()
-    assert len(written) >= 2 * 4  # sums, counts, units, moments of two blocks
+    assert len(written) >= 4  # sums, counts, units, moments
 
 
 def test_autocast_runs_in_the_lower_precision() -> None:

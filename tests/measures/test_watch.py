@@ -505,7 +505,7 @@ class Swish(nn.Module):
 @pytest.mark.parametrize("old", [False, True], ids=["silu", "old autograd.Function"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_smooth_activations_are_measured_in_training(how: str, old: bool) -> None:
-    model = models.gpt2("silu").train()
+    model = models.one_layer_(models.gpt2("silu")).train()
     enlarge_pre_activations(model, 3000.0)
     batch = {"input_ids": models.token_ids(), "labels": models.token_ids(seed=1)}
     with watch(model, gradients=True) as monitor:
@@ -635,10 +635,9 @@ def test_wrapped_compiled_blocks_are_watched_under_their_plain_names() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_padding_counts_nowhere_in_a_compiled_model(name: str) -> None:
-    model = ARCHITECTURES[name]().eval()
+    model = models.one_layer_(ARCHITECTURES[name]()).eval()
     batch = {"input_ids": models.token_ids(), "attention_mask": padding("right")}
     if name == "t5":
-        model.encoder.block, model.decoder.block = model.encoder.block[:1], model.decoder.block[:1]
         batch["labels"] = models.token_ids(2, 5, seed=1)
         batch["labels"][1, 2:] = -100
     with torch.no_grad():

@@ -427,7 +427,8 @@ def test_a_call_that_ends_with_an_error_leaves_nothing_behind(x: Tensor) -> None
 @pytest.mark.parametrize("name", ["opt", pytest.param("t5 gated", marks=pytest.mark.slow)])
 def test_compiled_code_knows_of_hooks_and_of_wiring(name: str) -> None:
     """What torch.compile has not been shown, it runs by the block's own modules."""
-    model = (models.LANGUAGE_MODELS.get(name) or (lambda: models.t5(gated=True)))().eval()
+    make = models.LANGUAGE_MODELS.get(name) or (lambda: models.t5(gated=True))
+    model = models.one_layer_(make()).eval()
     inputs = models.inputs_for(model)
     expected = model(**inputs).logits
     steppe.accelerate_(model, max_density=1.0, check=False)

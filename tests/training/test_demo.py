@@ -62,7 +62,7 @@ def summary(folder: Path) -> dict:
     for old, new in (
         *(("n_embd: 256", "n_embd: 64"), ("n_inner: 4096", "n_inner: 512")),
         *(
-            ("held_out_samples: 256", "held_out_samples: 64"),
+            ("held_out_samples: 128", "held_out_samples: 64"),
             ("time_blocks: 0.5", "time_blocks: 0.02"),
         ),
         *(("measure_every: 25", "measure_every: 10"),),
