@@ -21,7 +21,7 @@ PENDING := $(VENV)/.installing
 TRITON  := build/triton
 
 # One torch thread a worker: two workers with all cores each are slower than one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo results twins cost bench training losses gpu test test-slow test-screening test-versions test-native test-native-arm valgrind test-gpu-offline lint format clean

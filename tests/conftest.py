@@ -42,16 +42,6 @@ def pytest_report_header() -> list[str]:
     return [] if HAS_TRITON else [missing]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests that share a fixture of their file to one worker, which makes it once."""
-    for item in items:
-        fixtures = getattr(item, "_fixtureinfo", None)
-        found = [] if fixtures is None else fixtures.name2fixturedefs.values()
-        if any(fixture.scope == "module" for fixtures in found for fixture in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 def pytest_collection_finish() -> None:
     """Leave what was imported and collected out of garbage collections: it stays anyway.
 
