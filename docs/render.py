@@ -21,6 +21,9 @@ MODELS = "benchmarks/results/models_cpu.json"
 LOSSES = "benchmarks/results/same_losses.json"
 VERSIONS = "docs/results/versions.json"
 TRAINING = "benchmarks/results/training_cpu.json"
+# The same two on a processor with AMX, those rows that were measured there.
+MODELS_AMX = "benchmarks/results/models_cpu_amx.json"
+TRAINING_AMX = "benchmarks/results/training_cpu_amx.json"
 PAGES = ("README.md", "docs/kernels.md", "docs/recipes.md", "docs/screening.md")
 
 
@@ -39,6 +42,8 @@ def render(page: str) -> str:
             if (ROOT / MODELS).is_file()
             else "\nNot measured yet.\n"
         ),
+        f"models: {MODELS_AMX}": lambda: "\n" + models_markdown(_read(MODELS_AMX)),
+        f"training runs: {TRAINING_AMX}": lambda: "\n" + training_markdown(_read(TRAINING_AMX)),
         f"sampled step: {MONITOR_COST}": lambda: f"{_cost('sampled step'):.2f}×",
         f"run: {MONITOR_COST}": lambda: (
             f"{100 * _cost('run measured every 50 steps') - 100:+.1f} %"
@@ -93,8 +98,8 @@ def speed_markdown(result: dict[str, Any]) -> str:
 
 
 def training_markdown(result: dict[str, Any]) -> str:
-    """Whole training runs: as many steps, and as many seconds, for each arm."""
-    runs, budgets = result["runs"], result["time"]
+    """Whole training runs: as many steps, and as many seconds where measured, for each arm."""
+    runs, budgets = result["runs"], result.get("time", {})
     steps = next(iter(runs.values()))["steps"]
     lines = [
         f"| {steps:,} steps | ms a step | at the end | faster | held-out loss | density |",
@@ -105,9 +110,10 @@ def training_markdown(result: dict[str, Any]) -> str:
             f"| {name} | {row['ms_a_step']:.0f} | {row['ms_a_step_at_the_end']:.0f} |"
             f" {row['speedup']:.2f}× | {row['loss']:.3f} | {row['density']:.3f} |"
         )
-    lines += ["", "| as many seconds | " + " | ".join(budgets) + " | parameters | memory |"]
-    lines.append("|---|" + "---|" * (len(budgets) + 2))
-    for name in next(iter(budgets.values())):
+    if budgets:
+        lines += ["", "| as many seconds | " + " | ".join(budgets) + " | parameters | memory |"]
+        lines.append("|---|" + "---|" * (len(budgets) + 2))
+    for name in next(iter(budgets.values()), ()):
         rows = [rows[name] for rows in budgets.values()]
         cells = [f"{row['loss']:.3f} ({row['steps']:,} steps)" for row in rows]
         size = (

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -152,6 +153,23 @@ def torch_encoder(norm_first: bool = True, batch_first: bool = True) -> nn.Modul
         D_MODEL, 4, D_HIDDEN, dropout=0.0, norm_first=norm_first, batch_first=batch_first
     )
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first and not norm_first)
+
+
+class CheckpointedStack(nn.Module):
+    """Two encoder layers, with or without gradient checkpointing."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.layers = torch_encoder().layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.reentrant is None:
+                x = layer(x)
+            else:
+                x = checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x
 
 
 LANGUAGE_MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -160,23 +160,6 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     torch.testing.assert_close(gradients(model), want, rtol=1e-10, atol=1e-14)
 
 
-class Stack(nn.Module):
-    """Two encoder layers, with or without gradient checkpointing."""
-
-    def __init__(self, reentrant: bool | None = None) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        self.layers = models.torch_encoder().layers
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            if self.reentrant is None:
-                x = layer(x)
-            else:
-                x = checkpoint(layer, x, use_reentrant=self.reentrant)
-        return x
-
-
 def penalized_gradients(
     stack: nn.Module, forward: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -190,7 +173,7 @@ def penalized_gradients(
 
 def make_stack(reentrant: bool | None = None) -> nn.Module:
     torch.manual_seed(0)
-    return steppe.sparsify_(Stack(reentrant), [ActivationPenalty(STRENGTH)])
+    return steppe.sparsify_(models.CheckpointedStack(reentrant), [ActivationPenalty(STRENGTH)])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

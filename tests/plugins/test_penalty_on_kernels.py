@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import models
 import steppe
@@ -189,26 +188,9 @@ def test_a_decoding_step_in_training_mode_is_seen() -> None:
         assert steppe.penalize(loss, model) > 0
 
 
-class Stack(nn.Module):
-    """Two encoder layers, with or without gradient checkpointing."""
-
-    def __init__(self, reentrant: bool | None = None) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        self.layers = models.torch_encoder().layers
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            if self.reentrant is None:
-                x = layer(x)
-            else:
-                x = checkpoint(layer, x, use_reentrant=self.reentrant)
-        return x
-
-
 def make_stack(reentrant: bool | None = None, routed: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    stack = steppe.sparsify_(Stack(reentrant), [ActivationPenalty(STRENGTH)])
+    stack = steppe.sparsify_(models.CheckpointedStack(reentrant), [ActivationPenalty(STRENGTH)])
     return steppe.accelerate_(stack, max_density=1.0) if routed else stack
 
 
