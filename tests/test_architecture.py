@@ -42,6 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("steppe.acceleration",),
     ("steppe", "steppe.public"),
     ("steppe.bench", "steppe.report", "steppe.training"),
+    ("steppe.study",),
     ("steppe.cli", "steppe.commands"),
 )
 # Neither of a pair sees the other.
@@ -67,7 +68,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("steppe.checkpoints",),
     "kornia": ("steppe.data",),
     "lightning": ("steppe.training.lightning",),
-    "matplotlib": ("steppe.report",),
+    "matplotlib": ("steppe.report", "steppe.study.plot"),
     "peft": ("steppe.training", "steppe.checkpoints"),
     "plotly": ("steppe.report",),
     "pydantic": ("steppe.schema",),
@@ -78,6 +79,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "steppe.files",
         "steppe.training.trainer",
     ),
+    "scipy": ("steppe.study.statistics",),
     "sklearn": ("steppe.data",),
     "torch._dynamo": (),
     "torch.distributed.tensor": (),
