@@ -300,6 +300,9 @@ def plot_time(budgets: dict[str, Any], path: Path) -> None:
 def results() -> str:
     """The page of the studies, from the committed rows."""
     studies = {path.stem: read_rows(path) for path in sorted(STUDIES.glob("*.jsonl"))}
+    quick = [name for name, rows in studies.items() if any(row["is_quick"] for row in rows)]
+    if quick:
+        raise SystemExit(f"{quick[0]}: a quick look is no result")
     plots = {path.stem: f"results/studies/{path.name}" for path in STUDIES.glob("*.png")}
     return results_page(studies, plots)
 

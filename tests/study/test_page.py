@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+
+from rich.console import Console
 
 from steppe.study.compare import best_groups, groups_of
 from steppe.study.page import results_page, study_markdown
 from steppe.study.plot import plot_study
+from steppe.study.table import study_table
 from study.fake_work import row_of
 
 
@@ -89,6 +93,21 @@ def test_the_page_renders_whatever_rows_there_are() -> None:
 def test_a_quick_look_says_that_it_is_one() -> None:
     assert "mean nothing" in study_markdown("s", [{**ROWS[0], "is_quick": True}])
     assert "mean nothing" not in study_markdown("s", ROWS)
+
+
+def test_the_table_of_the_terminal_has_the_same_numbers() -> None:
+    console = Console(width=160, file=io.StringIO())
+    console.print(study_table([{**one, "is_quick": True} for one in ROWS]))
+    shown = console.file.getvalue()
+    assert "mean nothing" in shown
+    for text in ("30.00 ± 24.84", "15.00 ± 12.42", "-50 % [-50, -50] *", "+0.5000 ± 0.0000 *"):
+        assert text in shown
+    assert "-13 % [" in shown
+
+
+def test_seconds_of_a_resumed_run_do_not_count() -> None:
+    rows = [ROWS[0], {**ROWS[1], "seconds": 100.0, "resumed_from": "checkpoint-3"}]
+    assert line_of(study_markdown("s", rows), "base").endswith("| 1 |")
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

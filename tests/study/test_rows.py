@@ -12,12 +12,14 @@ from steppe.study.rows import append_row, read_rows
 from study.fake_work import row_of
 
 
-def test_rows_come_back_and_the_last_of_an_id_counts(tmp_path: Path) -> None:
+def test_rows_come_back_and_of_one_run_and_settings_the_last(tmp_path: Path) -> None:
     file = tmp_path / "s.jsonl"
     assert read_rows(file) == []
     for row in (row_of(0), row_of(1), {**row_of(0), "density": 0.125}):
         append_row(file, row)
     assert read_rows(file) == [row_of(1), {**row_of(0), "density": 0.125}]
+    append_row(file, {**row_of(1), "hash": "of other settings"})
+    assert len(read_rows(file)) == 3
 
 
 def test_a_line_that_was_cut_off_is_not_there_and_the_next_one_takes_its_place(

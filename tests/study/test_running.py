@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from steppe.errors import StudyError
+from steppe.study.alone import alone_in
 from steppe.study.rows import read_rows
 from steppe.study.running import LOG, run_in_processes
 from study.fake_work import NUMBERS, row_of, work
@@ -52,7 +54,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     assert set(ends) == {0, 1, 2}
     assert ends[1] is None
     assert "ValueError: no such luck" in ends[0][-2]
-    assert ends[2][-2] == "ended by SIGKILL"
+    assert ends[2][-3:-1] == ["a line of the log", "ended by SIGKILL"]
     assert ends[2][-1] == f"see {Path(tasks[2]['folder'], LOG)}"
     assert "a line of the log" in Path(tasks[1]["folder"], LOG).read_text()
 
@@ -97,3 +99,11 @@ def test_leaving_early_ends_the_processes(tmp_path: Path) -> None:
     messages.close()
     begun = [path.parent.name for path in tmp_path.glob("a/*/starts")]
     assert begun == ["0"]
+
+
+def test_one_study_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    told = r"another `steppe study` is at work there.*: out="
+    with alone_in(tmp_path), pytest.raises(StudyError, match=told), alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass

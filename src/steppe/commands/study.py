@@ -53,10 +53,10 @@ def study(
     """Run arms × seeds × settings; the same command goes on where it was stopped."""
     quieten_libraries()
     with needing("study", "study"):
-        from steppe.study.page import study_markdown
         from steppe.study.plan import check_runs, plan_runs
         from steppe.study.study import run_study
         from steppe.study.study_file import list_studies, read_study
+        from steppe.study.table import study_table
     if list_them or name is None:
         table = Table.grid(Column(no_wrap=True, style="bold"), Column(), padding=(0, 2, 0, 0))
         for known, about in list_studies().items():
@@ -97,7 +97,7 @@ def study(
             on_failure=tell_failure,
         )
     if outcome.rows:
-        say(study_markdown(asked.name, outcome.rows))
+        show_table(study_table(outcome.rows))
     say_path(outcome.file)
     if outcome.failed:
         complain(

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from steppe.study.compare import (
-    Group,
-    Number,
-    Row,
-    best_groups,
-    groups_of,
-    quality_name,
-    quality_of,
-)
-from steppe.study.statistics import Interval, mean_interval, paired_change, paired_difference
+from steppe.study.cells import cells_of, headings_of
+from steppe.study.compare import Group, Row, best_groups, groups_of
 
 _HEAD = """# Results
 
@@ -26,8 +17,6 @@ the ratio of geometric means. **Bold**: the interval leaves no change out. Inter
 corrected for the number of comparisons.
 """
 _EMPTY = "\nNo study has been run in full yet.\n"
-_SHARES = ("density", "training_density", "derivative_density")
-_HEADINGS = ("inference density, %", "training density, %", "derivative density, %")
 
 
 def results_page(studies: Mapping[str, Sequence[Row]], plots: Mapping[str, str]) -> str:
@@ -102,98 +91,22 @@ def _and(words: set[str]) -> str:
 
 def _table(groups: Sequence[Group], others: Sequence[Group], baseline: str) -> list[str]:
     """A table of groups, each compared with the baseline's of its recipe and setting."""
-    has_setting = any(group.setting for group in groups)
-    headings = ["recipe", "arm", *(["setting"] if has_setting else []), "seeds", "held-out quality"]
-    headings += [*_HEADINGS, "dead units, %", "seconds"]
+    texts, numbers = headings_of(groups)
+    headings = [*texts, *numbers]
     lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     for group in groups:
-        other = _baseline_of(group, others, baseline)
-        cells = [f"`{group.recipe}`", _code(group.arm)]
-        cells += [_code(group.setting)] if has_setting else []
-        cells += [str(len(group.rows)), _quality_cell(group, other)]
-        cells += [_share_cell(group, other, key) for key in _SHARES]
-        dead, seconds = (group.values(_number(key)) for key in ("dead_units", "seconds"))
-        cells.append(f"{100 * mean_interval(dead).mean:.1f}" if dead else "–")
-        cells.append(f"{mean_interval(seconds).mean:.0f}" if seconds else "–")
-        lines.append(f"| {' | '.join(cells)} |")
+        names, cells = cells_of(group, others, baseline, len(texts) > 2)
+        shown = [_code(name) for name in names] + [
+            f"{cell.text}{f' ({_bold(cell.change, cell.is_sure)})' if cell.change else ''}"
+            for cell in cells
+        ]
+        lines.append(f"| {' | '.join(shown)} |")
     return lines
 
 
 def _code(text: str) -> str:
     """A word as code; its parts may be broken into lines at the commas."""
     return " ".join(f"`{part}`" for part in text.split(",")) if text else ""
-
-
-def _baseline_of(group: Group, others: Sequence[Group], baseline: str) -> Group | None:
-    """The baseline's group of the same recipe and setting.
-
-    In a table with one group an arm it is the only one, whatever its setting; None for itself.
-    """
-    if group.arm == baseline:
-        return None
-    found = [one for one in others if (one.recipe, one.arm) == (group.recipe, baseline)]
-    same = [one for one in found if one.setting == group.setting]
-    if same:
-        return same[0]
-    is_one_an_arm = len({(one.recipe, one.arm) for one in others}) == len(others)
-    return found[0] if found and is_one_an_arm else None
-
-
-def _number(key: str) -> Number:
-    """A number of a row that may lack it."""
-
-    def number(row: dict[str, Any]) -> float | None:
-        return row.get(key)
-
-    return number
-
-
-def _share_cell(group: Group, other: Group | None, key: str) -> str:
-    """A density in percent, and its change against the baseline."""
-    values = group.values(_number(key))
-    if not values:
-        return "–"
-    cell = _spread(mean_interval(values), 100, 2)
-    if other is None:
-        return cell
-    mine, yours = group.pairs(other, _number(key))
-    if not mine or min(*mine, *yours) <= 0:
-        return cell
-    change, low, high = (100 * end for end in paired_change(mine, yours))
-    if math.isnan(low):
-        return f"{cell} ({change:+.0f} %)"
-    told = f"{change:+.0f} % [{low:+.0f}, {high:+.0f}]"
-    return f"{cell} ({_bold(told, not low <= 0 <= high)})"
-
-
-def _quality_cell(group: Group, other: Group | None) -> str:
-    """The quality, and its difference to the baseline's."""
-    row = next(iter(group.rows.values()))
-    name = quality_name(row)
-    factor, digits = (100, 2) if name == "top1" else (1, 4)
-    values = group.values(quality_of)
-    if not values:
-        return "–"
-    told = f"{name} {_spread(mean_interval(values), factor, digits)}"
-    if other is None:
-        return told
-    mine, yours = group.pairs(other, quality_of)
-    if not mine:
-        return told
-    difference = paired_difference(mine, yours)
-    shown = f"{factor * difference.mean:+.{digits}f}"
-    if math.isnan(difference.half):
-        return f"{told} ({shown})"
-    shown += f" ± {factor * difference.half:.{digits}f}"
-    return f"{told} ({_bold(shown, difference.excludes_zero)})"
-
-
-def _spread(interval: Interval, factor: float, digits: int) -> str:
-    """A mean with its interval, or alone where there is none."""
-    mean = f"{factor * interval.mean:.{digits}f}"
-    if math.isnan(interval.half):
-        return mean
-    return f"{mean} ± {factor * interval.half:.{digits}f}"
 
 
 def _bold(text: str, is_sure: bool) -> str:

@@ -18,7 +18,9 @@ _NEEDED = (
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; of several with one id the last. An unfinished last line is left out.
+    """The rows of a file; of several of one run and its settings the last.
+
+    An unfinished last line is left out.
 
     Args:
         path: JSON lines; without a file there are no rows.
@@ -32,7 +34,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         text = path.read_bytes()
     except OSError as error:
         raise StudyError(f"{path}: cannot be read ({error.strerror})") from None
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for number, line in enumerate(text.split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
@@ -46,8 +48,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         missing = [key for key in _NEEDED if key not in row]
         if missing:
             raise StudyError(f"{path}: line {number} has no {missing[0]!r}; delete the line")
-        rows.pop(row["id"], None)
-        rows[row["id"]] = row
+        rows.pop((row["id"], row["hash"]), None)
+        rows[row["id"], row["hash"]] = row
     return list(rows.values())
 
 

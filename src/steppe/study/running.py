@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -124,6 +125,8 @@ def _do(work: Work, task: dict[str, Any], connection: Connection) -> None:
     with (folder / LOG).open("ab") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # so that the log of a killed process has all
+        sys.stdout.reconfigure(line_buffering=True)
     code = 1
     try:
         work(task, lambda values: connection.send_bytes(json.dumps(values).encode()))

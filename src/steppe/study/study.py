@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steppe.files import prepare_file
+from steppe.study.alone import alone_in
 from steppe.study.plan import check_runs, plan_runs, run_folder, words_of
 from steppe.study.planned import PLACES, PlannedRun
 from steppe.study.rows import append_row, read_rows
@@ -22,6 +23,21 @@ OnProgress = Callable[[float, int], None]
 OnRow = Callable[[dict[str, Any]], None]
 OnFailure = Callable[[str, list[str]], None]
 """Called with a run's id and its last lines."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Whom a study tells of its way; None for nobody.
+
+    Attributes:
+        on_progress: called often.
+        on_row: called with the row of each run as it ends.
+        on_failure: called with each run that fails.
+    """
+
+    on_progress: OnProgress | None
+    on_row: OnRow | None
+    on_failure: OnFailure | None
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,8 @@ def run_study(
         work: done for each run.
 
     Raises:
-        StudyError: a key or value of the study is wrong; then nothing was run.
+        StudyError: a key or value of the study is wrong, or another process runs a study in the
+            folder; then nothing was run.
         OutputError: the folder cannot be written.
     """
     runs = plan_runs(study, quick=quick, only=only, data=data)
@@ -80,31 +97,41 @@ def run_study(
     todo = [run for run in runs if (run.id, run.hash) not in done]
     check_runs(study, todo, folder)
     prepare_file(file, "out")
-    tasks = [_task(study, run, folder, quick) for run in todo]
+    tell = Listener(on_progress, on_row, on_failure)
+    with alone_in(folder):
+        tasks = [_task(study, run, folder, quick) for run in todo]
+        failed = _do_all(tasks, file, jobs, work, tell, len(runs))
+    wanted = {(run.id, run.hash) for run in runs}
+    rows = [row for row in read_rows(file) if (row["id"], row["hash"]) in wanted]
+    return StudyOutcome(file, rows, failed)
+
+
+def _do_all(
+    tasks: Sequence[dict[str, Any]], file: Path, jobs: int, work: Work, tell: Listener, total: int
+) -> list[str]:
+    """Do tasks in processes, and write their rows; gives the ids of those that have failed."""
     shares: dict[int, float] = {}
-    before = len(runs) - len(todo)
+    before = total - len(tasks)
     failed = []
     with closing(run_in_processes(work, tasks, jobs)) as messages:
         for message in messages:
-            run, values = todo[message.task], message.values
+            task, values = tasks[message.task], message.values
             if "steps" in values:
                 shares[message.task] = values["step"] / max(1, values["steps"])
             elif "row" in values:
                 append_row(file, values["row"])
-                _forget_checkpoints(run_folder(run, folder))
-                if on_row is not None:
-                    on_row(values["row"])
-            elif message.failure is not None:
-                failed.append(run.id)
-                if on_failure is not None:
-                    on_failure(run.id, message.failure)
-            if not values:
+                _forget_checkpoints(Path(task["folder"]))
+                if tell.on_row is not None:
+                    tell.on_row(values["row"])
+            else:
                 shares[message.task] = 1.0
-            if on_progress is not None:
-                on_progress(before + sum(shares.values()), len(runs))
-    wanted = {(run.id, run.hash) for run in runs}
-    rows = [row for row in read_rows(file) if (row["id"], row["hash"]) in wanted]
-    return StudyOutcome(file, rows, failed)
+                if message.failure is not None:
+                    failed.append(task["row"]["id"])
+                    if tell.on_failure is not None:
+                        tell.on_failure(task["row"]["id"], message.failure)
+            if tell.on_progress is not None:
+                tell.on_progress(before + sum(shares.values()), total)
+    return failed
 
 
 def _task(study: Study, run: PlannedRun, folder: Path, quick: bool) -> dict[str, Any]:
