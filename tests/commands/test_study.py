@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from commands.test_cli import interrupt
 from steppe.commands.app import run
 from steppe.study.rows import read_rows
 
@@ -54,30 +55,51 @@ def test_a_dry_run_prints_the_runs(call, capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
-def test_quick_trains_writes_rows_and_does_nothing_the_second_time(
+def test_quick_trains_writes_rows_tells_what_fails_and_does_nothing_twice(
     call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("digits", "--quick", "--only", "three", "--jobs", "1", "--out", "out")
-    assert call(*words) == 0, capsys.readouterr().err
-    file = tmp_path / "out" / "digits.jsonl"
-    rows = read_rows(file)
-    assert [row["id"] for row in rows] == ["digits/three/seed-0", "digits/three/seed-1"]
-    for row in rows:
-        assert row["is_quick"]
-        assert row["steps"] == 4
-        assert 0 < row["density"] < 1
-        assert 0 < row["training_density"] < 1
-        assert 0 < row["derivative_density"] < 1
-        assert 0 <= row["dead_units"] < 1
-        assert row["seconds"] > 0
-        assert 0 <= row["quality"]["top1"] <= 1
-        assert row["settings"]["max_steps"] == 4
-        assert {"steppe", "torch", "python", "transformers"} <= set(row["versions"])
-        assert str(tmp_path) not in json.dumps(row)
-    assert len({row["density"] for row in rows}) == 2
-    told = capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text(
+        "recipes: {digits: }\n"
+        "arms: {three: {arm: steppe}, wild: {arm: vanilla, learning_rate: 1.0e+30}}\n"
+        "seeds: [3]\n"
+    )
+    words = ("mine.yaml", "--quick", "--jobs", "1", "--out", "out")
+    assert call(*words) == 1
+    told, errors = capsys.readouterr()
+    assert errors.startswith("failed: digits/wild/seed-3\n")
+    assert "learning_rate=" in errors
+    assert errors.splitlines()[-1].startswith("error: 1 of 2 runs failed")
+    file = tmp_path / "out" / "mine.jsonl"
+    (row,) = read_rows(file)
+    assert row["id"] == "digits/three/seed-3"
+    assert row["is_quick"]
+    assert row["steps"] == 4
+    assert 0 < row["density"] < 1
+    assert 0 < row["training_density"] < 1
+    assert 0 < row["derivative_density"] < 1
+    assert 0 <= row["dead_units"] < 1
+    assert row["seconds"] > 0
+    assert 0 <= row["quality"]["top1"] <= 1
+    assert row["settings"]["max_steps"] == 4
+    assert row["settings"]["seed"] == 3
+    assert {"steppe", "torch", "python", "transformers"} <= set(row["versions"])
+    assert str(tmp_path) not in json.dumps(row)
     assert "mean nothing" in told
-    assert told.splitlines()[-1] == "out/digits.jsonl"
+    assert told.splitlines()[-1] == "out/mine.jsonl"
     before = file.read_bytes()
-    assert call(*words) == 0
+    assert call(*words, "--only", "three") == 0
     assert file.read_bytes() == before
+
+
+@pytest.mark.slow  # half of it imports; study/test_running.py ends processes early in a moment
+def test_ctrl_c_ends_with_one_line_and_ends_the_runs(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, errors = interrupt(
+        *("study", "digits", "--only", "vanilla", "--jobs", "1", "--out", str(out)),
+        when=lambda: any(out.glob("digits/vanilla/*/log.txt")),
+    )
+    assert code == 130
+    assert errors.strip() == "interrupted; go on with the same command"
+    (log,) = out.glob("digits/vanilla/*/log.txt")
+    assert "Traceback" not in log.read_text()
+    assert read_rows(out / "digits.jsonl") == []

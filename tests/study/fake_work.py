@@ -44,6 +44,11 @@ def work(task: dict[str, Any], tell: Tell) -> None:
     tell({"row": {**task["row"], **NUMBERS}})
 
 
+def listen(task: dict[str, Any], tell: Tell) -> None:
+    """Tell whether Ctrl-C is ignored."""
+    tell({"ignored": signal.getsignal(signal.SIGINT) == signal.SIG_IGN})
+
+
 def slow_work(task: dict[str, Any], tell: Tell) -> None:
     """The first seed is done at once; the others wait for a file beside the study's folder."""
     count_starts(task)

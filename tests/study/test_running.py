@@ -17,7 +17,7 @@ from steppe.errors import StudyError
 from steppe.study.alone import alone_in
 from steppe.study.rows import read_rows
 from steppe.study.running import LOG, run_in_processes
-from study.fake_work import NUMBERS, row_of, work
+from study.fake_work import NUMBERS, listen, row_of, work
 
 TESTS = Path(__file__).parents[1]
 PATIENCE = 120  # seconds
@@ -91,6 +91,16 @@ def test_a_study_killed_goes_on_with_what_was_not_done(tmp_path: Path) -> None:
     assert sorted(row["seed"] for row in read_rows(file)) == [0, 1, 2, 3]
     assert starts() == [1, 2, 2, 1]
     assert len(file.read_text().splitlines()) == 4
+
+
+def test_ctrl_c_of_a_terminal_which_all_processes_get_is_for_the_study_alone(
+    tmp_path: Path,
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    told, end = run_in_processes(listen, [task_of(tmp_path, "a", 0)], jobs=1)
+    assert told.values == {"ignored": True}
+    assert end.failure is None
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_leaving_early_ends_the_processes(tmp_path: Path) -> None:

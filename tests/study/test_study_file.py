@@ -122,6 +122,14 @@ def test_a_recipe_without_data_says_how_to_name_it(tmp_path: Path) -> None:
         check_runs(study, plan_runs(study), tmp_path)
 
 
+def test_a_folder_of_data_that_is_not_there_is_found_before_the_first_run(
+    file: Path, tmp_path: Path
+) -> None:
+    study = read_study(file)
+    with pytest.raises(StudyError, match=r"digits: nowhere: .*: data=digits=FOLDER"):
+        check_runs(study, plan_runs(study, data={"digits": "nowhere"}), tmp_path)
+
+
 def test_a_recipe_may_lie_beside_the_study(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("task: image-classification\ndataset: digits\n")
     file = tmp_path / "study.yaml"
@@ -141,7 +149,7 @@ def test_the_studies_that_come_with_steppe_can_be_run(name: str, tmp_path: Path)
     assert len(study.seeds) >= 5
     assert len(list_studies()[name]) > 20
     folders = ("fashion-mnist-vit", "text-gpt", "text-t5")
-    data = {recipe: "there" for recipe in study.recipes if recipe in folders}
+    data = {recipe: str(tmp_path) for recipe in study.recipes if recipe in folders}
     runs = plan_runs(study, data=data)
     assert len({run.id for run in runs}) == len(runs)
     quick = plan_runs(study, data=data, quick=True)

@@ -84,6 +84,12 @@ def check_runs(study: Study, runs: Sequence[PlannedRun], folder: Path) -> None:
     """
     seen: set[tuple[str, str, str]] = set()
     for run in runs:
+        place = run.flags.get("data_dir")
+        if place is not None and not expanded(place).exists():
+            raise StudyError(
+                f"{study.path}: {run.recipe_name}: {place}: there is no such file or folder",
+                {"data": f"{run.recipe_name}=FOLDER"},
+            )
         which = (run.recipe, run.arm, described(run.setting))
         if which in seen:
             continue

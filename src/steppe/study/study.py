@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steppe.files import prepare_file
+from steppe.files import prepare_file, writing_to
 from steppe.study.alone import alone_in
 from steppe.study.plan import check_runs, plan_runs, run_folder, words_of
 from steppe.study.planned import PLACES, PlannedRun
@@ -93,7 +93,8 @@ def run_study(
     """
     runs = plan_runs(study, quick=quick, only=only, data=data)
     file = folder / f"{study.name}.jsonl"
-    done = {(row["id"], row["hash"]) for row in read_rows(file)}
+    with writing_to(file, "out"):  # its name may be too long for a file
+        done = {(row["id"], row["hash"]) for row in read_rows(file)}
     todo = [run for run in runs if (run.id, run.hash) not in done]
     check_runs(study, todo, folder)
     prepare_file(file, "out")
