@@ -22,7 +22,7 @@ QUICK: Mapping[str, Any] = {
     "held_out_samples": 16,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
-    "vocab_size": 300,
+    "vocab_size": 512,  # with room for the sentinels of T5
     "eval_strategy": "no",
     "save_strategy": "no",
     "time_blocks": 0,

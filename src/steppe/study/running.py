@@ -135,9 +135,7 @@ def _do(work: Work, task: dict[str, Any], connection: Connection) -> None:
         print(f"error: {error}", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # past the threads of libraries, which may wait for ever
+    sys.exit(code)  # not os._exit: the semaphores of libraries would be left behind
 
 
 def _end_with_parent() -> None:
