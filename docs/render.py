@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from steppe.report import demo_markdown, plot_training_density
+from steppe.study.page import results_page
+from steppe.study.plot import plot_study
+from steppe.study.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 DEMO = "docs/results/demo.json"
@@ -24,6 +27,8 @@ TRAINING = "benchmarks/results/training_cpu.json"
 # The same two on a processor with AMX, those rows that were measured there.
 MODELS_AMX = "benchmarks/results/models_cpu_amx.json"
 TRAINING_AMX = "benchmarks/results/training_cpu_amx.json"
+STUDIES = ROOT / "docs/results/studies"
+RESULTS = ROOT / "docs/results.md"
 PAGES = ("README.md", "docs/kernels.md", "docs/recipes.md", "docs/screening.md")
 
 
@@ -298,8 +303,22 @@ def plot_time(budgets: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def results() -> str:
+    """The page of the studies, from the committed rows."""
+    studies = {path.stem: read_rows(path) for path in sorted(STUDIES.glob("*.jsonl"))}
+    quick = [name for name, rows in studies.items() if any(row["is_quick"] for row in rows)]
+    if quick:
+        raise SystemExit(f"{quick[0]}: a quick look is no result")
+    plots = {path.stem: f"results/studies/{path.name}" for path in STUDIES.glob("*.png")}
+    return results_page(studies, plots)
+
+
 def main() -> None:
     """Rewrite the pages and the plots."""
+    for path in STUDIES.glob("*.jsonl"):
+        if rows := read_rows(path):
+            plot_study(rows, path.with_suffix(".png"))
+    RESULTS.write_text(results(), encoding="utf-8")
     plot_training_density(_read(DEMO), ROOT / "docs/results/demo.png")
     plot_time(_read(TRAINING)["time"], ROOT / "docs/results/time.png")
     for name in PAGES:

@@ -42,6 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("steppe.acceleration",),
     ("steppe", "steppe.public"),
     ("steppe.bench", "steppe.report", "steppe.training"),
+    ("steppe.study",),
     ("steppe.cli", "steppe.commands"),
 )
 # Neither of a pair sees the other.
@@ -67,7 +68,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("steppe.checkpoints",),
     "kornia": ("steppe.data",),
     "lightning": ("steppe.training.lightning",),
-    "matplotlib": ("steppe.report",),
+    "matplotlib": ("steppe.report", "steppe.study.plot"),
     "peft": ("steppe.training", "steppe.checkpoints"),
     "plotly": ("steppe.report",),
     "pydantic": ("steppe.schema",),
@@ -78,6 +79,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "steppe.files",
         "steppe.training.trainer",
     ),
+    "scipy": ("steppe.study.statistics",),
     "sklearn": ("steppe.data",),
     "torch._dynamo": (),
     "torch.distributed.tensor": (),
@@ -186,9 +188,11 @@ def imports_of(source: str, modules: Mapping[str, object] = SOURCES) -> set[str]
 
 
 def dynamic_imports_of(source: str) -> set[str]:
-    """Calls that can import what no checker of imports sees."""
+    """Calls that can import what no checker of imports sees; an empty text can not."""
     calls = {
-        ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
+        ast.unparse(node.func)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node) != "exec('')"
     }
     hidden = {"__import__", "exec", "eval", "import_module", "importlib.import_module"}
     return calls & hidden
@@ -372,7 +376,7 @@ def test_nothing_is_imported_behind_the_checkers_back(name: str) -> None:
 
 
 def test_the_check_for_dynamic_imports_can_fail() -> None:
-    source = "importlib.import_module('steppe.cli'); model.eval(); exec('import steppe.cli')"
+    source = "importlib.import_module('a'); model.eval(); exec(''); exec('import steppe.cli')"
     assert dynamic_imports_of(source) == {"importlib.import_module", "exec"}
 
 

@@ -98,6 +98,11 @@ def test_figures_are_the_committed_results() -> None:
         assert rendering["render"](blank) == page
 
 
+def test_the_page_of_the_studies_is_rendered_from_their_rows() -> None:
+    rendering = runpy.run_path(str(ROOT / "docs" / "render.py"))
+    assert rendering["RESULTS"].read_text(encoding="utf-8") == rendering["results"]()
+
+
 def test_make_demo_and_make_test_are_the_first_lines() -> None:
     code = README.split("```sh\n")[1].splitlines()
     assert code[0].startswith("make demo")

@@ -122,6 +122,10 @@ class RecipeError(SteppeError, ValueError):
     """A recipe is not there, or asks for what cannot be."""
 
 
+class StudyError(SteppeError, ValueError):
+    """A study is not there, asks for what cannot be, or its results are damaged."""
+
+
 class OutOfMemoryError(SteppeError, MemoryError):
     """A training step does not fit into the memory."""
 

@@ -40,7 +40,7 @@ def message_of(result: subprocess.CompletedProcess[str]) -> str:
 def test_version_and_help_say_what_there_is() -> None:
     assert run("--version").stdout == "steppe 0.1.0\n"
     described = run("--help").stdout
-    for command in ("demo", "train", "measure", "report", "bench", "calibrate"):
+    for command in ("demo", "train", "measure", "report", "bench", "calibrate", "study"):
         assert command in described
 
 

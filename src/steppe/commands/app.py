@@ -16,6 +16,7 @@ from steppe.commands.demo import demo
 from steppe.commands.flags import in_flags
 from steppe.commands.measure import measure
 from steppe.commands.report import report
+from steppe.commands.study import study
 from steppe.commands.terminal import (
     complain,
     prepare_streams,
@@ -106,5 +107,5 @@ app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(train)
-for command in (measure, report, bench, blocks, calibrate):
+for command in (measure, report, bench, blocks, calibrate, study):
     app.command()(command)

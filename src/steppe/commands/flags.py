@@ -50,6 +50,7 @@ FLAGS: dict[str, dict[str, str]] = {
     "bench": {"json_file": "--json", "plot": "--plot"},
     "blocks": {},
     "calibrate": {},
+    "study": {"data": "--data", "out": "--out"},
 }
 """By command, the flag for each setting. One that is not here cannot be given to the command."""
 

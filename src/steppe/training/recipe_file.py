@@ -36,7 +36,7 @@ def read_values(recipe: str | Path) -> tuple[Path, dict[str, Any]]:
         RecipeError: there is no such recipe, or it is no YAML mapping.
     """
     path = _find(recipe)
-    return path, _read_yaml(path)
+    return path, read_mapping(path)
 
 
 def name_of(path: Path) -> str:
@@ -74,10 +74,19 @@ def _find(recipe: str | Path) -> Path:
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The values of a recipe by key."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The values of a YAML file by key.
+
+    Args:
+        path: of a recipe or a study.
+
+    Raises:
+        RecipeError: it is no YAML mapping.
+    """
     if path.stat().st_size > _MOST_BYTES:
-        raise RecipeError(f"{path}: has more than {_MOST_BYTES >> 10} KiB, and is no recipe")
+        raise RecipeError(
+            f"{path}: has more than {_MOST_BYTES >> 10} KiB, and is no recipe or study"
+        )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainYaml)
     except Exception as error:  # of yaml's constructors: a date, a number, a depth

@@ -60,7 +60,7 @@ class RecipeParser(HfArgumentParser):
             RecipeError: a value cannot be.
         """
         try:
-            flags = [word for key, value in values.items() for word in _as_flag(key, value)]
+            flags = [word for key, value in values.items() for word in as_flag(key, value)]
             *parsed, left = self.parse_args_into_dataclasses(
                 [*flags, *overrides], look_for_args_file=False, return_remaining_strings=True
             )
@@ -90,8 +90,13 @@ class RecipeParser(HfArgumentParser):
         raise RecipeError((self.place_of(of_flag[1] if of_flag else "")) + shown(message))
 
 
-def _as_flag(key: str, value: Any) -> list[str]:
-    """A value as words of a command line."""
+def as_flag(key: str, value: Any) -> list[str]:
+    """A value as words of a command line.
+
+    Args:
+        key: of a recipe.
+        value: as YAML has it; None gives no words.
+    """
     if value is None:
         return []
     if isinstance(value, bool):

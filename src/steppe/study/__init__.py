@@ -1,0 +1,1 @@
+"""Studies: arms × seeds × settings of recipes, run in parallel processes, with their statistics."""

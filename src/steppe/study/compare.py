@@ -1,0 +1,110 @@
+"""The rows of a study put together: one group a recipe, arm and setting, its seeds in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steppe.study.planned import described
+
+Row = dict[str, Any]
+Number = Callable[[Row], float | None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows that differ in their seed alone.
+
+    Attributes:
+        recipe: of the rows.
+        arm: of the rows.
+        setting: the values that vary, in words; empty where none does.
+        rows: by seed.
+    """
+
+    recipe: str
+    arm: str
+    setting: str
+    rows: dict[int, Row]
+
+    def values(self, number: Number) -> list[float]:
+        """A number of each row, of those that have it."""
+        return [found for row in self.rows.values() if (found := number(row)) is not None]
+
+    def pairs(self, other: Group, number: Number) -> tuple[list[float], list[float]]:
+        """A number of this group's rows and of the other's, over the seeds that both have."""
+        both = [
+            (mine, yours)
+            for seed, row in self.rows.items()
+            if seed in other.rows
+            and (mine := number(row)) is not None
+            and (yours := number(other.rows[seed])) is not None
+        ]
+        return [mine for mine, _ in both], [yours for _, yours in both]
+
+
+def groups_of(rows: Sequence[Row]) -> list[Group]:
+    """The groups, in the order of their first rows' recipes, then settings, then arms.
+
+    Args:
+        rows: of one study.
+    """
+    found: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for row in rows:
+        key = (row["recipe"], described(row["setting"]), row["arm"])
+        found.setdefault(key, {})[row["seed"]] = row
+    recipes = list(dict.fromkeys(key[0] for key in found))
+    settings = list(dict.fromkeys(key[1] for key in found))
+    arms = list(dict.fromkeys(key[2] for key in found))
+    keys = sorted(
+        found, key=lambda k: (recipes.index(k[0]), settings.index(k[1]), arms.index(k[2]))
+    )
+    return [
+        Group(recipe, arm, setting, dict(sorted(found[recipe, setting, arm].items())))
+        for recipe, setting, arm in keys
+    ]
+
+
+def best_groups(groups: Sequence[Group]) -> list[Group]:
+    """Of each recipe and arm the group with the best mean quality on held-out data.
+
+    Only groups with the most seeds of their arm take part: one lucky seed would win.
+
+    Args:
+        groups: of one study.
+    """
+    best: dict[tuple[str, str], Group] = {}
+    for group in groups:
+        kept = best.get((group.recipe, group.arm))
+        if kept is None or _rank(group) > _rank(kept):
+            best[group.recipe, group.arm] = group
+    return list(best.values())
+
+
+def quality_name(row: Row) -> str:
+    """The quality that arms are compared by: ``top1`` of a classifier, else ``loss``.
+
+    Args:
+        row: of a study.
+    """
+    return "top1" if "top1" in row["quality"] else "loss"
+
+
+def quality_of(row: Row) -> float | None:
+    """The value of that quality.
+
+    Args:
+        row: of a study.
+    """
+    return row["quality"][quality_name(row)]
+
+
+def _rank(group: Group) -> tuple[int, float]:
+    """More seeds first, then the better mean."""
+    values = group.values(quality_of)
+    if not values:
+        return 0, 0.0
+    mean = sum(values) / len(values)
+    is_share = quality_name(next(iter(group.rows.values()))) == "top1"
+    return len(values), mean if is_share else -mean

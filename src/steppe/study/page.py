@@ -1,0 +1,113 @@
+"""The results of studies as one page of Markdown; nothing in it is typed by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from steppe.study.cells import cells_of, headings_of
+from steppe.study.compare import Group, Row, best_groups, groups_of
+
+_HEAD = """# Results
+
+Rendered from `docs/results/studies/*.jsonl` by `python docs/render.py`: do not edit. Each line of
+these files is one run of `steppe study NAME` ([studies.md](studies.md)). Intervals are 95 %:
+Student's t over the seeds. A change against the baseline is paired by seed; that of a density is
+the ratio of geometric means. **Bold**: the interval leaves no change out. Intervals are not
+corrected for the number of comparisons.
+"""
+_EMPTY = "\nNo study has been run in full yet.\n"
+
+
+def results_page(studies: Mapping[str, Sequence[Row]], plots: Mapping[str, str]) -> str:
+    """The page of all studies.
+
+    Args:
+        studies: rows by the study's name.
+        plots: paths of pictures by the study's name, those that there are.
+
+    Returns:
+        Markdown.
+    """
+    parts = [_HEAD]
+    for name, rows in studies.items():
+        if rows:
+            parts.append("\n" + study_markdown(name, rows, plots.get(name)))
+    return "".join(parts) if len(parts) > 1 else _HEAD + _EMPTY
+
+
+def study_markdown(name: str, rows: Sequence[Row], plot: str | None = None) -> str:
+    """The part of one study.
+
+    Args:
+        name: of the study.
+        rows: of it, at least one.
+        plot: path of its picture.
+
+    Returns:
+        Markdown: what was run, a table of each arm's best setting, one of all.
+    """
+    groups = groups_of(rows)
+    best = best_groups(groups)
+    baseline = str(rows[-1]["baseline"])
+    lines = [f"## {name}", "", _what_was_run(rows), ""]
+    if any(row.get("is_quick") for row in rows):
+        lines += ["**A quick look of a few steps: these numbers mean nothing.**", ""]
+    if plot is not None:
+        lines += [f"![Quality against density of the study {name}]({plot})", ""]
+    if len(groups) > len(best):
+        lines += [
+            "Each arm at the setting with its best mean quality on held-out data, which favours"
+            " arms with more settings a little:",
+            "",
+            *_table(best, best, baseline),
+            "",
+            f"All settings, compared with `{baseline}` at the same one:",
+            "",
+        ]
+    lines += _table(groups, groups, baseline)
+    return "\n".join(lines) + "\n"
+
+
+def _what_was_run(rows: Sequence[Row]) -> str:
+    """Runs, seeds, time and versions in a paragraph."""
+    seeds = len({row["seed"] for row in rows})
+    hours = math.fsum(row["seconds"] or 0.0 for row in rows) / 3600
+    versions: dict[str, set[str]] = {}
+    for row in rows:
+        for package, version in row["versions"].items():
+            versions.setdefault(package, set()).add(str(version))
+    told = ", ".join(f"{package} {_and(found)}" for package, found in sorted(versions.items()))
+    devices = _and({str(row.get("device", "cpu")) for row in rows})
+    return (
+        f"{len(rows)} runs from {seeds} {'seed' if seeds == 1 else 'seeds'}, {hours:.2f} hours of"
+        f" training in all, on {devices}. {told}."
+    )
+
+
+def _and(words: set[str]) -> str:
+    return " and ".join(sorted(words))
+
+
+def _table(groups: Sequence[Group], others: Sequence[Group], baseline: str) -> list[str]:
+    """A table of groups, each compared with the baseline's of its recipe and setting."""
+    texts, numbers = headings_of(groups)
+    headings = [*texts, *numbers]
+    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+    for group in groups:
+        names, cells = cells_of(group, others, baseline, len(texts) > 2)
+        shown = [_code(name) for name in names] + [
+            f"{cell.text}{f' ({_bold(cell.change, cell.is_sure)})' if cell.change else ''}"
+            for cell in cells
+        ]
+        lines.append(f"| {' | '.join(shown)} |")
+    return lines
+
+
+def _code(text: str) -> str:
+    """A word as code; its parts may be broken into lines at the commas."""
+    return " ".join(f"`{part}`" for part in text.split(",")) if text else ""
+
+
+def _bold(text: str, is_sure: bool) -> str:
+    return f"**{text}**" if is_sure else text

@@ -1,0 +1,191 @@
+"""The file of a study: found by path or name, and read as plain YAML."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from steppe.errors import RecipeError, StudyError
+from steppe.files import expanded
+from steppe.training.recipe_file import read_mapping, shown
+
+STUDIES = Path(__file__).parents[1] / "studies"
+"""The folder of the studies that come with steppe."""
+VARY = "vary"
+_KEYS = ("recipes", "arms", "seeds", "baseline", "set", VARY)
+_NAME = re.compile(r"[\w.+-]+")
+_MOST_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Part:
+    """A recipe or an arm of a study, or what all of its runs share.
+
+    Attributes:
+        where: its place in the file, for errors.
+        values: of keys of the recipe that are the same in all its runs.
+        vary: lists of values, by key; the runs have all combinations.
+    """
+
+    where: str
+    values: dict[str, Any] = field(default_factory=dict)
+    vary: dict[str, list[Any]] = field(default_factory=dict)
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """All combinations of the values that vary; one empty one where none does.
+
+        Example:
+            >>> Part("arms: a", vary={"lr": [1, 2], "decay": [0]}).combinations()
+            [{'lr': 1, 'decay': 0}, {'lr': 2, 'decay': 0}]
+        """
+        return [
+            dict(zip(self.vary, values, strict=True)) for values in product(*self.vary.values())
+        ]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its file has it.
+
+    Attributes:
+        path: of the file.
+        recipes: by the recipe's name or path.
+        arms: by a name that the study gives them.
+        seeds: of the runs; each arm has the same ones.
+        baseline: the arm that the others are compared with.
+        shared: by all runs.
+    """
+
+    path: Path
+    recipes: dict[str, Part]
+    arms: dict[str, Part]
+    seeds: list[int]
+    baseline: str
+    shared: Part
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.path.stem
+
+
+def list_studies() -> dict[str, str]:
+    """The studies that come with steppe: their names and the first lines of their files."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        for path in sorted(STUDIES.glob("*.yaml"))
+    }
+
+
+def read_study(study: str | Path) -> Study:
+    """Read the file of a study.
+
+    Args:
+        study: a YAML file, or the name of one that comes with steppe.
+
+    Raises:
+        StudyError: there is no such study, or it is none: names the key, what was expected and
+            what is there.
+    """
+    path = _find(study)
+    try:
+        values = read_mapping(path)
+    except RecipeError as error:
+        raise StudyError(error.message) from None
+    for key in values:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"A study has {', '.join(_KEYS)}."
+            raise StudyError(f"{path}: unknown key {shown(key)!r}. {hint}")
+    recipes = _parts(path, values, "recipes", "recipes: {digits: }")
+    arms = _parts(path, values, "arms", "arms: {vanilla: {arm: vanilla}}")
+    for name in arms:
+        if not _NAME.fullmatch(name):
+            raise StudyError(
+                f"{path}: arms: expected names of letters, digits, '_', '-', '+' and '.', got"
+                f" {shown(name)!r}"
+            )
+    baseline = values.get("baseline", next(iter(arms)))
+    if baseline not in arms:
+        raise StudyError(
+            f"{path}: baseline: expected one of the arms {', '.join(arms)}, got {shown(baseline)!r}"
+        )
+    if arms[baseline].vary:
+        raise StudyError(
+            f"{path}: baseline: expected an arm without `{VARY}`, got {baseline!r}; give it one"
+            " value of each key"
+        )
+    shared = {"set": values.get("set") or {}, VARY: values.get(VARY) or {}}
+    if not isinstance(shared["set"], Mapping):
+        raise StudyError(_fault(path, "set", "keys of a recipe and their values", shared["set"]))
+    whole = _part(path, "set", {**shared["set"], VARY: shared[VARY]})
+    return Study(path, recipes, arms, _seeds(path, values.get("seeds", 5)), baseline, whole)
+
+
+def _find(study: str | Path) -> Path:
+    """The file of a study."""
+    path = expanded(study)
+    if path.is_file():
+        return path
+    ours = STUDIES / f"{path.name}.yaml"
+    if ours.is_file():
+        return ours
+    names = list(list_studies())
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    raise StudyError(
+        f"{study}: there is no such file or study; steppe has {', '.join(names)}"
+        + (f". Did you mean: steppe study {near[0]}" if near else "")
+    )
+
+
+def _parts(path: Path, values: Mapping[str, Any], key: str, example: str) -> dict[str, Part]:
+    """The recipes or the arms."""
+    found = values.get(key)
+    if not isinstance(found, Mapping) or not found:
+        raise StudyError(_fault(path, key, f"names with their settings, e.g. `{example}`", found))
+    return {str(name): _part(path, f"{key}: {name}", given) for name, given in found.items()}
+
+
+def _part(path: Path, where: str, given: Any) -> Part:
+    """A part, whose values that vary are lists."""
+    if given is None:  # `digits:` alone
+        given = {}
+    if not isinstance(given, Mapping):
+        raise StudyError(_fault(path, where, "keys of a recipe and their values", given))
+    values = {str(key): value for key, value in given.items() if key != VARY}
+    vary = given.get(VARY) or {}
+    if not isinstance(vary, Mapping):
+        raise StudyError(
+            _fault(path, f"{where}: {VARY}", "keys with lists, `learning_rate: [0.001]`", vary)
+        )
+    for key, several in vary.items():
+        if not isinstance(several, list) or not several:
+            expected = f"a list of values, `{key}: [VALUE, VALUE]`"
+            raise StudyError(_fault(path, f"{where}: {VARY}: {key}", expected, several))
+        if any(several.count(one) > 1 for one in several):
+            raise StudyError(
+                _fault(path, f"{where}: {VARY}: {key}", "each value once", shown(several))
+            )
+    return Part(where, values, {str(key): list(several) for key, several in vary.items()})
+
+
+def _seeds(path: Path, given: Any) -> list[int]:
+    """The seeds: a list, or their number."""
+    if isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= _MOST_SEEDS:
+        return list(range(given))
+    is_list = isinstance(given, list) and all(type(one) is int and one >= 0 for one in given)
+    if is_list and given and len(set(given)) == len(given):
+        return list(given)
+    expected = "a number of seeds, `seeds: 5`, or a list of different ones, `seeds: [0, 1]`"
+    raise StudyError(_fault(path, "seeds", expected, given))
+
+
+def _fault(path: Path, where: str, expected: str, got: object) -> str:
+    """The message of a wrong value."""
+    told = "nothing" if got is None else shown(repr(got))
+    return f"{path}: {where}: expected {expected}, got {told}"

@@ -1,0 +1,115 @@
+"""The page of results: numbers that are known by hand, and whatever rows there are."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from steppe.study.compare import best_groups, groups_of
+from steppe.study.page import results_page, study_markdown
+from steppe.study.plot import plot_study
+from steppe.study.table import study_table
+from study.fake_work import row_of
+
+
+def row(arm: str, seed: int, density: float, loss: float = 2.0, rate: float | None = None) -> dict:
+    setting = {} if rate is None else {"learning_rate": rate}
+    own = {"id": f"r/{arm}/{rate}/seed-{seed}", "arm": arm, "baseline": "base"}
+    numbers = {"density": density, "quality": {"loss": loss}}
+    return {**row_of(seed), **own, **numbers, "setting": setting}
+
+
+ROWS = [
+    *(row("base", seed, density) for seed, density in enumerate((0.2, 0.4, 0.3))),
+    *(row("half", seed, density, 2.5) for seed, density in enumerate((0.1, 0.2, 0.15))),
+    row("noise", 0, 0.3),
+    row("noise", 1, 0.2),
+    row("alone", 2, 0.6),
+]
+
+
+def line_of(page: str, arm: str) -> str:
+    (line,) = [line for line in page.splitlines() if f"`{arm}` |" in line]
+    return line
+
+
+def test_a_row_has_its_seeds_its_means_and_its_paired_change() -> None:
+    page = study_markdown("s", ROWS)
+    assert "9 runs from 3 seeds" in page
+    assert "torch 2.8.0" in page
+    assert "| 3 | loss 2.0000 ± 0.0000 | 30.00 ± 24.84 |" in line_of(page, "base")
+    half = line_of(page, "half")
+    assert "| 3 | loss 2.5000 ± 0.0000 (**+0.5000 ± 0.0000**) |" in half
+    assert "15.00 ± 12.42 (**-50 % [-50, -50]**)" in half
+    noise = line_of(page, "noise")
+    assert "| 2 |" in noise
+    assert "(-13 % [" in noise
+    assert "**-13" not in noise
+    assert "| 60.00 (+100 %) |" in line_of(page, "alone")
+
+
+def test_a_better_setting_is_found_and_both_tables_are_there() -> None:
+    rows = [
+        *(row("base", seed, 0.2, 2.0, 0.1) for seed in (0, 1)),
+        *(row("base", seed, 0.4, 1.0, 0.2) for seed in (0, 1)),
+        row("base", 0, 0.4, 0.5, 0.3),
+        *(row("half", seed, 0.1, 1.5, 0.1) for seed in (0, 1)),
+    ]
+    best = best_groups(groups_of(rows))
+    assert [(one.arm, one.setting) for one in best] == [
+        ("base", "learning_rate=0.2"),
+        ("half", "learning_rate=0.1"),
+    ]
+    page = study_markdown("s", rows)
+    first, _, second = page.partition("All settings")
+    assert "(**-75 % [-75, -75]**)" in line_of(first, "half"), "against the best baseline"
+    assert "(**-50 % [-50, -50]**)" in line_of(second, "half"), "against the same setting"
+
+
+def test_accuracy_is_better_when_it_is_higher() -> None:
+    rows = [row("base", 0, 0.2, rate=rate) for rate in (0.1, 0.2)]
+    for one, share in zip(rows, (0.9, 0.8), strict=True):
+        one["quality"] = {"loss": 1.0, "top1": share}
+    (best,) = best_groups(groups_of(rows))
+    assert best.setting == "learning_rate=0.1"
+    assert "top1 90.00" in study_markdown("s", rows)
+
+
+def test_the_page_renders_whatever_rows_there_are() -> None:
+    empty = results_page({}, {})
+    assert "No study has been run in full yet." in empty
+    assert results_page({"s": []}, {}) == empty
+    odd = row("dead", 0, 0.0)
+    odd |= {"derivative_density": None, "dead_units": None, "quality": {"loss": None}}
+    page = results_page({"s": [*ROWS, odd], "t": ROWS[:1]}, {"s": "results/studies/s.png"})
+    assert "## s" in page
+    assert "## t" in page
+    assert "](results/studies/s.png)" in page
+    assert "| 1 | – | 0.00 |" in line_of(page, "dead")
+
+
+def test_a_quick_look_says_that_it_is_one() -> None:
+    assert "mean nothing" in study_markdown("s", [{**ROWS[0], "is_quick": True}])
+    assert "mean nothing" not in study_markdown("s", ROWS)
+
+
+def test_the_table_of_the_terminal_has_the_same_numbers() -> None:
+    console = Console(width=160, file=io.StringIO())
+    console.print(study_table([{**one, "is_quick": True} for one in ROWS]))
+    shown = console.file.getvalue()
+    assert "mean nothing" in shown
+    for text in ("30.00 ± 24.84", "15.00 ± 12.42", "-50 % [-50, -50] *", "+0.5000 ± 0.0000 *"):
+        assert text in shown
+    assert "-13 % [" in shown
+
+
+def test_seconds_of_a_resumed_run_do_not_count() -> None:
+    rows = [ROWS[0], {**ROWS[1], "seconds": 100.0, "resumed_from": "checkpoint-3"}]
+    assert line_of(study_markdown("s", rows), "base").endswith("| 1 |")
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    path = plot_study(ROWS, tmp_path / "s.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
