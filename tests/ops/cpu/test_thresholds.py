@@ -36,6 +36,16 @@ def most(
     return reached(tables_at(density_tables(dtype, family, threads), width)[trains], rows)
 
 
+def test_a_call_with_the_work_of_more_rows_pays_in_a_larger_team_too() -> None:
+    """Width 384, as of a ViT-S, has twice the work of 256: two threads gain from as many rows."""
+    one = most(torch.float32, "avx512", 1, 1024, 256, True)
+    assert one > 0.0
+    assert most(torch.float32, "avx512", 2, 1024, 256, True) == 0.0
+    assert most(torch.float32, "avx512", 2, 2048, 256, True) == one
+    assert most(torch.float32, "avx512", 2, 1024, 384, True) == one
+    assert most(torch.float32, "avx512", 4, 1024, 384, True) == 0.0
+
+
 @pytest.mark.parametrize(
     ("dtype", "isa", "has_amx", "family"),
     [

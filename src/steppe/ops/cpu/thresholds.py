@@ -130,8 +130,8 @@ def density_tables(dtype: torch.dtype, family: str, threads: int) -> dict[int, T
     The tables are measured with one thread. With t threads the products take a t-th of the time at
     best, but the Python of a call takes as long as before (about 0.05 ms in inference, 0.5 ms in a
     training step), so its share is t times as large. The share is that of the table again if the
-    call has t times the work: t times the rows, or a quarter of that in a block twice as wide,
-    since its weights are four times as large. So each step above `DECODE_ROWS` moves up by this
+    call has t times the work: t times the rows, or fewer in a wider block, since the work of a row
+    grows with the square of the width. So each step above `DECODE_ROWS` moves up by this
     factor; from a width of 512 on by half of it, since with two threads the steps were measured to
     be where they are with one. The steps up to `DECODE_ROWS` hold for any t: there the size of the
     weights alone decides whether to call the kernels, see `steppe.ops.cpu.dispatch.pays`.
@@ -150,8 +150,8 @@ def density_tables(dtype: torch.dtype, family: str, threads: int) -> dict[int, T
         assert width is not None
         wide, factor = width, threads / (2 if width >= _WIDE else 1)
         tables[wide] = _for_team(widths[width], factor)
-        while factor > 1.0 and (end is None or 2 * wide < end):
-            wide, factor = 2 * wide, factor / 4
+        while factor > 1.0 and (end is None or wide * 3 // 2 < end):
+            wide, factor = wide * 3 // 2, factor / 1.5**2
             tables[wide] = _for_team(widths[width], factor)
     return tables
 
