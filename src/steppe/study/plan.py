@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from steppe.errors import RecipeError, StudyError
 from steppe.files import expanded
 from steppe.study.planned import PlannedRun, described
@@ -29,7 +31,7 @@ QUICK: Mapping[str, Any] = {
 }
 """The settings of a quick look, which shows that a study runs and nothing else."""
 _QUICK_SEEDS = 2
-_OURS = ("seed", "output_dir", "run_name", "resume")  # a study gives these to its runs
+_OURS = ("seed", "output_dir", "run_name", "resume", "use_cpu")  # a study gives these to its runs
 
 
 def plan_runs(
@@ -115,6 +117,7 @@ def words_of(run: PlannedRun, folder: Path) -> list[str]:
         "output_dir": str(run_folder(run, folder)),
         "run_name": run.id,
         "resume": True,
+        "use_cpu": not torch.cuda.is_available(),
     }
     return [word for key, value in {**run.flags, **own}.items() for word in as_flag(key, value)]
 

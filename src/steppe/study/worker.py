@@ -13,8 +13,8 @@ import torch
 from steppe.runs import Run, read_run
 from steppe.study.rows import ROW_VERSION
 from steppe.study.running import Tell
+from steppe.study.terms import terms_of
 from steppe.training.recipe import read_recipe
-from steppe.training.recipe_parser import as_flag
 from steppe.training.run_recipe import run_recipe
 
 _BETWEEN = 0.2  # seconds from one message to the next
@@ -32,7 +32,6 @@ def train(task: dict[str, Any], tell: Tell) -> None:
         SteppeError: as `run_recipe` does.
     """
     torch.set_num_threads(1)
-    flags = [*task["flags"], *as_flag("use_cpu", not torch.cuda.is_available())]
     last = 0.0
 
     def on_step(step: int, steps: int) -> None:
@@ -41,7 +40,7 @@ def train(task: dict[str, Any], tell: Tell) -> None:
             last = time.monotonic()
             tell({"step": step, "steps": steps})
 
-    summary = run_recipe(read_recipe(task["recipe"], flags), on_step=on_step, on_log=print)
+    summary = run_recipe(read_recipe(task["recipe"], task["flags"]), on_step=on_step, on_log=print)
     tell({"row": {**task["row"], **results_of(summary, read_run(Path(task["folder"])))}})
 
 
@@ -65,6 +64,7 @@ def results_of(summary: dict[str, Any], run: Run) -> dict[str, Any]:
         "version": ROW_VERSION,
         **{key: _finite(value) for key, value in numbers.items()},
         "quality": {key: _finite(value) for key, value in summary["quality"].items()},
+        "terms": terms_of(run),
         "steps": summary["steps"],
         "parameters": summary["parameters"],
         "resumed_from": summary["resumed_from"],
