@@ -1,4 +1,4 @@
-"""Make a folder of plain English, some 70 million characters, from documentation that Debian packages.
+"""Make a folder of plain English, some 75 million characters, from packages of Debian.
 
 apt-get install bible-kjv bible-kjv-text dict-foldoc dict-gcide linux-doc wordnet-base
 python benchmarks/english.py FOLDER
@@ -18,7 +18,7 @@ from pathlib import Path
 
 SHARE = Path("/usr/share")
 _HELD_OUT = 20  # the last of so many parts
-_HEADWORD = re.compile(r"^data\.(adj|adv|noun|verb)$")
+_DATA = re.compile(r"^data\.(adj|adv|noun|verb)$")
 
 
 def paragraphs(lines: Iterable[str]) -> Iterator[str]:
@@ -39,7 +39,7 @@ def dictionary(name: str) -> Iterator[str]:
 def glosses() -> Iterator[str]:
     """The definitions of WordNet, one a line, each behind its words."""
     for path in sorted((SHARE / "wordnet").iterdir()):
-        if not _HEADWORD.match(path.name):
+        if not _DATA.match(path.name):
             continue
         for line in path.read_text(encoding="utf-8").splitlines():
             entry, bar, gloss = line.partition(" | ")

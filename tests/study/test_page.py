@@ -11,6 +11,7 @@ from steppe.study.compare import best_groups, groups_of
 from steppe.study.page import results_page, study_markdown
 from steppe.study.plot import plot_study
 from steppe.study.table import study_table
+from steppe.study.terms import PARTS, TERMS
 from study.fake_work import row_of
 
 
@@ -113,3 +114,22 @@ def test_seconds_of_a_resumed_run_do_not_count() -> None:
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     path = plot_study(ROWS, tmp_path / "s.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_factors_multiply_to_the_change_of_the_density() -> None:
+    def terms(density: float, af: float, norm: float, gradient: float) -> dict[str, list[float]]:
+        values = (density, af, norm, gradient)
+        return {term: [value] * PARTS for term, value in zip(TERMS, values, strict=True)}
+
+    rows = [
+        *({**row("base", seed, 0.2), "terms": terms(0.2, 0.4, 2.0, 1.0)} for seed in (0, 1)),
+        *({**row("half", seed, 0.1), "terms": terms(0.1, 0.6, 3.0, 2.0)} for seed in (0, 1)),
+        row("without", 0, 0.1),
+    ]
+    page = study_markdown("s", rows)
+    _, _, why = page.partition("What moves the density")
+    factors = ("0.50", "1.50", "0.67", "0.50")
+    cells = " | ".join(f"×{one} → **×{one} [{one}, {one}]**" for one in factors)
+    assert line_of(why, "half") == f"| `r` | `half` | {cells} |"
+    assert "without" not in why
+    assert "What moves" not in study_markdown("s", ROWS)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from steppe.study.cells import cells_of, headings_of
 from steppe.study.compare import Group, Row, best_groups, groups_of
+from steppe.study.why import why_table
 
 _HEAD = """# Results
 
@@ -16,6 +17,9 @@ Student's t over the seeds. A change against the baseline is paired by seed; tha
 the ratio of geometric means. **Bold**: the interval leaves no change out. Intervals are not
 corrected for the number of comparisons.
 """
+_WHY = """What moves the density on training batches: its change against the baseline is the product
+of those of AF, of 1 / ‖x‖² and of 1 / gradient², in the middle of the run → in its last tenth
+(geometric means over blocks):"""
 _EMPTY = "\nNo study has been run in full yet.\n"
 
 
@@ -66,6 +70,9 @@ def study_markdown(name: str, rows: Sequence[Row], plot: str | None = None) -> s
             "",
         ]
     lines += _table(groups, groups, baseline)
+    why = why_table(best, baseline)
+    if why:
+        lines += ["", _WHY, "", *why]
     return "\n".join(lines) + "\n"
 
 

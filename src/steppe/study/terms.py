@@ -31,10 +31,10 @@ def terms_of(run: Run) -> Terms:
 
     Source: arXiv 2605.25612, the ratio of augmented flatness.
     """
-    last = max(run.steps, default=0)
+    first, last = min(run.steps, default=0), max(run.steps, default=0)
     parts: list[list[Report]] = [[] for _ in range(PARTS)]
     for step, report in zip(run.steps, run.training, strict=True):
-        parts[min(PARTS - 1, PARTS * step // max(1, last))].append(report)
+        parts[PARTS * (step - first) // (last - first + 1)].append(report)
     means = [_means(part) for part in parts]
     return {term: [mean[index] for mean in means] for index, term in enumerate(TERMS)}
 
