@@ -24,7 +24,7 @@ TRITON  := build/triton
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results twins cost bench training losses gpu test test-slow test-screening test-versions test-native test-native-arm valgrind test-gpu-offline lint format clean
+.PHONY: help install demo results cost bench training losses gpu test test-slow test-screening test-versions test-native test-native-arm valgrind test-gpu-offline lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -37,11 +37,6 @@ demo: $(STAMP) ## train the demo models and print the table
 results: $(STAMP) ## measure the README's table and plot anew (ten minutes)
 	$(BIN)/steppe demo --seeds 3 --out runs/results
 	cp runs/results/summary.json docs/results/demo.json
-	$(BIN)/python docs/render.py
-
-twins: $(STAMP) ## train the recipes' twins anew: TEXT=FOLDER IMAGES=FOLDER (twenty minutes)
-	$(BIN)/python benchmarks/twins.py --text '$(TEXT)' --images '$(IMAGES)' \
-	  --json docs/results/twins.json
 	$(BIN)/python docs/render.py
 
 cost: $(STAMP) ## measure anew what measuring costs (ten minutes, nothing else running)

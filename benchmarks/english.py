@@ -28,6 +28,16 @@ def paragraphs(lines: Iterable[str]) -> Iterator[str]:
             yield " ".join(word for line in group for word in line.split()) + "\n"
 
 
+def up_to(most: int | None, texts: Iterable[str]) -> Iterator[str]:
+    """The first texts, with that many characters in all; None for all texts."""
+    length = 0
+    for text in texts:
+        length += len(text)
+        if most is not None and length > most:
+            return
+        yield text
+
+
 def dictionary(name: str) -> Iterator[str]:
     """The entries of a dictionary of dictd."""
     with gzip.open(
@@ -79,14 +89,16 @@ def main() -> None:
     """Write the two files, and tell how long each source is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
+    parser.add_argument("--most", type=int, help="characters of a source; the rest is left out")
+    options = parser.parse_args()
+    folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     with (
         (folder / "train.txt").open("w", encoding="utf-8") as train,
         (folder / "validation.txt").open("w", encoding="utf-8") as validation,
     ):
         for name, lines in SOURCES.items():
-            read = list(lines())
+            read = list(up_to(options.most, lines()))
             cut = len(read) - len(read) // _HELD_OUT
             train.writelines(read[:cut])
             validation.writelines(read[cut:])

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[1]
 DEMO = "docs/results/demo.json"
 SPEED = "benchmarks/results/mlp_cpu.json"
 MONITOR_COST = "benchmarks/results/monitor_cost.json"
-TWINS = "docs/results/twins.json"
 MODELS = "benchmarks/results/models_cpu.json"
 LOSSES = "benchmarks/results/same_losses.json"
 VERSIONS = "docs/results/versions.json"
@@ -29,7 +28,7 @@ MODELS_AMX = "benchmarks/results/models_cpu_amx.json"
 TRAINING_AMX = "benchmarks/results/training_cpu_amx.json"
 STUDIES = ROOT / "docs/results/studies"
 RESULTS = ROOT / "docs/results.md"
-PAGES = ("README.md", "docs/kernels.md", "docs/recipes.md", "docs/screening.md")
+PAGES = ("README.md", "docs/kernels.md", "docs/screening.md")
 
 
 def render(page: str) -> str:
@@ -53,7 +52,6 @@ def render(page: str) -> str:
         f"run: {MONITOR_COST}": lambda: (
             f"{100 * _cost('run measured every 50 steps') - 100:+.1f} %"
         ),
-        f"twins: {TWINS}": lambda: "\n" + twins_markdown(_read(TWINS)),
         f"training runs: {TRAINING}": lambda: "\n" + training_markdown(_read(TRAINING)),
         f"losses: {LOSSES}": lambda: "\n" + losses_markdown(_read(LOSSES)),
         f"versions: {VERSIONS}": lambda: versions_sentence(_read(VERSIONS)),
@@ -215,21 +213,6 @@ def _trained_speed(rows: list[dict[str, Any]]) -> str:
         f" ρ = {first['density']:.2f}, {first['tokens']} tokens): training step"
         f" {ratios['training']}, prefill {ratios['prefill']}."
     )
-
-
-def twins_markdown(result: dict[str, Any]) -> str:
-    """Quality and densities of the twins by arm."""
-    lines = [
-        "| twin | arm | held-out loss | right | density | density over training |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        quality = row["quality"]
-        right = quality.get("top1", quality.get("accuracy"))
-        shares = [right, row["density"], row["training_density"]]
-        cells = " | ".join(f"{100 * share:.1f} %" for share in shares)
-        lines.append(f"| `{row['recipe']}` | {row['arm']} | {quality['loss']:.3f} | {cells} |")
-    return "\n".join(lines) + "\n"
 
 
 def losses_markdown(result: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ FLAGS = ("--bf16", "false", "--use_cpu", "true", "--data_dir", "there")
 NAMES = {
     *("vit-b16-imagenet1k", "vit-b16-imagenet1k-finetune", "vit-cifar10"),
     *("t5-base-c4", "t5-base-c4-finetune", "fashion-mnist-vit", "text-gpt", "text-t5"),
-    *("digits", "pydoc", "pydoc-wide"),
+    *("digits", "pydoc", "pydoc-wide", "english-gpt", "english-t5"),
 }
 
 
@@ -48,10 +48,29 @@ def test_the_papers_numbers() -> None:
     assert (t5.training.max_steps, t5.training.warmup_steps) == (100_000, 10_000)
     assert 8 * t5.training.per_device_train_batch_size == 256
     assert t5.data.length == 512
-    for name, share in (("vit-b16-imagenet1k", 5 / 15), ("t5-base-c4", 3 / 10)):
+    assert t5.training.optim == "adamw_torch_fused"
+    for name, share, rate, decay in (
+        ("vit-b16-imagenet1k", 5 / 15, 3e-3, 0.3),
+        ("t5-base-c4", 3 / 10, 0.01, 0.001),
+    ):
         tuned = read_recipe(f"{name}-finetune", [*FLAGS, "--checkpoint", "there"])
         assert tuned.arm.ramp == pytest.approx(share, abs=1e-3)
         assert tuned.model.lora_rank == 192
+        assert (tuned.training.learning_rate, tuned.training.weight_decay) == (rate, decay)
+        assert tuned.training.optim == "adamw_torch_fused"
+    assert (tuned.training.max_steps, tuned.training.warmup_steps) == (10_000, 1000)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_the_flags_for_earlier_settings_in_a_recipes_comments_work(name: str) -> None:
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    more = ("--checkpoint", "there") if "finetune" in name else ()
+    usual = read_recipe(name, [*FLAGS, *more])
+    for line in text.splitlines():
+        _, found, flags = line.partition("Before: ")
+        if found:
+            earlier = read_recipe(name, [*FLAGS, *more, *flags.split()])
+            assert vars(earlier.training) != vars(usual.training)
 
 
 def test_flags_stand_before_the_file_which_stands_before_the_defaults(tmp_path: Path) -> None:
