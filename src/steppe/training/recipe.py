@@ -28,7 +28,8 @@ from steppe.training.recipe_values import wrong_values
 # In place of the Trainer's own: logs of any kind at all, and no search for parameters that a step
 # has not used, which the Trainer switches on for every model.
 DEFAULTS = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
-_OF_NEW_MODELS = ("model_type", "model_config", "xavier")  # a checkpoint has its own
+OF_NEW_MODELS = ("model_type", "model_config", "xavier")
+"""Keys of a model that is made from scratch; a checkpoint has its own."""
 # Keys that older runs do not know: a default is left out, so that those can be resumed.
 _LATER = ("patterns", "plugins", "xavier", "held_out_flatness", "time_blocks", "accelerate")
 _NO_PATHS_YET = ("checkpoint", "tokenizer")  # these may be hub ids
@@ -87,7 +88,7 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if key not in known:
             raise RecipeError(f"{parser.where}: unknown key {shown(key)!r}{nearest(key, known)}")
     if "checkpoint" in given:
-        values = {key: value for key, value in values.items() if key not in _OF_NEW_MODELS}
+        values = {key: value for key, value in values.items() if key not in OF_NEW_MODELS}
     for key, value in DEFAULTS.items():
         if key not in given:
             values.setdefault(key, value)
