@@ -81,7 +81,7 @@ def run_in_processes(
                 busy[ours] = (begun, process)
                 process.start()
                 theirs.close()
-            for ready in wait(list(busy)):
+            for ready in wait(list(busy)) if busy else ():  # for nothing it would wait for ever
                 assert isinstance(ready, Connection)
                 index, process = busy[ready]
                 try:
