@@ -165,10 +165,17 @@ def test_s_shaped_tells_the_two_densities_apart() -> None:
     assert repr(module) == "SShapedSquaredReLU(shift_x=0.0, shift_y=1.6, half_width=1.5)"
 
 
-@pytest.mark.parametrize("half_width", [0.0, -1.5, math.nan])
+@pytest.mark.parametrize("half_width", [0.0, -1.5, math.nan, math.inf])
 def test_s_shaped_refuses_a_flat_part_without_width(half_width: float) -> None:
     with pytest.raises(ValueError, match="half_width > 0"):
         SShapedSquaredReLU(half_width=half_width)
+
+
+@pytest.mark.parametrize("shift", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["shift_x", "shift_y"])
+def test_s_shaped_refuses_a_shift_that_is_no_number(name: str, shift: float) -> None:
+    with pytest.raises(ValueError, match=f"expected finite shifts, .*{name}={shift}"):
+        SShapedSquaredReLU(**{name: shift})
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,7 @@ PUBLIC = [
     "Report",
     "RestrictedNorm",
     "RisingThreshold",
+    "SShapedActivation",
     "SShapedSquaredReLU",
     "SteppeError",
     "WiringError",

@@ -108,15 +108,19 @@ class SShapedSquaredReLU(nn.Module):
         half_width: h > 0.
 
     Raises:
-        ValueError: `half_width` is not positive.
+        ValueError: a shift is not finite, or `half_width` is not finite and positive.
 
     Source: arXiv 2605.25612, stability study.
     """
 
     def __init__(self, shift_x: float = 0.0, shift_y: float = 0.0, half_width: float = 1.5) -> None:
         super().__init__()
-        if not half_width > 0:  # NaN too
+        if not 0 < half_width < math.inf:  # NaN too
             raise ValueError(f"SShapedSquaredReLU: expected half_width > 0, got {half_width}")
+        if not (math.isfinite(shift_x) and math.isfinite(shift_y)):
+            raise ValueError(
+                f"SShapedSquaredReLU: expected finite shifts, got {shift_x=}, {shift_y=}"
+            )
         self.shift_x = float(shift_x)
         self.shift_y = float(shift_y)
         self.half_width = float(half_width)

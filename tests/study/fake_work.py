@@ -33,14 +33,20 @@ def count_starts(task: dict[str, Any]) -> None:
 
 
 def work(task: dict[str, Any], tell: Tell) -> None:
-    """Tell two steps and the row; seed 1 fails, seed 2 is killed if the study says so."""
+    """Tell two steps and the row, and make a model; the arms `raises` and `dies` fail."""
     count_starts(task)
+    if task.get("after") is not None:
+        start = next(word for word in task["flags"] if word.startswith("--checkpoint="))
+        Path(task["folder"], "start").write_text(Path(start.partition("=")[2], "made").read_text())
     print("a line of the log")
     tell({"step": 1, "steps": 2})
     if task["row"]["arm"] == "raises":
         raise ValueError("no such luck")
     if task["row"]["arm"] == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
+    model = Path(task["folder"], "model")
+    model.mkdir(exist_ok=True)
+    (model / "made").write_text(task["row"]["id"])
     tell({"row": {**task["row"], **NUMBERS}})
 
 

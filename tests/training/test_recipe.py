@@ -85,6 +85,16 @@ def test_flags_stand_before_the_file_which_stands_before_the_defaults(tmp_path: 
     )
 
 
+@pytest.mark.parametrize("flag", [("--checkpoint", "there"), ("--checkpoint=there",)])
+def test_a_checkpoint_as_a_flag_takes_the_place_of_the_files_new_model(flag: tuple) -> None:
+    new = read_recipe("digits", ["--use_cpu", "true"]).model
+    assert (new.model_type, new.xavier, new.checkpoint) == ("ijepa", True, None)
+    assert model_settings(new)["hidden_size"] == 48
+    model = read_recipe("digits", ["--use_cpu", "true", *flag]).model
+    assert (model.model_type, model.xavier, model.checkpoint) == (None, False, "there")
+    assert model_settings(model) == {}
+
+
 def test_a_path_to_a_recipe_of_ours_is_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +119,9 @@ def test_a_path_to_a_recipe_of_ours_is_found_from_anywhere(
         (("--penalty_ramp", "2"), r"penalty_ramp: expected a share"),
         (("--lora_rank", "4"), r"expected lora_targets"),
         (("--time_blocks", "-1"), r"time_blocks: expected at least 0"),
-        (("--checkpoint", "x"), r"either model_type .* or checkpoint"),
+        (("--checkpoint", "x", "--model_type", "gpt2"), r"either model_type .* or checkpoint"),
+        (("--checkpoint", "x", "--model_config", '{"n_embd": 8}'), r"a checkpoint has its config"),
+        (("--checkpoint", "x", "--xavier", "true"), r"a checkpoint has its weights"),
         (("--label_smoothing_factor", "0.1"), r"use label_smoothing"),
         (("--measure_every", "0"), r"measure_every: expected at least 1"),
         (("--task", "chess"), r"task: expected one of image-classification"),
@@ -129,6 +141,10 @@ def test_wrong_flags_say_what_is_right(flags: tuple[str, ...], message: str) -> 
         ("just words\n", "expected lines `key: value`"),
         ("task: causal-lm\nmodel_type: gpt2\n", "no data: expected data_dir"),
         ("model_type: gpt2\n", "required: --task"),
+        (
+            "task: causal-lm\nmodel_type: gpt2\ncheckpoint: there\ndataset: pydoc\n",
+            "either model_type .* or checkpoint",
+        ),
     ],
 )
 def test_wrong_files_say_what_is_right(tmp_path: Path, text: str, message: str) -> None:

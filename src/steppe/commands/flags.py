@@ -22,6 +22,7 @@ FLAGS: dict[str, dict[str, str]] = {
                 "length",
                 "lora_targets",
                 "max_steps",
+                "model_config",
                 "output_dir",
                 "per_device_train_batch_size",
                 "rand_augment",

@@ -9,6 +9,7 @@ from steppe.plugins.penalty import ActivationPenalty, penalize
 from steppe.plugins.registry import PLUGINS, register
 from steppe.plugins.restricted_norm import RestrictedNorm
 from steppe.plugins.rising_threshold import RisingThreshold
+from steppe.plugins.s_shaped import SShapedActivation
 from steppe.plugins.sparsify import sparsify_
 from steppe.plugins.zeroth_bias import ZerothBias
 
@@ -23,6 +24,7 @@ __all__ = [
     "Plugin",
     "RestrictedNorm",
     "RisingThreshold",
+    "SShapedActivation",
     "ZerothBias",
     "added_parameters",
     "advance_",

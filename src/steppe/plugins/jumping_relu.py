@@ -18,9 +18,9 @@ from steppe.activations import (
     is_relu,
 )
 from steppe.blocks.block import MLPBlock
-from steppe.blocks.linear import linear_weight
 from steppe.errors import UnfitBlockError
 from steppe.ops.rectifier import rectifier, rectifier_derivative
+from steppe.plugins.activation_place import put_activation
 from steppe.plugins.base import Constraint, Plugin, ramp_progress, require_share
 from steppe.surgery.journal import Journal
 
@@ -89,10 +89,7 @@ class JumpingSquaredReLU(Plugin):
             else:
                 activation = MixedActivation(block.act)
                 constraint = _Mixing(activation, self.ramp)
-            activation.to(linear_weight(block.down).device).train(block.down.training)
-            journal.set_attribute(block.act_slot, activation)
-            for slot, value in block.act_flags:
-                journal.set_attribute(slot, value)
+            put_activation(block, activation, journal)
             constraints.append(constraint)
         return constraints
 

@@ -13,6 +13,7 @@ from steppe.plugins.jumping_relu import JumpingSquaredReLU
 from steppe.plugins.penalty import ActivationPenalty
 from steppe.plugins.restricted_norm import RestrictedNorm
 from steppe.plugins.rising_threshold import RisingThreshold
+from steppe.plugins.s_shaped import SShapedActivation
 from steppe.plugins.zeroth_bias import ZerothBias
 from steppe.schema import fault_of
 
@@ -26,6 +27,7 @@ _BY_KEY: dict[str, type[Plugin]] = {
         JumpingSquaredReLU,
         RisingThreshold,
         ActivationPenalty,
+        SShapedActivation,
     )
 }
 PLUGINS: Mapping[str, type[Plugin]] = MappingProxyType(_BY_KEY)

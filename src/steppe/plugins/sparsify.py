@@ -41,7 +41,7 @@ def sparsify_(
     Args:
         model: the model; wrappers (PEFT, ``torch.compile``) are seen through.
         plugins: `ZerothBias`, `RestrictedNorm`, `JumpingSquaredReLU`, `RisingThreshold`,
-            `ActivationPenalty` or your own, in any combination.
+            `ActivationPenalty`, `SShapedActivation` or your own, in any combination.
         where: which blocks; all by default.
         patterns: patterns of your own for `find_blocks`. They are noted with the model and in its
             config, so that no later call needs them again; the names of the owners that they match

@@ -13,9 +13,11 @@ from steppe.errors import RecipeError, StudyError
 from steppe.files import expanded
 from steppe.study.planned import PlannedRun, described
 from steppe.study.study_file import Part, Study
-from steppe.training.recipe import read_recipe
+from steppe.training.recipe import OF_NEW_MODELS, Recipe, read_recipe
 from steppe.training.recipe_file import read_values
+from steppe.training.recipe_model import plugins_of
 from steppe.training.recipe_parser import RecipeParser, as_flag, nearest
+from steppe.training.run_recipe import RESULT
 
 QUICK: Mapping[str, Any] = {
     "max_steps": 4,
@@ -31,6 +33,7 @@ QUICK: Mapping[str, Any] = {
 }
 """The settings of a quick look, which shows that a study runs and nothing else."""
 _QUICK_SEEDS = 2
+_OF_THE_FIRST = (*OF_NEW_MODELS, "checkpoint")  # a run after another takes that one's model
 _OURS = ("seed", "output_dir", "run_name", "resume", "use_cpu")  # a study gives these to its runs
 
 
@@ -41,6 +44,9 @@ def plan_runs(
     data: Mapping[str, str] | None = None,
 ) -> list[PlannedRun]:
     """All runs of a study, seed by seed, so that every arm has some early.
+
+    A run that starts from another's model stands behind that one, which is there even if `only`
+    leaves its arm out.
 
     Args:
         study: as `read_study` gives it.
@@ -76,6 +82,8 @@ def plan_runs(
 def check_runs(study: Study, runs: Sequence[PlannedRun], folder: Path) -> None:
     """Read the recipe of every run; runs that differ in their seed alone are read once.
 
+    A run with plug-ins makes no model to start from: a recipe's checkpoint is a vanilla one.
+
     Args:
         study: of the runs.
         runs: of `plan_runs`.
@@ -84,7 +92,7 @@ def check_runs(study: Study, runs: Sequence[PlannedRun], folder: Path) -> None:
     Raises:
         StudyError: a value cannot be; names the run.
     """
-    seen: set[tuple[str, str, str]] = set()
+    recipes: dict[tuple[str, str, str], Recipe] = {}
     for run in runs:
         place = run.flags.get("data_dir")
         if place is not None and not expanded(place).exists():
@@ -92,17 +100,26 @@ def check_runs(study: Study, runs: Sequence[PlannedRun], folder: Path) -> None:
                 f"{study.path}: {run.recipe_name}: {place}: there is no such file or folder",
                 {"data": f"{run.recipe_name}=FOLDER"},
             )
-        which = (run.recipe, run.arm, described(run.setting))
-        if which in seen:
-            continue
-        seen.add(which)
-        try:
-            read_recipe(run.recipe, words_of(run, folder))
-        except RecipeError as error:
-            message = f"{study.path}: {run.id.rpartition('/')[0]}: {error.message}"
-            if any("data_dir" in way for way in error.instead):
-                raise StudyError(message, {"data": f"{run.recipe_name}=FOLDER"}) from None
-            raise StudyError(message) from None
+        for one in (run, *([] if run.after is None else [run.after])):
+            which = (one.recipe, one.arm, described(one.setting))
+            if which not in recipes:
+                recipes[which] = _read(study, one, folder)
+            if one is run.after and (plugins := plugins_of(recipes[which])):
+                raise StudyError(
+                    f"{study.path}: arms: {run.arm}: after: expected an arm without plug-ins,"
+                    f" {one.arm} has {', '.join(plugin.key for plugin in plugins)}"
+                )
+
+
+def _read(study: Study, run: PlannedRun, folder: Path) -> Recipe:
+    """The recipe of a run."""
+    try:
+        return read_recipe(run.recipe, words_of(run, folder))
+    except RecipeError as error:
+        message = f"{study.path}: {run.id.rpartition('/')[0]}: {error.message}"
+        if any("data_dir" in way for way in error.instead):
+            raise StudyError(message, {"data": f"{run.recipe_name}=FOLDER"}) from None
+        raise StudyError(message) from None
 
 
 def words_of(run: PlannedRun, folder: Path) -> list[str]:
@@ -112,7 +129,9 @@ def words_of(run: PlannedRun, folder: Path) -> list[str]:
         run: of `plan_runs`.
         folder: of the study's runs.
     """
+    start = {} if run.after is None else {"checkpoint": str(model_folder(run.after, folder))}
     own = {
+        **start,
         "seed": run.seed,
         "output_dir": str(run_folder(run, folder)),
         "run_name": run.id,
@@ -132,6 +151,16 @@ def run_folder(run: PlannedRun, folder: Path) -> Path:
     return folder / f"{run.id}-{run.hash}"
 
 
+def model_folder(run: PlannedRun, folder: Path) -> Path:
+    """The folder of the model that a run has trained.
+
+    Args:
+        run: of `plan_runs`.
+        folder: of the study's runs.
+    """
+    return run_folder(run, folder) / RESULT
+
+
 def _recipe_name(recipe: str) -> str:
     return expanded(recipe).stem
 
@@ -147,19 +176,44 @@ def _chosen(study: Study, recipes: list[str], only: Sequence[str]) -> tuple[list
                 )
             )
     chosen_recipes = [name for name in recipes if name in only] or recipes
-    return chosen_recipes, [name for name in study.arms if name in only] or list(study.arms)
+    chosen_arms = [name for name in study.arms if name in only] or list(study.arms)
+    return chosen_recipes, _behind_their_starts(study, chosen_arms)
+
+
+def _behind_their_starts(study: Study, arms: Sequence[str]) -> list[str]:
+    """Arms, each behind the one that it starts from."""
+    order: list[str] = []
+    for name in arms:
+        chain: list[str] = []
+        start: str | None = name
+        while start is not None and start not in order:
+            chain.append(start)
+            start = study.arms[start].after
+        order += reversed(chain)
+    return order
 
 
 def _check_keys(study: Study) -> None:
     """Refuse keys that no recipe has, and those that a study gives its runs itself."""
     known = RecipeParser(study.name, ()).keys()
-    for part in (study.shared, *study.recipes.values(), *study.arms.values()):
+    parts = [
+        *((part, None) for part in (study.shared, *study.recipes.values())),
+        *((arm, arm.after) for arm in study.arms.values()),
+        *(
+            (part, study.arms[name].after)
+            for recipe in study.recipes.values()
+            for name, part in recipe.arms.items()
+        ),
+    ]
+    for part, after in parts:
         for key in (*part.values, *part.vary):
             where, outer = f"{study.path}: {part.where}: ", key.partition(".")[0]
             if outer in _OURS:
                 raise StudyError(f"{where}{key} differs from run to run; leave it out")
             if outer not in known:
                 raise StudyError(f"{where}unknown key {key!r}{nearest(key, known)}")
+            if after is not None and outer in _OF_THE_FIRST:
+                raise StudyError(f"{where}{key}: the model is that of {after}; leave it out")
 
 
 def _runs_of(
@@ -175,22 +229,34 @@ def _runs_of(
         raise StudyError(f"{study.path}: recipes: {error.message}") from None
     varied = Part("", vary={**study.shared.vary, **recipe.vary})
     for setting in _combinations(varied, quick):
+        made: dict[str, PlannedRun] = {}
         for arm_name in arms:
             arm = study.arms[arm_name]
+            own_values = {**arm.values, **recipe.arms.get(arm_name, Part("")).values}
             for own in _combinations(arm, quick):
-                given = {**study.shared.values, **recipe.values, **arm.values, **setting, **own}
+                given = {**study.shared.values, **recipe.values, **own_values, **setting, **own}
                 flags = _nested(study, {**given, **(QUICK if quick else {})}, values)
                 if data_dir is not None:
                     flags["data_dir"] = str(expanded(data_dir))
-                yield PlannedRun(
+                settings = {"recipe": path.stem, **values, **flags, "seed": seed}
+                if arm.after is not None:
+                    flags, settings = (_without_model(keys) for keys in (flags, settings))
+                made[arm_name] = PlannedRun(
                     recipe=found,
                     recipe_name=path.stem,
                     arm=f"{arm_name},{described(own)}" if own else arm_name,
                     setting=setting,
                     seed=seed,
                     flags=flags,
-                    settings={"recipe": path.stem, **values, **flags, "seed": seed},
+                    settings=settings,
+                    after=None if arm.after is None else made[arm.after],
                 )
+                yield made[arm_name]
+
+
+def _without_model(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys without those of the model, which another run has made."""
+    return {key: value for key, value in keys.items() if key not in _OF_THE_FIRST}
 
 
 def _combinations(part: Part, quick: bool) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ class PlannedRun:
         seed: of the initial weights and the order of batches.
         flags: the values that differ from the recipe's, by key.
         settings: the recipe's values with those of the flags.
+        after: the run whose trained model this one starts from; None for a new model.
     """
 
     recipe: str
@@ -33,6 +34,12 @@ class PlannedRun:
     seed: int
     flags: Mapping[str, Any]
     settings: Mapping[str, Any]
+    after: PlannedRun | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The id and the hash, by which a row is found."""
+        return self.id, self.hash
 
     @property
     def id(self) -> str:
@@ -47,8 +54,13 @@ class PlannedRun:
 
     @property
     def hash(self) -> str:
-        """The first 12 hex digits of the settings' SHA-256; places on the machine are left out."""
+        """The first 12 hex digits of the settings' SHA-256; places on the machine are left out.
+
+        The hash of the run that this one starts from is among the settings.
+        """
         settings = {key: value for key, value in self.settings.items() if key not in PLACES}
+        if self.after is not None:
+            settings["after"] = self.after.hash
         text = json.dumps(settings, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

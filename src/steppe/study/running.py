@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,24 +55,33 @@ def run_in_processes(
 
     Args:
         work: done for each task.
-        tasks: JSON values; each names in ``folder`` the place for what it prints.
+        tasks: JSON values; each names in ``folder`` the place for what it prints. One that must
+            wait for an earlier one has its index in ``after``; it is not begun if that one fails.
         jobs: number of processes at a time.
 
     Yields:
         Messages, of each process last the one about its end.
     """
     context = _context(work.__module__)
-    waiting, busy = deque(enumerate(tasks)), dict[Connection, tuple[int, Any]]()
+    waiting, busy = list(range(len(tasks))), dict[Connection, tuple[int, Any]]()
+    is_well: dict[int, bool] = {}  # of the tasks that have ended
     try:
         while waiting or busy:
-            while waiting and len(busy) < jobs:
-                index, task = waiting.popleft()
+            for index in list(waiting):  # one that waits stands behind what it waits for
+                first = tasks[index].get("after")
+                if first is not None and not is_well.get(first, True):
+                    waiting.remove(index)
+                    is_well[index] = False
+                    name = tasks[first]["row"]["id"]
+                    yield Message(index, {}, [f"not begun: it starts from {name}, which failed"])
+            while len(busy) < jobs and (begun := _ready(waiting, tasks, is_well)) is not None:
+                waiting.remove(begun)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_do, args=(work, task, theirs))
-                busy[ours] = (index, process)
+                process = context.Process(target=_do, args=(work, tasks[begun], theirs))
+                busy[ours] = (begun, process)
                 process.start()
                 theirs.close()
-            for ready in wait(list(busy)):
+            for ready in wait(list(busy)) if busy else ():  # for nothing it would wait for ever
                 assert isinstance(ready, Connection)
                 index, process = busy[ready]
                 try:
@@ -82,14 +90,25 @@ def run_in_processes(
                     process.join()
                     del busy[ready]
                     ready.close()
-                    failed = process.exitcode != 0
-                    end = _end_of(tasks[index], process.exitcode) if failed else None
+                    is_well[index] = process.exitcode == 0
+                    end = None if is_well[index] else _end_of(tasks[index], process.exitcode)
                     yield Message(index, {}, end)
     finally:
         for _, process in busy.values():
             if process.pid is not None:
                 process.kill()
                 process.join()
+
+
+def _ready(
+    waiting: Sequence[int], tasks: Sequence[dict[str, Any]], is_well: dict[int, bool]
+) -> int | None:
+    """The first task that waits for none that is still to end; None for none."""
+    for index in waiting:
+        first = tasks[index].get("after")
+        if first is None or first in is_well:
+            return index
+    return None
 
 
 def _context(module: str) -> ForkServerContext | SpawnContext:

@@ -11,7 +11,7 @@ from typing import Any
 
 from steppe.files import prepare_file, writing_to
 from steppe.study.alone import alone_in
-from steppe.study.plan import check_runs, plan_runs, run_folder, words_of
+from steppe.study.plan import check_runs, model_folder, plan_runs, run_folder, words_of
 from steppe.study.planned import PLACES, PlannedRun
 from steppe.study.rows import append_row, read_rows
 from steppe.study.running import Work, run_in_processes
@@ -72,7 +72,8 @@ def run_study(
 
     A run is done if the file has a row of its id and of its settings' hash. A row is written when
     its run has ended, in one piece; a run that was stopped goes on from its last checkpoint, if its
-    recipe writes some, or begins again.
+    recipe writes some, or begins again. A run that is done is done again if another one starts from
+    its model, which is not there any more.
 
     Args:
         study: as `read_study` gives it.
@@ -95,16 +96,31 @@ def run_study(
     file = folder / f"{study.name}.jsonl"
     with writing_to(file, "out"):  # its name may be too long for a file
         done = {(row["id"], row["hash"]) for row in read_rows(file)}
-    todo = [run for run in runs if (run.id, run.hash) not in done]
+    todo = _to_do(runs, done, folder)
     check_runs(study, todo, folder)
     prepare_file(file, "out")
     tell = Listener(on_progress, on_row, on_failure)
     with alone_in(folder):
-        tasks = [_task(study, run, folder, quick) for run in todo]
+        places = {run.key: index for index, run in enumerate(todo)}
+        tasks = [_task(study, run, folder, quick, places) for run in todo]
         failed = _do_all(tasks, file, jobs, work, tell, len(runs))
-    wanted = {(run.id, run.hash) for run in runs}
+    wanted = {run.key for run in runs}
     rows = [row for row in read_rows(file) if (row["id"], row["hash"]) in wanted]
     return StudyOutcome(file, rows, failed)
+
+
+def _to_do(
+    runs: Sequence[PlannedRun], done: set[tuple[str, str]], folder: Path
+) -> list[PlannedRun]:
+    """The runs without a row, and those whose model one of these starts from and does not find."""
+    todo, lacking = [], set[tuple[str, str]]()
+    for run in reversed(runs):  # each stands behind the one that it starts from
+        if run.key in done and run.key not in lacking:
+            continue
+        todo.append(run)
+        if run.after is not None and not model_folder(run.after, folder).is_dir():
+            lacking.add(run.after.key)
+    return todo[::-1]
 
 
 def _do_all(
@@ -135,8 +151,14 @@ def _do_all(
     return failed
 
 
-def _task(study: Study, run: PlannedRun, folder: Path, quick: bool) -> dict[str, Any]:
-    """What a process needs to do a run."""
+def _task(
+    study: Study,
+    run: PlannedRun,
+    folder: Path,
+    quick: bool,
+    places: Mapping[tuple[str, str], int],
+) -> dict[str, Any]:
+    """What a process needs to do a run; places are those of the tasks, by their runs' keys."""
     row = {
         "study": study.name,
         "id": run.id,
@@ -146,6 +168,7 @@ def _task(study: Study, run: PlannedRun, folder: Path, quick: bool) -> dict[str,
         "baseline": study.baseline,
         "setting": dict(run.setting),
         "seed": run.seed,
+        **({} if run.after is None else {"after": run.after.arm}),
         "is_quick": quick,
         "settings": {key: value for key, value in run.settings.items() if key not in PLACES},
     }
@@ -154,6 +177,7 @@ def _task(study: Study, run: PlannedRun, folder: Path, quick: bool) -> dict[str,
         "flags": words_of(run, folder),
         "folder": str(run_folder(run, folder)),
         "row": row,
+        "after": None if run.after is None else places.get(run.after.key),
     }
 
 

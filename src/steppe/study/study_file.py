@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from steppe.training.recipe_file import read_mapping, shown
 STUDIES = Path(__file__).parents[1] / "studies"
 """The folder of the studies that come with steppe."""
 VARY = "vary"
-_KEYS = ("recipes", "arms", "seeds", "baseline", "set", VARY)
+AFTER = "after"
+ARMS = "arms"
+_KEYS = ("recipes", ARMS, "seeds", "baseline", "set", VARY)
 _NAME = re.compile(r"[\w.+-]+")
 _MOST_SEEDS = 1000
 
@@ -30,11 +32,15 @@ class Part:
         where: its place in the file, for errors.
         values: of keys of the recipe that are the same in all its runs.
         vary: lists of values, by key; the runs have all combinations.
+        after: of an arm, the one whose trained model it starts from; None for a new model.
+        arms: of a recipe, values that an arm has there alone, by arm.
     """
 
     where: str
     values: dict[str, Any] = field(default_factory=dict)
     vary: dict[str, list[Any]] = field(default_factory=dict)
+    after: str | None = None
+    arms: dict[str, Part] = field(default_factory=dict)
 
     def combinations(self) -> list[dict[str, Any]]:
         """All combinations of the values that vary; one empty one where none does.
@@ -102,14 +108,21 @@ def read_study(study: str | Path) -> Study:
             near = difflib.get_close_matches(key, _KEYS, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"A study has {', '.join(_KEYS)}."
             raise StudyError(f"{path}: unknown key {shown(key)!r}. {hint}")
-    recipes = _parts(path, values, "recipes", "recipes: {digits: }")
-    arms = _parts(path, values, "arms", "arms: {vanilla: {arm: vanilla}}")
+    recipes = {
+        name: _recipe(path, part)
+        for name, part in _parts(path, values, "recipes", "recipes: {digits: }").items()
+    }
+    arms = {
+        name: _arm(path, part)
+        for name, part in _parts(path, values, ARMS, "arms: {vanilla: {arm: vanilla}}").items()
+    }
     for name in arms:
         if not _NAME.fullmatch(name):
             raise StudyError(
                 f"{path}: arms: expected names of letters, digits, '_', '-', '+' and '.', got"
                 f" {shown(name)!r}"
             )
+    _check_arms(path, arms, recipes)
     baseline = values.get("baseline", next(iter(arms)))
     if baseline not in arms:
         raise StudyError(
@@ -149,6 +162,56 @@ def _parts(path: Path, values: Mapping[str, Any], key: str, example: str) -> dic
     if not isinstance(found, Mapping) or not found:
         raise StudyError(_fault(path, key, f"names with their settings, e.g. `{example}`", found))
     return {str(name): _part(path, f"{key}: {name}", given) for name, given in found.items()}
+
+
+def _recipe(path: Path, part: Part) -> Part:
+    """A recipe, whose values for single arms are parts."""
+    given = part.values.pop(ARMS, None) or {}
+    if not isinstance(given, Mapping):
+        expected = "arms with keys of a recipe and their values"
+        raise StudyError(_fault(path, f"{part.where}: {ARMS}", expected, given))
+    arms = {
+        str(name): _part(path, f"{part.where}: {ARMS}: {name}", own) for name, own in given.items()
+    }
+    for one in arms.values():
+        if one.vary:
+            raise StudyError(f"{path}: {one.where}: {VARY}: expected it in the arm or the recipe")
+    return replace(part, arms=arms)
+
+
+def _arm(path: Path, part: Part) -> Part:
+    """An arm, with the one that it starts from."""
+    after = part.values.pop(AFTER, None)
+    if after is not None and not isinstance(after, str):
+        raise StudyError(_fault(path, f"{part.where}: {AFTER}", "the name of an arm", after))
+    return replace(part, after=after)
+
+
+def _check_arms(path: Path, arms: Mapping[str, Part], recipes: Mapping[str, Part]) -> None:
+    """Refuse unknown arms in other places, and arms that cannot start from another."""
+    for recipe in recipes.values():
+        for name in recipe.arms:
+            if name not in arms:
+                expected = f"some of the arms {', '.join(arms)}"
+                raise StudyError(_fault(path, f"{recipe.where}: {ARMS}", expected, name))
+    for arm in arms.values():
+        if arm.after is None:
+            continue
+        where = f"{arm.where}: {AFTER}"
+        if arm.after not in arms:
+            raise StudyError(_fault(path, where, f"one of the arms {', '.join(arms)}", arm.after))
+        if arms[arm.after].vary:
+            expected = f"an arm without `{VARY}`"
+            raise StudyError(
+                f"{_fault(path, where, expected, arm.after)}; give it one value of each key"
+            )
+    for name in arms:
+        chain = [name]
+        while (after := arms[chain[-1]].after) is not None and after not in chain:
+            chain.append(after)
+        if after is not None:
+            told = " after ".join([*chain[chain.index(after) :], after])
+            raise StudyError(f"{path}: {ARMS}: expected a first arm, got a circle: {told}")
 
 
 def _part(path: Path, where: str, given: Any) -> Part:

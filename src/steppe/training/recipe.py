@@ -28,6 +28,8 @@ from steppe.training.recipe_values import wrong_values
 # In place of the Trainer's own: logs of any kind at all, and no search for parameters that a step
 # has not used, which the Trainer switches on for every model.
 DEFAULTS = {"report_to": "tensorboard", "ddp_find_unused_parameters": False}
+OF_NEW_MODELS = ("model_type", "model_config", "xavier")
+"""Keys of a model that is made from scratch; a checkpoint has its own."""
 # Keys that older runs do not know: a default is left out, so that those can be resumed.
 _LATER = ("patterns", "plugins", "xavier", "held_out_flatness", "time_blocks", "accelerate")
 _NO_PATHS_YET = ("checkpoint", "tokenizer")  # these may be hub ids
@@ -56,6 +58,9 @@ class Recipe:
 def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe with flags in place of some of its values.
 
+    The flag ``--checkpoint`` takes the place of the file's new model, so ``model_type``,
+    ``model_config`` and ``xavier`` of the file are left out with it.
+
     Args:
         recipe: a YAML file, or the name of one that comes with steppe.
         overrides: as on a command line, ``["--learning_rate", "1e-3"]``; any key of the recipe's
@@ -82,6 +87,8 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for key in values:
         if key not in known:
             raise RecipeError(f"{parser.where}: unknown key {shown(key)!r}{nearest(key, known)}")
+    if "checkpoint" in given:
+        values = {key: value for key, value in values.items() if key not in OF_NEW_MODELS}
     for key, value in DEFAULTS.items():
         if key not in given:
             values.setdefault(key, value)
@@ -167,5 +174,7 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, dict[str, object]]]:
         yield "a stream has no length: expected max_steps", {"max_steps": "100000"}
     if model.xavier and model.checkpoint is not None:
         yield "xavier is for new models; a checkpoint has its weights", {"xavier": False}
+    if model_settings(model) and model.checkpoint is not None:
+        yield "model_config is for new models; a checkpoint has its config", {"model_config": "{}"}
     if model.lora_rank and not model.lora_targets:
         yield "lora_rank: expected lora_targets too", {"lora_targets": "q v"}
