@@ -29,7 +29,7 @@ from steppe.errors import DataError
 Item: TypeAlias = dict[str, Tensor]
 _ROWS = 10_000  # that are packed into windows together; the tokens left over are dropped
 _HELD_OUT_SHARE = 0.05  # where the data has no held-out split
-_TRAINING_ROWS = 200_000  # of text that a tokenizer is trained on
+_TRAINING_CHARACTERS = 10_000_000  # of text that a tokenizer is trained on
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,18 @@ def _files(path: Path) -> list[Path]:
 
 
 def _texts(split: Any, column: str) -> Iterator[str]:
-    return (row[column] for row in islice(split, _TRAINING_ROWS) if row[column])
+    """Texts to train a tokenizer on: from all parts of a split, or the first ones of a stream.
+
+    They are bounded, since the training of T5's kind takes minutes for each 10 million characters.
+    """
+    is_stream = isinstance(split, datasets.IterableDataset)
+    read = 0
+    for row in split if is_stream else split.shuffle(seed=0):
+        if row[column]:
+            yield row[column]
+            read += len(row[column])
+        if read >= _TRAINING_CHARACTERS:
+            return
 
 
 def _require_windows(data: str, number: int, length: int, least: int = 1) -> None:
