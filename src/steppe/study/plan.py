@@ -11,8 +11,9 @@ import torch
 
 from steppe.errors import RecipeError, StudyError
 from steppe.files import expanded
+from steppe.study.part import Combination, Part
 from steppe.study.planned import PlannedRun, described
-from steppe.study.study_file import Part, Study
+from steppe.study.study_file import Study
 from steppe.training.recipe import OF_NEW_MODELS, Recipe, read_recipe
 from steppe.training.recipe_file import read_values
 from steppe.training.recipe_model import plugins_of
@@ -206,7 +207,7 @@ def _check_keys(study: Study) -> None:
         ),
     ]
     for part, after in parts:
-        for key in (*part.values, *part.vary):
+        for key in part.keys:
             where, outer = f"{study.path}: {part.where}: ", key.partition(".")[0]
             if outer in _OURS:
                 raise StudyError(f"{where}{key} differs from run to run; leave it out")
@@ -234,7 +235,10 @@ def _runs_of(
             arm = study.arms[arm_name]
             own_values = {**arm.values, **recipe.arms.get(arm_name, Part("")).values}
             for own in _combinations(arm, quick):
-                given = {**study.shared.values, **recipe.values, **own_values, **setting, **own}
+                given = {
+                    **{**study.shared.values, **recipe.values, **own_values},
+                    **{**setting.values, **own.values},
+                }
                 flags = _nested(study, {**given, **(QUICK if quick else {})}, values)
                 if data_dir is not None:
                     flags["data_dir"] = str(expanded(data_dir))
@@ -244,8 +248,8 @@ def _runs_of(
                 made[arm_name] = PlannedRun(
                     recipe=found,
                     recipe_name=path.stem,
-                    arm=f"{arm_name},{described(own)}" if own else arm_name,
-                    setting=setting,
+                    arm=f"{arm_name},{described(own.setting)}" if own.setting else arm_name,
+                    setting=setting.setting,
                     seed=seed,
                     flags=flags,
                     settings=settings,
@@ -259,7 +263,7 @@ def _without_model(keys: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key not in _OF_THE_FIRST}
 
 
-def _combinations(part: Part, quick: bool) -> list[dict[str, Any]]:
+def _combinations(part: Part, quick: bool) -> list[Combination]:
     """The combinations of what varies; the first one alone for a quick look."""
     return part.combinations()[: 1 if quick else None]
 

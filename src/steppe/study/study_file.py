@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from itertools import product
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from steppe.errors import RecipeError, StudyError
 from steppe.files import expanded
+from steppe.study.part import Part, choices_of
 from steppe.training.recipe_file import read_mapping, shown
 
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -22,36 +22,6 @@ ARMS = "arms"
 _KEYS = ("recipes", ARMS, "seeds", "baseline", "set", VARY)
 _NAME = re.compile(r"[\w.+-]+")
 _MOST_SEEDS = 1000
-
-
-@dataclass(frozen=True)
-class Part:
-    """A recipe or an arm of a study, or what all of its runs share.
-
-    Attributes:
-        where: its place in the file, for errors.
-        values: of keys of the recipe that are the same in all its runs.
-        vary: lists of values, by key; the runs have all combinations.
-        after: of an arm, the one whose trained model it starts from; None for a new model.
-        arms: of a recipe, values that an arm has there alone, by arm.
-    """
-
-    where: str
-    values: dict[str, Any] = field(default_factory=dict)
-    vary: dict[str, list[Any]] = field(default_factory=dict)
-    after: str | None = None
-    arms: dict[str, Part] = field(default_factory=dict)
-
-    def combinations(self) -> list[dict[str, Any]]:
-        """All combinations of the values that vary; one empty one where none does.
-
-        Example:
-            >>> Part("arms: a", vary={"lr": [1, 2], "decay": [0]}).combinations()
-            [{'lr': 1, 'decay': 0}, {'lr': 2, 'decay': 0}]
-        """
-        return [
-            dict(zip(self.vary, values, strict=True)) for values in product(*self.vary.values())
-        ]
 
 
 @dataclass(frozen=True)
@@ -227,14 +197,23 @@ def _part(path: Path, where: str, given: Any) -> Part:
             _fault(path, f"{where}: {VARY}", "keys with lists, `learning_rate: [0.001]`", vary)
         )
     for key, several in vary.items():
-        if not isinstance(several, list) or not several:
-            expected = f"a list of values, `{key}: [VALUE, VALUE]`"
-            raise StudyError(_fault(path, f"{where}: {VARY}: {key}", expected, several))
-        if any(several.count(one) > 1 for one in several):
-            raise StudyError(
-                _fault(path, f"{where}: {VARY}: {key}", "each value once", shown(several))
-            )
-    return Part(where, values, {str(key): list(several) for key, several in vary.items()})
+        _check_choices(path, f"{where}: {VARY}: {key}", key, several)
+    return Part(where, values, {str(key): choices_of(key, some) for key, some in vary.items()})
+
+
+def _check_choices(path: Path, where: str, key: str, several: Any) -> None:
+    """Refuse what is neither a list of values nor settings by name."""
+    if isinstance(several, Mapping) and several:
+        for name, values in several.items():
+            if not _NAME.fullmatch(str(name)) or not isinstance(values, Mapping) or not values:
+                expected = f"settings by name, `{key}: {{small: {{length: 32}}}}`"
+                raise StudyError(_fault(path, where, expected, {name: values}))
+        return
+    if not isinstance(several, list) or not several:
+        expected = f"a list of values, `{key}: [VALUE, VALUE]`"
+        raise StudyError(_fault(path, where, expected, several))
+    if any(several.count(one) > 1 for one in several):
+        raise StudyError(_fault(path, where, "each value once", shown(several)))
 
 
 def _seeds(path: Path, given: Any) -> list[int]:
