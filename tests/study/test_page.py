@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from steppe.study.compare import best_groups, groups_of
+from steppe.study.compare import best_groups, front_of, groups_of
 from steppe.study.page import results_page, study_markdown
 from steppe.study.plot import plot_study
 from steppe.study.table import study_table
@@ -133,3 +133,17 @@ def test_the_factors_multiply_to_the_change_of_the_density() -> None:
     assert line_of(why, "half") == f"| `r` | `half` | {cells} |"
     assert "without" not in why
     assert "What moves" not in study_markdown("s", ROWS)
+
+
+def test_the_front_has_what_no_other_beats() -> None:
+    points = {"dense": (0.4, 1.0), "good": (0.2, 1.1), "bad": (0.3, 1.2), "sparse": (0.1, 1.3)}
+    rows = [row(arm, seed, *point) for arm, point in points.items() for seed in (0, 1)]
+    rows.append(row("lucky", 0, 0.01, 0.01))
+    assert [group.arm for group in front_of(groups_of(rows))] == ["dense", "good", "sparse"]
+    equal = [row(arm, seed, 0.2, 1.0) for arm in ("a", "b") for seed in (0, 1)]
+    assert [group.arm for group in front_of(groups_of(equal))] == ["a", "b"]
+    assert "The front" not in study_markdown("s", rows)
+    many = [row(str(k), seed, 0.5, 3.0, k / 10) for k in range(10) for seed in (0, 1)]
+    _, _, front = study_markdown("s", rows + many).partition("The front")
+    assert "`sparse` |" in front
+    assert "`bad`" not in front

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,41 @@ def best_groups(groups: Sequence[Group]) -> list[Group]:
         if kept is None or _rank(group) > _rank(kept):
             best[group.recipe, group.arm] = group
     return list(best.values())
+
+
+def front_of(groups: Sequence[Group]) -> list[Group]:
+    """Of each recipe the groups that no other one beats in density and quality at once.
+
+    Means are compared, of the groups with the most seeds of their recipe.
+
+    Args:
+        groups: of one study.
+
+    Returns:
+        The groups, the densest of each recipe first.
+    """
+    points = []
+    for group in groups:
+        density = group.values(lambda row: row["density"])
+        seeds, quality = _rank(group)
+        if density and seeds:
+            points.append((group, seeds, math.fsum(density) / len(density), quality))
+    most = {
+        one.recipe: max(s for g, s, _, _ in points if g.recipe == one.recipe) for one, *_ in points
+    }
+    taking_part = [point for point in points if point[1] == most[point[0].recipe]]
+    front = [
+        (group, density)
+        for group, _, density, quality in taking_part
+        if not any(
+            other.recipe == group.recipe
+            and (d <= density and q >= quality and (d, q) != (density, quality))
+            for other, _, d, q in taking_part
+        )
+    ]
+    recipes = list(most)
+    front.sort(key=lambda one: (recipes.index(one[0].recipe), -one[1]))
+    return [group for group, _ in front]
 
 
 def quality_name(row: Row) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from steppe.study.cells import cells_of, headings_of
-from steppe.study.compare import Group, Row, best_groups, groups_of
+from steppe.study.compare import Group, Row, best_groups, front_of, groups_of
 from steppe.study.why import why_table
 
 _HEAD = """# Results
@@ -20,6 +20,10 @@ corrected for the number of comparisons.
 _WHY = """What moves the density on training batches: its change against the baseline is the product
 of those of AF, of 1 / ‖x‖² and of 1 / gradient², in the middle of the run → in its last tenth
 (geometric means over blocks):"""
+_FRONT = (
+    "The front: no other arm or setting has both a lower mean density and a better mean quality."
+)
+_FEW = 10  # arms and settings, among which the front is seen at a glance
 _EMPTY = "\nNo study has been run in full yet.\n"
 
 
@@ -70,6 +74,9 @@ def study_markdown(name: str, rows: Sequence[Row], plot: str | None = None) -> s
             "",
         ]
     lines += _table(groups, groups, baseline)
+    front = front_of(groups)
+    if len(groups) > _FEW:
+        lines += ["", _FRONT, "", *_table(front, groups, baseline)]
     why = why_table(best, baseline)
     if why:
         lines += ["", _WHY, "", *why]
