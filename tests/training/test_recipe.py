@@ -155,3 +155,17 @@ def test_wrong_files_say_what_is_right(tmp_path: Path, text: str, message: str) 
 def test_a_recipe_that_is_not_there_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="Did you mean: steppe train text-gpt"):
         read_recipe("text-gtp")
+
+
+def test_a_run_that_would_overwrite_its_checkpoint_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = Path("runs/digits/vanilla/model")
+    model.mkdir(parents=True)
+    flags = ("--use_cpu", "true", "--arm", "vanilla", "--checkpoint", str(model))
+    with pytest.raises(RecipeError, match=r"output_dir: .*vanilla holds the checkpoint") as raised:
+        read_recipe("digits", flags)
+    assert raised.value.instead == ({"output_dir": "FOLDER"},)
+    assert read_recipe("digits", [*flags, "--output_dir", "runs/tuned"]).model.checkpoint
+    assert read_recipe("digits", ["--use_cpu", "true", "--checkpoint", str(model)]).name == "digits"

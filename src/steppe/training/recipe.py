@@ -176,5 +176,14 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, dict[str, object]]]:
         yield "xavier is for new models; a checkpoint has its weights", {"xavier": False}
     if model_settings(model) and model.checkpoint is not None:
         yield "model_config is for new models; a checkpoint has its config", {"model_config": "{}"}
+    if model.checkpoint is not None and _is_within(model.checkpoint, recipe.training.output_dir):
+        fault = f"output_dir: {recipe.training.output_dir} holds the checkpoint {model.checkpoint}"
+        yield f"{fault}, which the run would overwrite", {"output_dir": "FOLDER"}
     if model.lora_rank and not model.lora_targets:
         yield "lora_rank: expected lora_targets too", {"lora_targets": "q v"}
+
+
+def _is_within(place: str, folder: str | None) -> bool:
+    """Whether a local folder is another one, or lies in it."""
+    path = expanded(place)
+    return path.exists() and path.resolve().is_relative_to(expanded(str(folder)).resolve())
