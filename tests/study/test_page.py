@@ -147,3 +147,29 @@ def test_the_front_has_what_no_other_beats() -> None:
     _, _, front = study_markdown("s", rows + many).partition("The front")
     assert "`sparse` |" in front
     assert "`bad`" not in front
+
+
+def test_the_papers_claim_holds_fails_or_is_open() -> None:
+    def both(recipe: str, *shares: float) -> list[dict]:
+        base = [{**row("base", seed, 0.4), "recipe": recipe} for seed in range(len(shares))]
+        three = [
+            {**row("three", seed, 0.4 * share, 2.1), "recipe": recipe, "training_density": 0.3}
+            for seed, share in enumerate(shares)
+        ]
+        return base + three
+
+    rows = [
+        *both("holding", 0.50, 0.52, 0.51),
+        *both("failing", 0.80, 0.82, 0.81),
+        *both("open", 0.50, 0.80, 0.60),
+        *both("single", 0.1),
+    ]
+    _, _, claim = study_markdown("s", rows).partition("The paper's claim")
+    lines = {line.split("`")[1]: line for line in claim.splitlines() if line.startswith("| `")}
+    for recipe, told in (("holding", "holds"), ("failing", "fails"), ("open", "open")):
+        cells = lines[recipe].split(" | ")
+        assert cells[1].startswith(f"*{told}*: -")
+        assert cells[2].startswith("*fails*: -40 %")
+        assert cells[3].startswith("*worse*: loss +0.1000 ± 0.0000")
+    assert "single" not in lines
+    assert "The paper's claim" not in study_markdown("s", ROWS)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from steppe.study.cells import cells_of, headings_of
+from steppe.study.claim import claim_table
 from steppe.study.compare import Group, Row, best_groups, front_of, groups_of
 from steppe.study.why import why_table
 
@@ -77,6 +78,9 @@ def study_markdown(name: str, rows: Sequence[Row], plot: str | None = None) -> s
     front = front_of(groups)
     if len(groups) > _FEW:
         lines += ["", _FRONT, "", *_table(front, groups, baseline)]
+    claim = claim_table(best, baseline)
+    if claim:
+        lines += ["", *claim]
     why = why_table(best, baseline)
     if why:
         lines += ["", _WHY, "", *why]

@@ -1,0 +1,68 @@
+"""The paper's claim about its three plug-ins, held against the rows of a study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from steppe.study.compare import Group, Number, Row, quality_name, quality_of
+from steppe.study.statistics import paired_change, paired_difference
+
+THREE = "three"
+"""The arm with the paper's three plug-ins and nothing else."""
+_CLAIMS = (("density", "inference", -0.36), ("training_density", "training", -0.50))
+_HEAD = """The paper's claim (arXiv 2605.25612, for ViT-B and T5-Base): its three plug-ins lower the
+density by at least 36 % at inference and 50 % in training, at no loss of quality. It *holds* here
+where all of the 95 % interval is beyond that, *fails* where none of it is, and is *open* in
+between:"""
+
+
+def claim_table(groups: Sequence[Group], baseline: str) -> list[str]:
+    """What each recipe says about the claim, in Markdown.
+
+    Args:
+        groups: one an arm and recipe.
+        baseline: the vanilla arm.
+
+    Returns:
+        Its lines; none without the arm `THREE`, or from a single seed.
+
+    Source: arXiv 2605.25612, abstract.
+    """
+    vanilla = {group.recipe: group for group in groups if group.arm == baseline}
+    lines = []
+    for group in groups:
+        if group.arm != THREE or group.recipe not in vanilla:
+            continue
+        other = vanilla[group.recipe]
+        cells = [_verdict(group, other, key, least) for key, _, least in _CLAIMS]
+        if all(cells):
+            lines.append(f"| `{group.recipe}` | {' | '.join(cells)} | {_quality(group, other)} |")
+    if not lines:
+        return []
+    names = " | ".join(f"{name} density, claimed {100 * least:.0f} %" for _, name, least in _CLAIMS)
+    return [_HEAD, "", f"| recipe | {names} | quality |", "|---|---|---|---|", *lines]
+
+
+def _verdict(group: Group, other: Group, key: str, least: float) -> str:
+    """The change of a density and the verdict on it; empty where there is no interval."""
+    number: Number = lambda row: row[key]  # noqa: E731
+    mine, yours = group.pairs(other, number)
+    if len(mine) < 2 or min(*mine, *yours) <= 0:
+        return ""
+    change, low, high = paired_change(mine, yours)
+    verdict = "holds" if high <= least else "fails" if low > least else "open"
+    return f"*{verdict}*: {100 * change:+.0f} % [{100 * low:+.0f}, {100 * high:+.0f}]"
+
+
+def _quality(group: Group, other: Group) -> str:
+    """Whether the quality is worse, and by how much."""
+    row: Row = next(iter(group.rows.values()))
+    mine, yours = group.pairs(other, quality_of)
+    difference = paired_difference(mine, yours) if mine else None
+    if difference is None or math.isnan(difference.half):
+        return "–"
+    name = quality_name(row)
+    is_worse = (difference.mean > 0) == (name == "loss")
+    told = "no difference" if not difference.excludes_zero else "worse" if is_worse else "better"
+    return f"*{told}*: {name} {difference.mean:+.4f} ± {difference.half:.4f}"
