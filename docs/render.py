@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from steppe.report import demo_markdown, plot_training_density
-from steppe.study.page import results_page
+from steppe.report import plot_training_density
+from steppe.study.cells import cells_of, headings_of
+from steppe.study.compare import groups_of
+from steppe.study.page import markdown_of, results_page
 from steppe.study.plot import plot_study
 from steppe.study.rows import read_rows
 
@@ -26,7 +28,9 @@ TRAINING = "benchmarks/results/training_cpu.json"
 # The same two on a processor with AMX, those rows that were measured there.
 MODELS_AMX = "benchmarks/results/models_cpu_amx.json"
 TRAINING_AMX = "benchmarks/results/training_cpu_amx.json"
+_README_NUMBERS = ("held-out quality", "inference density, %", "training density, %")
 STUDIES = ROOT / "docs/results/studies"
+EFFECT = "docs/results/studies/effect.jsonl"
 RESULTS = ROOT / "docs/results.md"
 PAGES = ("README.md", "docs/kernels.md", "docs/screening.md")
 
@@ -38,7 +42,7 @@ def render(page: str) -> str:
         SystemExit: the page marks a passage that there is not, or none.
     """
     passages = {
-        f"table: {DEMO}": lambda: "\n" + demo_markdown(_read(DEMO)),
+        f"effect: {EFFECT}": lambda: "\n" + effect_markdown(read_rows(ROOT / EFFECT)),
         f"speed: {SPEED}": lambda: "\n" + speed_markdown(_read(SPEED)),
         f"screening: {SPEED}": lambda: "\n" + screening_markdown(_read(SPEED)),
         f"models: {MODELS}": lambda: (
@@ -64,11 +68,32 @@ def render(page: str) -> str:
         return match[1] + passages[match[2]]() + match[3]
 
     page, found = re.subn(
-        r"(<!-- ([a-z ]+: [\w/.]+\.json) -->).*?(<!-- end -->)", passage, page, flags=re.DOTALL
+        r"(<!-- ([a-z ]+: [\w/.]+\.jsonl?) -->).*?(<!-- end -->)", passage, page, flags=re.DOTALL
     )
     if not found:
         raise SystemExit("a page without passages")
     return page
+
+
+def effect_markdown(rows: list[dict[str, Any]]) -> str:
+    """Quality and densities of the arms that the README names, by recipe."""
+    wanted = ("vanilla", "control", "three", "threshold", "threshold+three", "l1")
+    chosen = [row for row in rows if row["arm"] in wanted]
+    groups = groups_of(chosen)
+    groups.sort(key=lambda group: (group.recipe, wanted.index(group.arm)))
+    _, numbers = headings_of(groups)
+    shown = [numbers.index(name) for name in _README_NUMBERS]
+    headings = ["recipe", "arm", *_README_NUMBERS]
+    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+    for group in groups:
+        _, cells = cells_of(group, groups, "vanilla", has_settings=False)
+        texts = [markdown_of(cells[index]) for index in shown]
+        lines.append(f"| `{group.recipe}` | {group.arm} | {' | '.join(texts)} |")
+    seeds = sorted({len(group.rows) for group in groups})
+    told = " to ".join(str(end) for end in dict.fromkeys((seeds[0], seeds[-1])))
+    lines.append("")
+    lines.append(f"{told} seeds: means, 95 % intervals, and the paired change against vanilla.")
+    return "\n".join(lines) + "\n"
 
 
 def speed_markdown(result: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from rich.console import Console
 from steppe.errors import OutputError
 from steppe.report import (
     accelerated_sentence,
-    demo_markdown,
     demo_table,
     plot_training_density,
     speed_table,
@@ -141,10 +140,6 @@ def test_several_seeds_show_their_spread() -> None:
     assert "20.0" in text
     assert "± 2.0" in text
     assert "3 seeds" in text
-
-
-def test_markdown_agrees_with_the_table() -> None:
-    assert "| digits | steppe | accuracy 98.0 % | 15.0 (-25%) |" in demo_markdown(SUMMARY)
 
 
 def test_plot_is_a_png_and_an_unwritable_path_is_an_error(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from steppe.report.page import write_report
 from steppe.report.plots import plot_bench, plot_training_density
 from steppe.report.tables import (
     accelerated_sentence,
-    demo_markdown,
     demo_table,
     recipe_table,
     speed_table,
@@ -26,7 +25,6 @@ __all__ = [
     "calibration_table",
     "count_flops",
     "curve_table",
-    "demo_markdown",
     "demo_table",
     "find_runs",
     "measure_table",

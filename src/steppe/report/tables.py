@@ -146,30 +146,6 @@ def _speed_cells(first: dict[str, Any], gains: Iterable[float]) -> list[str]:
     ]
 
 
-def demo_markdown(summary: dict[str, Any]) -> str:
-    """The result of `steppe demo` as a Markdown table, for the README.
-
-    Args:
-        summary: as `steppe.training.demo.run_demo` returned or wrote it.
-
-    Returns:
-        The lines of the table, each ended.
-    """
-    lines = [
-        "| data | arm | held-out quality | inference density, % | training density, % "
-        "| derivative density, % |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, data_set in summary["data_sets"].items():
-        arms = data_set["arms"]
-        for arm, result in arms.items():
-            cells = [name, arm, f"{data_set['quality']} {_quality(data_set['quality'], result)}"]
-            densities = ("density", "training_density", "derivative_density")
-            cells += [_with_change(arms, arm, key) for key in densities]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def _spread_below(cell: str) -> str:
     """``15.0 ± 1.4 (-38%)`` on two lines, so that the table fits into 80 columns."""
     mean, sign, rest = cell.partition(" ± ")

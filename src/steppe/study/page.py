@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from steppe.study.cells import cells_of, headings_of
+from steppe.study.cells import Cell, cells_of, headings_of
 from steppe.study.claim import claim_table
 from steppe.study.compare import Group, Row, best_groups, front_of, groups_of
 from steppe.study.why import why_table
@@ -114,18 +114,22 @@ def _table(groups: Sequence[Group], others: Sequence[Group], baseline: str) -> l
     lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     for group in groups:
         names, cells = cells_of(group, others, baseline, len(texts) > 2)
-        shown = [_code(name) for name in names] + [
-            f"{cell.text}{f' ({_bold(cell.change, cell.is_sure)})' if cell.change else ''}"
-            for cell in cells
-        ]
+        shown = [*(_code(name) for name in names), *(markdown_of(cell) for cell in cells)]
         lines.append(f"| {' | '.join(shown)} |")
     return lines
+
+
+def markdown_of(cell: Cell) -> str:
+    """A cell with its change in brackets, bold where it is sure.
+
+    Args:
+        cell: of a table.
+    """
+    if not cell.change:
+        return cell.text
+    return f"{cell.text} ({f'**{cell.change}**' if cell.is_sure else cell.change})"
 
 
 def _code(text: str) -> str:
     """A word as code; its parts may be broken into lines at the commas."""
     return " ".join(f"`{part}`" for part in text.split(",")) if text else ""
-
-
-def _bold(text: str, is_sure: bool) -> str:
-    return f"**{text}**" if is_sure else text
