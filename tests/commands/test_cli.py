@@ -63,7 +63,7 @@ def test_demo_writes_summary_plot_logs_and_models_and_prints_the_table(tmp_path:
     for data_set, quality in (("digits", "accuracy"), ("pydoc", "loss")):
         assert data_set in result.stdout
         arms = summary["data_sets"][data_set]["arms"]
-        assert list(arms) == ["vanilla", "control", "steppe", "threshold"]
+        assert list(arms) == ["vanilla", "control", "steppe", "best"]
         for name, arm in arms.items():
             for key in (quality, "density", "training_density", "derivative_density"):
                 assert arm[key] > 0
@@ -71,8 +71,8 @@ def test_demo_writes_summary_plot_logs_and_models_and_prints_the_table(tmp_path:
             folder = tmp_path / data_set / name / "seed-0"
             assert list(folder.glob("runs/*/events.out.tfevents.*"))
             config = json.loads((folder / "model" / "config.json").read_text())
-            assert ("steppe" in config) == (name in ("steppe", "threshold"))
-    for name in ("vanilla", "control", "steppe", "threshold"):
+            assert ("steppe" in config) == (name in ("steppe", "best"))
+    for name in ("vanilla", "control", "steppe", "best"):
         assert name in result.stdout
     assert "ours and not the paper's" in result.stdout
     assert "dense time / accelerated time" in result.stdout
@@ -80,7 +80,7 @@ def test_demo_writes_summary_plot_logs_and_models_and_prints_the_table(tmp_path:
     assert "faster (" in result.stdout
     assert result.stdout.splitlines()[-1] == str(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for label in ("digits", "pydoc", "vanilla", "control", "steppe", "threshold"):
+    for label in ("digits", "pydoc", "vanilla", "control", "steppe", "best"):
         assert label in page
     assert result.stderr == ""
 

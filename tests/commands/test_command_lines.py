@@ -249,7 +249,7 @@ def test_the_help_of_a_recipe_has_every_key_with_its_value_and_help(
             assert after.split()[:3] == field.metadata["help"].replace("%%", "%").split()[:3]
     for line in ("--length 128", "--vocab_size 2048", "--max_steps 1000", "--streaming false"):
         assert f"  {line}" in lines  # the recipe's own, and a default
-    assert "  --output_dir runs/text-gpt/steppe" in lines
+    assert "  --output_dir runs/text-gpt/best" in lines
 
 
 def test_markup_in_names_is_printed_as_it_is_after_training(
@@ -272,7 +272,7 @@ def test_markup_in_names_is_printed_as_it_is_after_training(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-4:-2] == [str(folder / "run" / name) for name in ("summary.json", "model")]
     assert lines[-1] == str(folder / "run" / "report.html")
-    assert any("[bold], steppe" in line for line in lines)
+    assert any("[bold], best" in line for line in lines)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

@@ -41,7 +41,7 @@ def test_a_wrong_file_is_one_error_and_nothing_is_run(
     assert call("mine.yaml") == 2
     told = capsys.readouterr().err
     assert told.startswith("error: mine.yaml: digits/a: ")
-    assert "expected one of vanilla, control, steppe, threshold, got 'b'" in told
+    assert "expected one of vanilla, control, steppe, threshold, best, got 'b'" in told
     assert not (tmp_path / "runs").exists()
     assert call("mine.yaml", "--data", "digits") == 2
     assert "--data RECIPE=FOLDER" in capsys.readouterr().err

@@ -9,6 +9,10 @@ import pytest
 from steppe.errors import StudyError
 from steppe.study.plan import check_runs, plan_runs, words_of
 from steppe.study.study_file import list_studies, read_study
+from steppe.training.recipe import read_recipe
+from steppe.training.recipe_arguments import NORMS_NOT_DECAYED
+from steppe.training.recipe_model import plugins_of
+from steppe.training.recipe_parser import as_flag
 
 GOOD = """# Two arms
 recipes:
@@ -176,3 +180,19 @@ def test_the_studies_that_come_with_steppe_can_be_run(name: str, tmp_path: Path)
     check_runs(study, list(per_recipe.values()), tmp_path)
     arms = [run for run in runs if run.recipe_name == "digits" and run.seed == 0]
     check_runs(study, list({run.arm: run for run in arms}.values()), tmp_path)
+
+
+def test_the_default_arm_is_the_one_that_the_study_compares() -> None:
+    study = read_study("effect")
+    flags = [
+        word
+        for key, value in study.arms["threshold+three"].values.items()
+        for word in as_flag(key, value)
+    ]
+    cpu = ("--use_cpu", "true")
+    named, composed, usual = (
+        read_recipe("digits", [*cpu, *words]) for words in (("--arm", "best"), flags, ())
+    )
+    assert plugins_of(named) == plugins_of(composed) == plugins_of(usual)
+    assert len(plugins_of(named)) == 4
+    assert {named.arm.arm, composed.arm.arm} <= set(NORMS_NOT_DECAYED)

@@ -130,9 +130,10 @@ def test_arms_and_subsets_of_plugins(text: Path, tmp_path: Path) -> None:
         "vanilla": ("--arm", "vanilla"),
         "control": ("--arm", "control"),
         "subset": ("--arm", "vanilla", "--restricted_norm", "true"),
-        "without": ("--zeroth_bias", "false"),
+        "without": ("--arm", "steppe", "--zeroth_bias", "false"),
         "threshold": ("--arm", "threshold", "--threshold_multiple", "1.5"),
-        "both": ("--rising_threshold", "true", "--activation_penalty", "1e-4"),
+        "named": ("--plugins", '{"rising_threshold": {"multiple": 1.5}}'),
+        "both": ("--arm", "best", "--activation_penalty", "1e-4"),
         "penalty": ("--arm", "control", "--activation_penalty", "1e-4", "--penalty_ramp", "0.1"),
     }.items():
         recipe = tiny_text_recipe(
@@ -146,6 +147,7 @@ def test_arms_and_subsets_of_plugins(text: Path, tmp_path: Path) -> None:
     assert found["subset"] == ["restricted_norm"]
     assert found["without"] == ["restricted_norm", "jumping_squared_relu"]
     assert found["threshold"] == ["rising_threshold"]
+    assert found["named"] == found["both"][:4]
     assert found["both"] == [
         *("zeroth_bias", "restricted_norm", "jumping_squared_relu"),
         *("rising_threshold", "activation_penalty"),
@@ -168,14 +170,15 @@ def test_all_parameters_decay_but_the_controls_norms(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "train", look)
-    for arm in ("vanilla", "control", "threshold"):
+    for arm in ("vanilla", "control", "threshold", "best"):
         groups.clear()
         recipe = tiny_text_recipe(text / "data", text / "cache", tmp_path / arm, "--arm", arm)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(recipe)
         spared = {name for name, decay in groups.items() if decay == 0}
         norms = {f"transformer.h.{i}.ln_2.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
-        assert spared == (set() if arm == "vanilla" else norms)
+        assert spared == (set() if arm == "vanilla" else norms & set(groups))
+        assert "transformer.h.0.ln_2.weight" in groups
         assert groups["transformer.ln_f.bias"] == 0.3
 
 

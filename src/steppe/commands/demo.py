@@ -60,7 +60,7 @@ def demo(
         "control: vanilla without weight decay on the norm scales, which alone gives much of the"
         " effect.",
         "steppe: zeroth bias + restricted norm + J-SquaredReLU, the paper's three.",
-        "threshold: control with a rising threshold, which is ours and not the paper's.",
+        "best: control with these three and a rising threshold, which is ours.",
         style="dim",
     )
     show_table(speed_table(summary))

@@ -5,10 +5,11 @@ The arms of a seed start from the same initial weights and see the same order of
 - ``vanilla``: weight decay on all parameters, norms included, as in the paper's ImageNet recipe;
 - ``control``: vanilla, but the norms are not decayed (the effect of RestrictedNorm alone);
 - ``steppe``: vanilla's optimizer with the paper's three plug-ins;
-- ``threshold``: control with the rising threshold, which is ours and not the paper's.
+- ``best``: control with these three and the rising threshold, which is ours and not the paper's.
 
 The blocks of these two are too small for the sparse kernels to gain. The third model is wide. It is
-trained twice in the arm ``threshold``, from the same seed: dense and accelerated.
+trained twice with the rising threshold alone, the arm ``threshold``, from the same seed: dense and
+accelerated.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import nn
 from steppe.files import prepare_file, write_json, writing_to
 from steppe.runs import RUN_FILE, Run, read_run, write_run
 from steppe.training.recipe import Recipe, read_recipe
-from steppe.training.recipe_arguments import ARMS, model_settings
+from steppe.training.recipe_arguments import model_settings
 from steppe.training.recipe_data import bytes_model
 from steppe.training.run_recipe import run_recipe
 
@@ -61,6 +62,7 @@ class Task:
 
 
 TASKS = (Task("digits", "accuracy", "top1"), Task("pydoc", "loss", "loss"))
+ARMS = ("vanilla", "control", "steppe", "best")
 WIDE = Task("pydoc-wide", "loss", "loss")
 _WIDE_ARM = "threshold"
 _WAYS = ("dense", "accelerated")  # that the wide model is trained in

@@ -11,8 +11,8 @@ from steppe.blocks.patterns import BlockPattern
 from steppe.errors import PatternError, RecipeError
 from steppe.training.recipe_file import shown
 
-ARMS = ("vanilla", "control", "steppe", "threshold")
-NORMS_NOT_DECAYED = ("control", "threshold")
+ARMS = ("vanilla", "control", "steppe", "threshold", "best")
+NORMS_NOT_DECAYED = ("control", "threshold", "best")
 """The arms in which the norms before the MLPs have no weight decay."""
 IMAGES, CAUSAL, SPANS = "image-classification", "causal-lm", "span-corruption"
 TASKS = (IMAGES, CAUSAL, SPANS)
@@ -96,10 +96,10 @@ class ArmArguments:
     """The arm: the part that steppe has in the training."""
 
     arm: str = field(
-        default="steppe",
+        default="best",
         metadata={
-            "help": "vanilla, control (the MLP norms' scales not decayed), steppe, or threshold"
-            " (control with the rising threshold)."
+            "help": "vanilla, control (the MLP norms' scales not decayed), steppe (the paper's"
+            " three plug-ins), threshold (control with the rising threshold), or best (all four)."
         },
     )
     zeroth_bias: bool | None = field(default=None, metadata={"help": "By default as the arm."})
@@ -122,7 +122,10 @@ class ArmArguments:
     )
     plugins: str = field(
         default="{}",
-        metadata={"help": "More plug-ins by key, with settings; a mapping, as a flag in JSON."},
+        metadata={
+            "help": "Plug-ins by key, with settings, besides the arm's or in place of its own of the"
+            " same key; a mapping, as a flag in JSON."
+        },
     )
     ramp: float = field(
         default=0.0,

@@ -123,13 +123,13 @@ def _vanilla(checkpoint: str, task: str) -> PreTrainedModel:
 
 
 def plugins_of(recipe: Recipe) -> list[Plugin]:
-    """The plug-ins of the arm, and those that flags add or leave out.
+    """The plug-ins of the arm, those that flags add or leave out, and those named with settings.
 
     Args:
         recipe: its arm.
     """
     arm = recipe.arm
-    papers, ours = arm.arm == "steppe", arm.arm == "threshold"
+    papers, ours = arm.arm in ("steppe", "best"), arm.arm in ("threshold", "best")
     positions = None if recipe.model.task == IMAGES else recipe.data.length
     threshold = RisingThreshold(arm.threshold_multiple, arm.threshold_ramp)
     wanted: list[tuple[bool | None, bool, Plugin]] = [
@@ -141,7 +141,9 @@ def plugins_of(recipe: Recipe) -> list[Plugin]:
     plugins = [plugin for asked, usual, plugin in wanted if (usual if asked is None else asked)]
     if arm.activation_penalty:
         plugins.append(ActivationPenalty(arm.activation_penalty, arm.penalty_ramp))
-    return plugins + named_plugins(arm.plugins)
+    named = named_plugins(arm.plugins)
+    keys = {plugin.key for plugin in named}
+    return [plugin for plugin in plugins if plugin.key not in keys] + named
 
 
 def add_lora_(model: PreTrainedModel, recipe: Recipe) -> LoraModel | None:
