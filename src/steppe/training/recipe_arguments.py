@@ -123,8 +123,8 @@ class ArmArguments:
     plugins: str = field(
         default="{}",
         metadata={
-            "help": "Plug-ins by key, with settings, besides the arm's or in place of its own of the"
-            " same key; a mapping, as a flag in JSON."
+            "help": "Plug-ins by key, with settings, besides the arm's or in place of its own of"
+            " the same key; a mapping, as a flag in JSON."
         },
     )
     ramp: float = field(
