@@ -5,6 +5,7 @@ Together they are larger than the L2 cache, so each reads its weights from memor
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +18,19 @@ from gpu_steps.timing import graph_of, time_turns
 from steppe.bench import Block
 
 BLOCKS = 8
+DENSITY = 0.05
+_SCREENS = {"unscreened": False, "screened": True}
 WIDTHS, TOKENS = (2048, 768, 1024, 4096), (1, 4, 16, 2, 8)  # what matters most comes first
 
 
 def run(context: Context) -> None:
     """Time them in bfloat16; F is 4 D."""
     widths, tokens = ((8,), (1, 2)) if context.is_dry else (WIDTHS, TOKENS)
-    context.keep(variants="a graph of eager calls, and of compiled ones; us of a block")
+    context.keep(
+        variants="a graph of eager calls, of compiled ones, and, of one token, of steppe's kernels"
+        " without a screen and with it; us of a block",
+        density=DENSITY,
+    )
     for number, width in itertools.product(tokens, widths):
         context.attempt(
             f"D{width}_T{number}",
@@ -39,12 +46,17 @@ def times(context: Context, width: int, tokens: int) -> dict[str, Any]:
         blocks = nn.Sequential(*(Block(width, 4 * width).bfloat16() for _ in range(BLOCKS)))
     blocks.requires_grad_(False)
     x = torch.randn(tokens, width, device=context.device, dtype=torch.bfloat16)
-    runs: dict[str, Callable[[], object]] = {"eager": lambda: blocks(x)}
+    for block in blocks:
+        p = nn.functional.linear(x, block.up.weight).float()
+        block.up.bias.fill_(-p.quantile(1.0 - DENSITY))
+    calls: dict[str, Callable[[], object]] = {"eager": lambda: [block(x) for block in blocks]}
     if context.device == "cuda":
-        runs = {
-            name: graph_of(lambda call=call: call(x)).replay
-            for name, call in (("eager", blocks), ("compiled", compiled(blocks)))
-        }
+        calls["compiled"] = compiled(blocks, x)
+        if tokens == 1:
+            calls |= {name: kernels(blocks, x, screens) for name, screens in _SCREENS.items()}
+    runs = calls
+    if context.device == "cuda":
+        runs = {name: graph_of(call).replay for name, call in calls.items()}
     found = time_turns(runs, context.device, seconds=0.5, calls=4)
     size = sum(weight.numel() * weight.element_size() for weight in blocks.parameters())
     for row in found.values():
@@ -54,14 +66,21 @@ def times(context: Context, width: int, tokens: int) -> dict[str, Any]:
     return found
 
 
-def compiled(blocks: nn.Sequential) -> Callable[[Tensor], Tensor]:
+def compiled(blocks: nn.Sequential, x: Tensor) -> Callable[[], object]:
     """The blocks by torch.compile, one graph for each of them."""
     torch.compiler.reset()
     block = torch.compile(Block.forward, dynamic=False)
+    return lambda: [block(one, x) for one in blocks]
 
-    def call(x: Tensor) -> Tensor:
-        for one in blocks:
-            x = block(one, x)
-        return x
 
-    return call
+def kernels(blocks: nn.Sequential, x: Tensor, screens: bool) -> Callable[[], object]:
+    """The blocks by `steppe.ops.cuda.decode`."""
+    decode = importlib.import_module("steppe.ops.cuda.decode")  # which needs Triton
+    arguments = [
+        (
+            *(block.up.weight, block.up.bias, block.down.weight.T.contiguous(), block.down.bias),
+            decode.screen_of(block.up.weight, block.up.bias) if screens else None,
+        )
+        for block in blocks
+    ]
+    return lambda: [decode.decode_token(x, *one) for one in arguments]

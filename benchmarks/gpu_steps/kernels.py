@@ -20,6 +20,7 @@ from gpu_steps.timing import graph_of, time_one
 
 PACKAGE = "steppe.ops.cuda"
 SHAPES = ((1, 32), (1, 8192), (3, 100), (16, 2048), (17, 3073), (257, 768), (256, 4096), (0, 64))
+DECODE_SHAPES = ((64, 256), (2048, 8192), (768, 3072), (131, 77), (4096, 16384))  # D, F
 DENSITIES = (0.0, 0.01, 0.05, 0.3, 1.0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One rounding of the result, and what float32 loses before it.
@@ -148,4 +149,94 @@ def times(context: Context) -> dict[str, Any]:
     return found
 
 
-CHECKS = {"pack": (against_float64, odd_values, same_bits, times)}
+def block_of(width: int, units: int, density: float, dtype: Any, device: str) -> list[Tensor]:
+    """x, K, b, V and c, a share of the units being active."""
+    shapes = (1, width), (units, width), (units, width), (width,)
+    x, weight, down, down_bias = (torch.randn(s, device=device).to(dtype) for s in shapes)
+    p = (x.double() @ weight.double().T)[0]
+    bias = -p.quantile(1.0 - density).repeat(units) + (density == 1.0)
+    return [x, weight, bias.to(dtype), down, down_bias]
+
+
+def dense_token(block: list[Tensor], beta: float) -> Tensor:
+    """`steppe.ops.cuda.decode.decode_token` by its definition, float64."""
+    x, weight, bias, down, down_bias = (part.double() for part in block)
+    r = torch.relu(x @ weight.T + bias)
+    return (r + beta * r * r) @ down + down_bias
+
+
+def decode_tokens(context: Context, block: list[Tensor], beta: float = 0.0) -> list[Tensor]:
+    """Z by the kernels: screened, and twice by the launch for that, with a screen and without."""
+    if context.is_dry:
+        return 3 * [dense_token(block, beta).to(block[0].dtype)]
+    decode = importlib.import_module(f"{PACKAGE}.decode")
+    screen = decode.screen_of(block[1], block[2])
+    config = decode.config_of(block[1].shape[1], screens=True)
+    again = [decode.launch(*block, one, (1.0, beta), config) for one in (screen, None)]
+    return [decode.decode_token(*block, screen, 1.0, beta), *again]
+
+
+def tokens_against_float64(context: Context) -> dict[str, Any]:
+    """The largest distance of z by dtype, of its length; a screen must not change it."""
+    torch.manual_seed(0)
+    worst = {str(dtype): 0.0 for dtype in DTYPES}
+    shapes = DECODE_SHAPES[:1] if context.is_dry else DECODE_SHAPES
+    for (width, units), density, dtype in itertools.product(shapes, DENSITIES, DTYPES):
+        block = block_of(width, units, density, dtype, context.device)
+        z, *others = decode_tokens(context, block, 0.5)
+        where = f"D {width}, F {units}, density {density}, {dtype}"
+        assert all(z.equal(other) for other in others), f"{where}: the screen changes z"
+        wanted = dense_token(block, 0.5)
+        if wanted.abs().max() < torch.finfo(dtype).max:
+            error = ((z.double() - wanted).norm() / wanted.norm()).item()
+            worst[str(dtype)] = max(worst[str(dtype)], error)
+            assert error <= max(_TOLERANCE[dtype], 4e-6), f"{where}: z is off by {error:.1e}"
+    return worst
+
+
+def hard_to_screen(context: Context) -> str:
+    """Units whose p is zero or the next number, and such as reach the bound: none is missed."""
+    generator = torch.Generator().manual_seed(0)
+    width, units = (64, 32) if context.is_dry else (2048, 8192)
+    x = torch.randint(-127, 128, (1, width), generator=generator).float()
+    x[:, 0], x[:, 1] = 127.0, 0.0
+    on_grid = torch.randint(-120, 121, (units, width), generator=generator).float()
+    on_grid[:, 1] = 127.0
+    for weight in (torch.randn(units, width, generator=generator), on_grid + x / 256):
+        zero = -(x.double() * weight.double()).sum(1)
+        above = zero + 1e-3 * x.double().square().sum() / 256
+        for bias in (zero.float(), zero.float().nextafter(torch.tensor(torch.inf)), above.float()):
+            block = [x, weight, bias, torch.randn(units, width), torch.zeros(width)]
+            z, *others = decode_tokens(context, [part.to(context.device) for part in block])
+            assert all(z.equal(other) for other in others), "a unit was missed"
+        assert z.any(), "none is active, though all are by a thousandth of the bound"
+    return "none is missed"
+
+
+def tokens_again(context: Context) -> str:
+    """Fifty calls give the same bits, and so does a CUDA graph with other inputs."""
+    torch.manual_seed(0)
+    shape = (64, 32) if context.is_dry else (2048, 8192)
+    block = block_of(*shape, 0.05, torch.bfloat16, context.device)
+    first, *_ = decode_tokens(context, block)
+    for _ in range(3 if context.is_dry else 50):
+        assert decode_tokens(context, block)[0].equal(first)
+    if context.device != "cuda":
+        return "the same"
+    decode = importlib.import_module(f"{PACKAGE}.decode")
+    x, *weights = block
+    screen = decode.screen_of(*weights[:2])
+    static, outputs = x.clone(), []
+    graph = graph_of(lambda: outputs.append(decode.decode_token(static, *weights, screen)))
+    static.copy_(torch.randn_like(x))
+    graph.replay()
+    fresh = decode.decode_token(static, *weights, screen)
+    assert outputs[-1].equal(fresh), "a replayed graph computes something else"
+    return "the same, in a CUDA graph too"
+
+
+CHECKS = {
+    "pack": (against_float64, odd_values, same_bits, times),
+    "decode": (tokens_against_float64, hard_to_screen, tokens_again),
+    "decode_kernels": (),  # which decode launches
+}

@@ -45,14 +45,15 @@ class Grid(NamedTuple):
     width: int
 
 
-def quantise(matrix: Tensor, most: int = MOST_OF_BYTES[0]) -> Grid:
+def quantise(matrix: Tensor, most: int = MOST_OF_BYTES[0], rotates: bool = True) -> Grid:
     """The rows of a matrix on a grid of their own, after `rotate`.
 
     Args:
-        matrix: ``[N, D]``, float32 or bfloat16.
+        matrix: ``[N, D]``, float32 or a dtype whose values are all in float32.
         most: the largest integer.
+        rotates: without it the integers are ``[N, D]``; a product takes grids of one kind.
     """
-    rotated = rotate(matrix.double())
+    rotated = rotate(matrix.double()) if rotates else matrix.double()
     largest = rotated.abs().amax(1) if matrix.shape[1] else rotated.new_zeros(matrix.shape[0])
     usable = largest.isfinite() & (largest > 0)
     scale = torch.where(usable, largest / most, 1.0)
@@ -115,15 +116,35 @@ def slack(x: Grid, weight: Grid, bias: Tensor | None = None) -> Tensor:
         float64 ``[T, F]``; NaN where x or the weight is not finite, or so large that sums of their
         products may overflow on the way.
     """
-    of_norm, of_residual, constant = _of_units(weight)
+    of_norm, of_residual, constant = slack_of_units(weight)
     norm = x.norm[:, None].where(x.norm[:, None] < _LARGE_INPUT, torch.nan)
-    b = torch.zeros(()) if bias is None else bias.double().abs()
-    of_bias = ((2 * weight.width + 64) * _UNIT + _OURS) * b
+    of_bias = 0.0 if bias is None else slack_of_bias(bias, weight.width)
     return norm * of_norm + x.residual[:, None] * of_residual + constant + of_bias
 
 
-def _of_units(weight: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """The coefficients of ‖x‖ and of ‖x − x̃‖ in a unit's slack, and its constant; ``[F]`` each."""
+def slack_of_bias(bias: Tensor, width: int) -> Tensor:
+    """What `slack` adds for a bias.
+
+    Args:
+        bias: ``[F]``.
+        width: D.
+
+    Returns:
+        float64 ``[F]``.
+    """
+    return ((2 * width + 64) * _UNIT + _OURS) * bias.double().abs()
+
+
+def slack_of_units(weight: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of `slack` that do not depend on x.
+
+    Args:
+        weight: grid of ``[F, D]``.
+
+    Returns:
+        The coefficients of ‖x‖ and of ‖x − x̃‖ in a unit's slack, and its constant without the
+        bias; float64 ``[F]`` each. The first is NaN for a row that is too large or not finite.
+    """
     width = weight.width
     size = weight.norm + weight.residual  # not below ‖k̃‖
     rounding = (2 * width + 64) * _UNIT + _OURS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ops.cuda import ahead
-from steppe.ops.cuda import pack
+from steppe.ops.cuda import decode, decode_kernels, pack
 from steppe.ops.reference import ceil_div
 
 pytestmark = pytest.mark.skipif(
@@ -24,6 +25,13 @@ WIDE = {"count": (1, 0), "pack": (1, 1), "unpack": (1, 2)}
 # A program asks for a step at a time: 2 KB of 16-bit entries, so 9 programs of 128 threads have to
 # fit into 65536 registers; 4 KB of float32, so 5.
 REGISTERS = {2: 65536 // (9 * 128) // 8 * 8, 4: 65536 // (5 * 128) // 8 * 8}
+# One dtype on each, and each on an H100.
+DECODING = [(one, torch.bfloat16) for one in ahead.ARCHITECTURES] + [
+    (90, dtype) for dtype in (torch.float32, torch.float16)
+]
+# Of `find_active`, each with 8 KB in flight or more.
+PROGRAMS = 3
+WAITS = r"BAR\.|ACQBULK"
 SPILLS = r"(LDL|STL)(\..*)?"
 FLUSHED = r".*\.FTZ.*"  # subnormal numbers become 0
 ATOMICS = r"(ATOM|ATOMG|ATOMS|RED)(\..*)?"
@@ -93,6 +101,64 @@ def test_the_count_of_spills_can_fail(tmp_path: Path) -> None:
 def test_the_count_of_fused_products_can_fail(tmp_path: Path) -> None:
     code = compiled("pack", torch.float32, 90, tmp_path, enable_fp_fusion=True)
     assert code.count("FFMA.*") > 0
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), DECODING)
+@pytest.mark.parametrize("width", [768, 2048, 4096])
+@pytest.mark.parametrize("screens", [False, True])
+def test_what_finding_active_units_needs(
+    screens: bool, width: int, dtype: torch.dtype, architecture: int, tmp_path: Path
+) -> None:
+    config = decode.config_of(width, screens)
+    x, floats = torch.empty(16, dtype=dtype), torch.empty(16)
+    words = torch.empty(16, dtype=torch.int32)
+    arguments = (x, words, floats, x, x, words, words, floats, 4 * width, 1.0, 0.0)
+    constants = decode.constants_of(width, screens, config, pdl=architecture >= 90)
+    code = ahead.compile_ahead(
+        decode_kernels.find_active, arguments, architecture, tmp_path, **constants
+    )
+    threads = 32 * config.warps
+    assert 16 <= code.registers <= 65536 // threads // PROGRAMS // 8 * 8
+    assert (code.stack, code.count(SPILLS)) == (0, 0)
+    assert (code.shared + 1024) * PROGRAMS <= 1024 * ahead.SHARED_LIMIT[architecture]
+    assert code.count(ATOMICS) == 0
+    # Rounding to an integer may flush: what is below ½ becomes 0 in any case.
+    assert code.count(FLUSHED) == code.count(r"(FRND|F2I)\.FTZ\.FLOOR.*")
+    rows = config.batch * width * dtype.itemsize // 16 // threads  # of K, 16 bytes a thread
+    words_a_thread = config.group * decode.words_of(width) // threads
+    assert code.count(r"LDG\.E\.128.*") >= rows + (words_a_thread // 4 if screens else 0)
+    assert (code.count(r"IDP\.4A\.S8\.S8.*") > 0) == screens
+    if screens:
+        assert code.count(r"IDP\.4A\.S8\.S8.*") >= 2 * words_a_thread  # two bytes of x
+        # The first rows of the copy are asked for before anything waits.
+        wait = next(i for i, opcode in enumerate(code.opcodes) if re.match(WAITS, opcode))
+        ahead_of_it = [opcode for opcode in code.opcodes[:wait] if opcode.startswith("LDG.E.128")]
+        assert len(ahead_of_it) >= words_a_thread // 4
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), DECODING)
+@pytest.mark.parametrize("width", [768, 2048, 4096])
+@pytest.mark.parametrize("screens", [False, True])
+def test_what_adding_rows_needs(
+    screens: bool, width: int, dtype: torch.dtype, architecture: int, tmp_path: Path
+) -> None:
+    config = decode.config_of(width, screens)
+    lists = ceil_div(4 * width, config.rows)
+    x, floats = torch.empty(16, dtype=dtype), torch.empty(16)
+    words = torch.empty(16, dtype=torch.int32)
+    arguments = (words, words, floats, x, x, x, width, lists)
+    constants = decode.down_constants_of(lists, config, pdl=architecture >= 90)
+    code = ahead.compile_ahead(
+        decode_kernels.add_rows, arguments, architecture, tmp_path, **constants
+    )
+    threads = 32 * config.down_warps
+    assert 16 <= code.registers <= 65536 // threads // 8 * 8  # a program on each processor
+    assert (code.stack, code.count(SPILLS)) == (0, 0)
+    assert code.shared <= 48 * 1024
+    assert code.count(r"(ATOM|ATOMG|RED)(\..*)?") == 0  # the histogram's are in shared memory
+    assert code.count(FLUSHED) == 0
+    rows = config.down_batch * config.down_columns * dtype.itemsize // 16 // threads
+    assert code.count(r"LDG\.E\.128.*") >= rows
 
 
 @triton.jit
