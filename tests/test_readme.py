@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Minutes of training, made short; `bench` and `calibrate` are run by test_cli.py.
 SHORTENED = {
-    "steppe train text-gpt --data_dir ./texts --arm steppe --accelerate": "--max_steps 2"
+    "steppe train text-gpt --data_dir ./texts --accelerate": "--max_steps 2"
     " --vocab_size 300 --length 32 --eval_steps 2 --held_out_samples 8 --use_cpu true"
     " --cache_dir cache",
 }
@@ -93,7 +93,7 @@ def test_figures_are_the_committed_results() -> None:
     rendering = runpy.run_path(str(ROOT / "docs" / "render.py"))
     for name in rendering["PAGES"]:
         page = (ROOT / name).read_text(encoding="utf-8")
-        blank = re.sub(r"(json -->).*?(<!-- end -->)", r"\1\2", page, flags=re.DOTALL)
+        blank = re.sub(r"(jsonl? -->).*?(<!-- end -->)", r"\1\2", page, flags=re.DOTALL)
         assert blank != page
         assert rendering["render"](blank) == page
 

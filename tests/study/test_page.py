@@ -127,11 +127,17 @@ def test_the_factors_multiply_to_the_change_of_the_density() -> None:
         row("without", 0, 0.1),
     ]
     page = study_markdown("s", rows)
-    _, _, why = page.partition("What moves the density")
+    why = page.partition("What moves the density")[2].partition("in the course of training")[0]
     factors = ("0.50", "1.50", "0.67", "0.50")
     cells = " | ".join(f"×{one} → **×{one} [{one}, {one}]**" for one in factors)
     assert line_of(why, "half") == f"| `r` | `half` | {cells} |"
     assert "without" not in why
+    (_, _, changed, *_) = rows
+    changed["terms"]["derivative_density"] = [0.4, *[0.2] * (PARTS - 2), 0.1]
+    _, _, course = study_markdown("s", rows).partition("in the course of training")
+    assert line_of(course, "half").startswith("| `r` | `half` | 20.0 | 14.1 | 14.1 |")
+    assert line_of(course, "half").endswith("| ×0.50 [0.00, 3341.33] |")
+    assert line_of(course, "base").endswith("| ×1.00 [1.00, 1.00] |")
     assert "What moves" not in study_markdown("s", ROWS)
 
 
@@ -151,10 +157,13 @@ def test_the_front_has_what_no_other_beats() -> None:
 
 def test_the_papers_claim_holds_fails_or_is_open() -> None:
     def both(recipe: str, *shares: float) -> list[dict]:
-        base = [{**row("base", seed, 0.4), "recipe": recipe} for seed in range(len(shares))]
+        base = [
+            {**row("base", seed, 0.4), "recipe": recipe, "settings": {"arm": "vanilla"}}
+            for seed in range(len(shares))
+        ]
+        numbers = {"recipe": recipe, "training_density": 0.3, "settings": {"arm": "steppe"}}
         three = [
-            {**row("three", seed, 0.4 * share, 2.1), "recipe": recipe, "training_density": 0.3}
-            for seed, share in enumerate(shares)
+            {**row("three", seed, 0.4 * share, 2.1), **numbers} for seed, share in enumerate(shares)
         ]
         return base + three
 
@@ -173,3 +182,43 @@ def test_the_papers_claim_holds_fails_or_is_open() -> None:
         assert cells[3].startswith("*worse*: loss +0.1000 ± 0.0000")
     assert "single" not in lines
     assert "The paper's claim" not in study_markdown("s", ROWS)
+    for one in rows:
+        one["settings"] |= {"rising_threshold": True}
+    assert "The paper's claim" not in study_markdown("s", rows)
+
+
+def test_the_papers_claim_on_accuracy() -> None:
+    def arm(name: str, setting: str, *shares: float) -> list[dict]:
+        own = {"settings": {"arm": setting}}
+        return [
+            {**row(name, seed, 0.4), **own, "quality": {"loss": 1.0, "top1": share}}
+            for seed, share in enumerate(shares)
+        ]
+
+    vanilla = arm("base", "vanilla", 0.90, 0.92)
+    for shares, told in (
+        ((0.91, 0.93), "*better*: top1 +1.00 ± 0.00"),
+        ((0.89, 0.91), "*worse*: top1 -1.00 ± 0.00"),
+        ((0.93, 0.91), "*no difference shown*: top1 +1.00 ±"),
+    ):
+        assert told in study_markdown("s", vanilla + arm("three", "steppe", *shares))
+
+
+def test_values_of_a_factor_are_never_compared() -> None:
+    rows = [
+        {**row(arm, seed, density, loss), "setting": {"size": size}, "factors": ["size"]}
+        for seed in (0, 1)
+        for arm, size, density, loss in (
+            *(("base", "small", 0.4, 3.0), ("half", "small", 0.2, 3.0)),
+            *(("base", "large", 0.2, 2.0), ("half", "large", 0.05, 2.0)),
+        )
+    ]
+    groups = groups_of(rows)
+    assert [one.recipe for one in groups] == ["r,size=small"] * 2 + ["r,size=large"] * 2
+    assert best_groups(groups) == groups
+    page = study_markdown("s", rows)
+    assert "All settings" not in page
+    small, large = (line for line in page.splitlines() if "`half`" in line)
+    assert small.startswith("| `r` `size=small` | `half` |")
+    assert "(**-50 % [-50, -50]**)" in small
+    assert "(**-75 % [-75, -75]**)" in large

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoTokenizer,
     Trainer,
     ViTConfig,
     ViTForImageClassification,
@@ -345,3 +346,28 @@ def test_a_hub_that_cannot_be_reached_is_one_error(
     recipe = tiny_text_recipe(text / "data", text / "cache", tmp_path / "run", *flags)
     with pytest.raises(RecipeError, match=r"offline mode is enabled\).*push_to_hub=False"):
         run_recipe(recipe)
+
+
+def test_finetuning_on_other_text_keeps_the_checkpoints_tokenizer(
+    text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "words.txt").write_text("quite different words, many times over\n" * 2000)
+    plain = run_recipe(
+        tiny_text_recipe(
+            *(text / "data", text / "cache", tmp_path / "plain", "--max_steps", "1"),
+            *("--arm", "vanilla"),
+        )
+    )
+    flags = [
+        *("--data_dir", str(other), "--cache_dir", str(text / "cache"), "--length", "32"),
+        *("--output_dir", str(tmp_path / "tuned"), "--max_steps", "1", "--use_cpu", "true"),
+        *("--checkpoint", plain["model"], "--arm", "vanilla", "--save_strategy", "no"),
+        *("--eval_strategy", "no", "--held_out_samples", "4"),
+    ]
+    tuned = run_recipe(read_recipe("text-gpt", flags))
+    one, two = (
+        AutoTokenizer.from_pretrained(summary["model"]).get_vocab() for summary in (plain, tuned)
+    )
+    assert one == two

@@ -202,6 +202,7 @@ def _tokenizer(data: str, split: Any, column: str, settings: TextSettings) -> An
         "column": column,
         "vocab_size": settings.vocab_size,
         "corrupted": settings.corrupted,
+        "characters": _TRAINING_CHARACTERS,
     }
     name = hashlib.sha256(repr(kept).encode()).hexdigest()[:16]
     folder = settings.cache.expanduser() / "tokenizers" / name

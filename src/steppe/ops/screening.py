@@ -31,7 +31,8 @@ class Grid(NamedTuple):
     """The rows of a matrix as small integers, and how far they are from them.
 
     Attributes:
-        integers: int32 ``[N, D to 128]``, as large as `quantise` was told at most.
+        integers: int32 ``[N, D to 128]``, or ``[N, D]`` where nothing is rotated, as large as
+            `quantise` was told at most.
         scale: float64 ``[N]``; a row is about ``scale · integers``.
         residual: float64 ``[N]``, not below ‖row − scale · integers‖.
         norm: float64 ``[N]``, not below ‖row‖; not finite for a row that is not.

@@ -18,7 +18,7 @@ class Group:
     """The rows that differ in their seed alone.
 
     Attributes:
-        recipe: of the rows.
+        recipe: of the rows, with the study's factors, whose values are never compared.
         arm: of the rows.
         setting: the values that vary, in words; empty where none does.
         rows: by seed.
@@ -53,7 +53,11 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
     """
     found: dict[tuple[str, str, str], dict[int, Row]] = {}
     for row in rows:
-        key = (row["recipe"], described(row["setting"]), row["arm"])
+        factors = row.get("factors", ())
+        other_model = {key: value for key, value in row["setting"].items() if key in factors}
+        setting = {key: value for key, value in row["setting"].items() if key not in factors}
+        recipe = ",".join(filter(None, (row["recipe"], described(other_model))))
+        key = (recipe, described(setting), row["arm"])
         found.setdefault(key, {})[row["seed"]] = row
     recipes = list(dict.fromkeys(key[0] for key in found))
     settings = list(dict.fromkeys(key[1] for key in found))

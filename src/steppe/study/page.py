@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from steppe.study.cells import Cell, cells_of, headings_of
 from steppe.study.claim import claim_table
 from steppe.study.compare import Group, Row, best_groups, front_of, groups_of
-from steppe.study.why import why_table
+from steppe.study.why import course_table, why_table
 
 _HEAD = """# Results
 
@@ -19,11 +19,11 @@ the ratio of geometric means. **Bold**: the interval leaves no change out. Inter
 corrected for the number of comparisons.
 """
 _WHY = """What moves the density on training batches: its change against the baseline is the product
-of those of AF, of 1 / ‖x‖² and of 1 / gradient², in the middle of the run → in its last tenth
-(geometric means over blocks):"""
-_FRONT = (
-    "The front: no other arm or setting has both a lower mean density and a better mean quality."
-)
+of the changes of AF, 1 / ‖x‖² and 1 / gradient². The sixth tenth of the run → the last one,
+geometric means over blocks:"""
+_FRONT = """The front: of those with all seeds, no other arm or setting is at least as good in mean
+density and in mean quality, and better in one of them."""
+_COURSE = "Derivative density on training batches in the course of training, %:"
 _FEW = 10  # arms and settings, among which the front is seen at a glance
 _EMPTY = "\nNo study has been run in full yet.\n"
 
@@ -84,6 +84,9 @@ def study_markdown(name: str, rows: Sequence[Row], plot: str | None = None) -> s
     why = why_table(best, baseline)
     if why:
         lines += ["", _WHY, "", *why]
+    course = course_table(best)
+    if course:
+        lines += ["", _COURSE, "", *course]
     return "\n".join(lines) + "\n"
 
 

@@ -91,5 +91,8 @@ def choices_of(key: str, given: list[Any] | Mapping[str, Mapping[str, Any]]) -> 
         [Choice(label='small', values={'d': 8})]
     """
     if isinstance(given, Mapping):
-        return [Choice(str(name), dict(values)) for name, values in given.items()]
+        return [
+            Choice(str(name), {str(one): value for one, value in values.items()})
+            for name, values in given.items()
+        ]
     return [Choice(value, {key: value}) for value in given]

@@ -15,6 +15,7 @@ from steppe.study.part import Combination, Part
 from steppe.study.planned import PlannedRun, described
 from steppe.study.study_file import Study
 from steppe.training.recipe import OF_NEW_MODELS, Recipe, read_recipe
+from steppe.training.recipe_arguments import ArmArguments
 from steppe.training.recipe_file import read_values
 from steppe.training.recipe_model import plugins_of
 from steppe.training.recipe_parser import RecipeParser, as_flag, nearest
@@ -210,7 +211,7 @@ def _check_keys(study: Study) -> None:
         for key in part.keys:
             where, outer = f"{study.path}: {part.where}: ", key.partition(".")[0]
             if outer in _OURS:
-                raise StudyError(f"{where}{key} differs from run to run; leave it out")
+                raise StudyError(f"{where}{key} is set by the study; leave it out")
             if outer not in known:
                 raise StudyError(f"{where}unknown key {key!r}{nearest(key, known)}")
             if after is not None and outer in _OF_THE_FIRST:
@@ -233,6 +234,7 @@ def _runs_of(
         made: dict[str, PlannedRun] = {}
         for arm_name in arms:
             arm = study.arms[arm_name]
+            _check_varied(study, arm, (study.shared, recipe, arm))
             own_values = {**arm.values, **recipe.arms.get(arm_name, Part("")).values}
             for own in _combinations(arm, quick):
                 given = {
@@ -242,7 +244,8 @@ def _runs_of(
                 flags = _nested(study, {**given, **(QUICK if quick else {})}, values)
                 if data_dir is not None:
                     flags["data_dir"] = str(expanded(data_dir))
-                settings = {"recipe": path.stem, **values, **flags, "seed": seed}
+                usual = {"recipe": path.stem, "arm": ArmArguments.arm}
+                settings = {**usual, **values, **flags, "seed": seed}
                 if arm.after is not None:
                     flags, settings = (_without_model(keys) for keys in (flags, settings))
                 made[arm_name] = PlannedRun(
@@ -256,6 +259,18 @@ def _runs_of(
                     after=None if arm.after is None else made[arm.after],
                 )
                 yield made[arm_name]
+
+
+def _check_varied(study: Study, arm: Part, parts: Sequence[Part]) -> None:
+    """Refuse a key that varies in two places, of which one would win unseen."""
+    axes = [
+        {key for choice in choices for key in choice.values}
+        for part in parts
+        for choices in part.vary.values()
+    ]
+    for key in sorted(set().union(*axes)):
+        if sum(key in axis for axis in axes) > 1:
+            raise StudyError(f"{study.path}: {arm.where}: {key} varies in two places; leave one")
 
 
 def _without_model(keys: Mapping[str, Any]) -> dict[str, Any]:

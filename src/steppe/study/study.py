@@ -167,6 +167,7 @@ def _task(
         "arm": run.arm,
         "baseline": study.baseline,
         "setting": dict(run.setting),
+        "factors": study.factors,
         "seed": run.seed,
         **({} if run.after is None else {"after": run.after.arm}),
         "is_quick": quick,

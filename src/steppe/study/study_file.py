@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ STUDIES = Path(__file__).parents[1] / "studies"
 VARY = "vary"
 AFTER = "after"
 ARMS = "arms"
-_KEYS = ("recipes", ARMS, "seeds", "baseline", "set", VARY)
+FACTORS = "factors"
+_KEYS = ("recipes", ARMS, "seeds", "baseline", "set", VARY, FACTORS)
 _NAME = re.compile(r"[\w.+-]+")
 _MOST_SEEDS = 1000
 
@@ -35,6 +36,7 @@ class Study:
         seeds: of the runs; each arm has the same ones.
         baseline: the arm that the others are compared with.
         shared: by all runs.
+        factors: keys of `vary` whose values make other models; arms are compared at each of them.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Study:
     seeds: list[int]
     baseline: str
     shared: Part
+    factors: list[str]
 
     @property
     def name(self) -> str:
@@ -103,11 +106,22 @@ def read_study(study: str | Path) -> Study:
             f"{path}: baseline: expected an arm without `{VARY}`, got {baseline!r}; give it one"
             " value of each key"
         )
-    shared = {"set": values.get("set") or {}, VARY: values.get(VARY) or {}}
+    shared = {key: {} if values.get(key) is None else values[key] for key in ("set", VARY)}
     if not isinstance(shared["set"], Mapping):
         raise StudyError(_fault(path, "set", "keys of a recipe and their values", shared["set"]))
     whole = _part(path, "set", {**shared["set"], VARY: shared[VARY]})
-    return Study(path, recipes, arms, _seeds(path, values.get("seeds", 5)), baseline, whole)
+    factors = _factors(path, values.get(FACTORS, []), [whole, *recipes.values()])
+    seeds = _seeds(path, values.get("seeds", 5))
+    return Study(path, recipes, arms, seeds, baseline, whole, factors)
+
+
+def _factors(path: Path, given: Any, parts: Sequence[Part]) -> list[str]:
+    """Keys that vary in recipes, or for all runs, and are no choice."""
+    varied = sorted({key for part in parts for key in part.vary})
+    if not isinstance(given, list) or not all(one in varied for one in given):
+        expected = f"a list of keys that `{VARY}` has in recipes or for all runs, {varied}"
+        raise StudyError(_fault(path, FACTORS, expected, given))
+    return list(given)
 
 
 def _find(study: str | Path) -> Path:
@@ -136,7 +150,8 @@ def _parts(path: Path, values: Mapping[str, Any], key: str, example: str) -> dic
 
 def _recipe(path: Path, part: Part) -> Part:
     """A recipe, whose values for single arms are parts."""
-    given = part.values.pop(ARMS, None) or {}
+    given = part.values.pop(ARMS, None)
+    given = {} if given is None else given
     if not isinstance(given, Mapping):
         expected = "arms with keys of a recipe and their values"
         raise StudyError(_fault(path, f"{part.where}: {ARMS}", expected, given))
@@ -191,14 +206,14 @@ def _part(path: Path, where: str, given: Any) -> Part:
     if not isinstance(given, Mapping):
         raise StudyError(_fault(path, where, "keys of a recipe and their values", given))
     values = {str(key): value for key, value in given.items() if key != VARY}
-    vary = given.get(VARY) or {}
+    vary = {} if given.get(VARY) is None else given[VARY]
     if not isinstance(vary, Mapping):
         raise StudyError(
             _fault(path, f"{where}: {VARY}", "keys with lists, `learning_rate: [0.001]`", vary)
         )
     for key, several in vary.items():
         _check_choices(path, f"{where}: {VARY}: {key}", key, several)
-    return Part(where, values, {str(key): choices_of(key, some) for key, some in vary.items()})
+    return Part(where, values, {str(key): choices_of(str(key), some) for key, some in vary.items()})
 
 
 def _check_choices(path: Path, where: str, key: str, several: Any) -> None:

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from steppe.study.compare import Group, Number, Row
-from steppe.study.statistics import paired_difference
+from steppe.study.statistics import mean_interval, paired_difference
 from steppe.study.terms import PARTS, TERMS
 
 HEADINGS = ("derivative density", "AF", "1 / ‖x‖²", "1 / gradient²")
 """Of `TERMS` as factors: the first is the product of the others."""
+
+
+COURSE = (0, 1, 3, 5, 7, PARTS - 1)
+"""The tenths of a run that its course is shown by, from 0."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,53 @@ def why_table(groups: Sequence[Group], baseline: str) -> list[str]:
     return [f"| recipe | arm | {' | '.join(HEADINGS)} |", "|" + "---|" * (2 + len(TERMS)), *lines]
 
 
+def course_table(groups: Sequence[Group]) -> list[str]:
+    """A table in Markdown of the derivative density in the course of training.
+
+    Args:
+        groups: one an arm and recipe.
+
+    Returns:
+        Its lines; none where no row has terms.
+    """
+    lines = []
+    for group in groups:
+        shares = [group.values(_logarithm(TERMS[0], part)) for part in COURSE]
+        if not all(shares):
+            continue
+        cells = [f"{100 * math.exp(math.fsum(logs) / len(logs)):.1f}" for logs in shares]
+        first, last = (_logarithm(TERMS[0], part) for part in (COURSE[0], COURSE[-1]))
+        changes = [
+            end - start
+            for row in group.rows.values()
+            if (start := first(row)) is not None and (end := last(row)) is not None
+        ]
+        change = mean_interval(changes)
+        ends = (change.mean, change.mean - change.half, change.mean + change.half)
+        told = _factor(Factor(*(math.exp(end) for end in ends)))
+        lines.append(f"| `{group.recipe}` | `{group.arm}` | {' | '.join([*cells, told])} |")
+    if not lines:
+        return []
+    tenths = " | ".join(f"tenth {part + 1}" for part in COURSE)
+    return [
+        f"| recipe | arm | {tenths} | last over first |",
+        "|" + "---|" * (3 + len(COURSE)),
+        *lines,
+    ]
+
+
 def _cell(middle: Factor, end: Factor) -> str:
-    """A factor in the middle, and at the end with its interval; bold if that leaves 1 out."""
-    told = f"×{end.mean:.2f}"
-    if not math.isnan(end.low):
-        told += f" [{end.low:.2f}, {end.high:.2f}]"
-        told = told if end.low <= 1.0 <= end.high else f"**{told}**"
-    return f"×{middle.mean:.2f} → {told}"
+    """A factor in the middle, and at the end with its interval."""
+    return f"×{middle.mean:.2f} → {_factor(end)}"
+
+
+def _factor(factor: Factor) -> str:
+    """A factor with its interval, bold if that leaves 1 out."""
+    told = f"×{factor.mean:.2f}"
+    if math.isnan(factor.low):
+        return told
+    told += f" [{factor.low:.2f}, {factor.high:.2f}]"
+    return told if factor.low <= 1.0 <= factor.high else f"**{told}**"
 
 
 def _logarithm(term: str, part: int) -> Number:

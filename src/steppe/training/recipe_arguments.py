@@ -69,7 +69,11 @@ class DataArguments:
     )
     length: int = field(default=512, metadata={"help": "Tokens per sample."})
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or hub id; by default one is trained and cached."}
+        default=None,
+        metadata={
+            "help": "Folder or hub id; by default that of the checkpoint, or one is trained and"
+            " cached."
+        },
     )
     vocab_size: int = field(default=8192, metadata={"help": "Of the tokenizer that is trained."})
     text_column: str | None = field(default=None, metadata={"help": "Column of the text."})
@@ -123,8 +127,8 @@ class ArmArguments:
     plugins: str = field(
         default="{}",
         metadata={
-            "help": "Plug-ins by key, with settings, besides the arm's or in place of its own of"
-            " the same key; a mapping, as a flag in JSON."
+            "help": "Plug-ins with settings, by key; one with the key of an arm's plug-in replaces"
+            " it. A mapping, as a flag in JSON."
         },
     )
     ramp: float = field(

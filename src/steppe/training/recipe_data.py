@@ -178,7 +178,7 @@ def _text_job(recipe: Recipe) -> Job:
         length=asked.length,
         corrupted=recipe.model.task == SPANS,
         streaming=asked.streaming,
-        tokenizer=asked.tokenizer,
+        tokenizer=recipe.model.checkpoint if asked.tokenizer is None else asked.tokenizer,
         vocab_size=asked.vocab_size,
         cache=Path(asked.cache_dir),
         text_column=asked.text_column,

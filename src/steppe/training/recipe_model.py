@@ -143,6 +143,9 @@ def plugins_of(recipe: Recipe) -> list[Plugin]:
         plugins.append(ActivationPenalty(arm.activation_penalty, arm.penalty_ramp))
     named = named_plugins(arm.plugins)
     keys = {plugin.key for plugin in named}
+    for asked, _, plugin in wanted:
+        if asked is False and plugin.key in keys:
+            raise RecipeError(f"{plugin.key}: `plugins` names it, and the key says false")
     return [plugin for plugin in plugins if plugin.key not in keys] + named
 
 

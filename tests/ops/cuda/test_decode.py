@@ -120,7 +120,6 @@ def test_what_is_not_finite_comes_out_as_without_steppe(where: str, value: float
     {"x": x, "weight": weight, "bias": bias}[where].view(-1)[5] = value
     r = torch.relu(x @ weight.T + bias)
     active = ~(r[0] <= 0)
-    assert active.isnan().logical_not().all()
     z = both_ways(block)
     # Rows of V that are not read are no 0 · NaN.
     assert torch.equal(

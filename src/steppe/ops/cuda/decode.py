@@ -26,7 +26,7 @@ from steppe.ops.reference import ceil_div
 from steppe.ops.screening import MOST_OF_BYTES, quantise, slack_of_bias, slack_of_units
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OURS = 64 * 2.0**-24  # of the products that the kernel rounds
+_KERNEL = 64 * 2.0**-24  # of the products that the kernel rounds
 _ABOVE = 2.0**-20  # of each part, for the sum of the four
 _TINY = 2.0**-126  # what may be lost to underflow
 
@@ -86,9 +86,9 @@ def _part_of_screen(weight: Tensor, bias: Tensor) -> Screen:
 
     of_norm, of_residual, constant = slack_of_units(grid)
     # The kernel's own rounding, see docs/screening.md.
-    of_norm = of_norm + _OURS * of_residual + _TINY * width**0.5
+    of_norm = of_norm + _KERNEL * of_residual + _TINY * width**0.5
     b = bias.double()
-    constant = b + constant + slack_of_bias(bias, width) + _OURS * b.abs() + 16 * _TINY
+    constant = b + constant + slack_of_bias(bias, width) + _KERNEL * b.abs() + 16 * _TINY
     above = torch.stack([of_norm, of_residual, constant])
     return Screen(words, torch.cat([grid.scale[None], above + _ABOVE * above.abs()]).float())
 
