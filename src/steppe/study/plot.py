@@ -39,23 +39,32 @@ def plot_study(rows: Sequence[Row], path: Path) -> Path:
         panel.remove()
     for panel, recipe in zip(panels, recipes, strict=False):
         own = [group for group in best if group.recipe == recipe]
-        for index, group in enumerate(own):
-            _draw(panel, group, index)
+        arms = list(dict.fromkeys(_name_of(group) for group in own))
+        for group in own:
+            _draw(panel, group, arms)
         name = quality_name(next(iter(own[0].rows.values())))
         unit = "share" if name == "top1" else "nats"
         panel.set(title=recipe, xlabel="inference density, %", ylabel=f"held-out {name}, {unit}")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="x-small")
+        handles, labels = panel.get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))
+        panel.legend(once.values(), once.keys(), fontsize="x-small")
     write_file(path, lambda temporary: figure.savefig(temporary))
     return path
 
 
-def _draw(panel: object, group: Group, index: int) -> None:
-    """One point with its intervals."""
+def _name_of(group: Group) -> str:
+    """The arm without the values that vary in it."""
+    return group.arm.partition(",")[0]
+
+
+def _draw(panel: object, group: Group, arms: Sequence[str]) -> None:
+    """One point with its intervals; an arm has one look, whatever varies in it."""
     density = group.values(lambda row: row["density"])
     quality = group.values(quality_of)
     if not density or not quality:
         return
+    index = arms.index(_name_of(group))
     x, y = mean_interval([100 * value for value in density]), mean_interval(quality)
     panel.errorbar(  # type: ignore[attr-defined]
         x.mean,
@@ -63,7 +72,8 @@ def _draw(panel: object, group: Group, index: int) -> None:
         xerr=0.0 if math.isnan(x.half) else x.half,
         yerr=0.0 if math.isnan(y.half) else y.half,
         marker=_MARKERS[index % len(_MARKERS)],
+        color=f"C{index % 10}",
         linestyle="",
         capsize=2,
-        label=group.arm,
+        label=arms[index],
     )
