@@ -187,6 +187,18 @@ def test_the_papers_claim_holds_fails_or_is_open() -> None:
     assert "The paper's claim" not in study_markdown("s", rows)
 
 
+def test_the_papers_claim_is_not_held_against_models_without_zeros() -> None:
+    rows = [
+        {**row(name, seed, density), "settings": {"arm": arm}}
+        for name, arm, density in (("base", "vanilla", 1.0), ("three", "steppe", 0.2))
+        for seed in (0, 1)
+    ]
+    assert "The paper's claim" not in study_markdown("s", rows)
+    for one in rows[:2]:
+        one["density"] = 0.4
+    assert "The paper's claim" in study_markdown("s", rows)
+
+
 def test_the_papers_claim_on_accuracy() -> None:
     def arm(name: str, setting: str, *shares: float) -> list[dict]:
         own = {"settings": {"arm": setting}}
