@@ -30,7 +30,7 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_the_list_has_the_studies(call, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--list") == 0
     told = capsys.readouterr().out
-    for name in ("digits", "effect", "frontier", "widths"):
+    for name in ("digits", "effect", "frontier", "scale-gpu"):
         assert name in told
 
 
