@@ -13,6 +13,7 @@ from typing import Any
 from steppe.report import plot_training_density
 from steppe.study.cells import cells_of, headings_of
 from steppe.study.compare import groups_of
+from steppe.study.markdown import table_lines
 from steppe.study.page import markdown_of, results_page
 from steppe.study.plot import plot_study
 from steppe.study.rows import read_rows
@@ -83,12 +84,12 @@ def effect_markdown(rows: list[dict[str, Any]]) -> str:
     groups.sort(key=lambda group: (group.recipe, wanted.index(group.arm)))
     _, numbers = headings_of(groups)
     shown = [numbers.index(name) for name in _README_NUMBERS]
-    headings = ["recipe", "arm", *_README_NUMBERS]
-    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+    table = []
     for group in groups:
         _, cells = cells_of(group, groups, "vanilla", has_settings=False)
         texts = [markdown_of(cells[index]) for index in shown]
-        lines.append(f"| `{group.recipe}` | {group.arm} | {' | '.join(texts)} |")
+        table.append([f"`{group.recipe}`", group.arm, *texts])
+    lines = table_lines(["recipe", "arm", *_README_NUMBERS], table)
     lines += ["", "Means, 95 % intervals, and in brackets the paired change against vanilla."]
     return "\n".join(lines) + "\n"
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from steppe.study.compare import Group, Number, Row, quality_name, quality_of
+from steppe.study.markdown import table_lines
 from steppe.study.statistics import paired_change, paired_difference
 
 _NO_ZEROS = 0.99  # density of GELU's kind; the claim is about models with ReLU
@@ -34,7 +35,7 @@ def claim_table(groups: Sequence[Group], baseline: str) -> list[str]:
     Source: arXiv 2605.25612, abstract.
     """
     vanilla = {group.recipe: group for group in groups if group.arm == baseline}
-    lines = []
+    rows = []
     for group in groups:
         other = vanilla.get(group.recipe)
         if other is None or not (_is_plain(group, "steppe") and _is_plain(other, "vanilla")):
@@ -43,11 +44,9 @@ def claim_table(groups: Sequence[Group], baseline: str) -> list[str]:
             continue
         cells = [_verdict(group, other, key, least) for key, _, least in _CLAIMS]
         if all(cells):
-            lines.append(f"| `{group.recipe}` | {' | '.join(cells)} | {_quality(group, other)} |")
-    if not lines:
-        return []
-    names = " | ".join(f"{name} density, claimed {100 * least:.0f} %" for _, name, least in _CLAIMS)
-    return [_HEAD, "", f"| recipe | {names} | quality |", "|---|---|---|---|", *lines]
+            rows.append([f"`{group.recipe}`", *cells, _quality(group, other)])
+    names = [f"{name} density, claimed {100 * least:.0f} %" for _, name, least in _CLAIMS]
+    return [_HEAD, "", *table_lines(["recipe", *names, "quality"], rows)] if rows else []
 
 
 def _is_plain(group: Group, arm: str) -> bool:

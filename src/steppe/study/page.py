@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from steppe.study.cells import Cell, cells_of, headings_of
 from steppe.study.claim import claim_table
 from steppe.study.compare import Group, Row, best_groups, front_of, groups_of
+from steppe.study.markdown import table_lines
 from steppe.study.why import course_table, why_table
 
 _HEAD = """# Results
@@ -113,13 +114,11 @@ def _and(words: set[str]) -> str:
 def _table(groups: Sequence[Group], others: Sequence[Group], baseline: str) -> list[str]:
     """A table of groups, each compared with the baseline's of its recipe and setting."""
     texts, numbers = headings_of(groups)
-    headings = [*texts, *numbers]
-    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+    rows = []
     for group in groups:
         names, cells = cells_of(group, others, baseline, len(texts) > 2)
-        shown = [*(_code(name) for name in names), *(markdown_of(cell) for cell in cells)]
-        lines.append(f"| {' | '.join(shown)} |")
-    return lines
+        rows.append([*(_code(name) for name in names), *(markdown_of(cell) for cell in cells)])
+    return table_lines([*texts, *numbers], rows)
 
 
 def markdown_of(cell: Cell) -> str:

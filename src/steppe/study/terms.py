@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import geometric_mean
 
 from steppe.measures.report import BlockReport, Report
 from steppe.runs import Run
@@ -42,14 +43,10 @@ def terms_of(run: Run) -> Terms:
 def _means(reports: Sequence[Report]) -> list[float | None]:
     """The geometric mean of each term over all blocks of all reports that have every one."""
     rows = [_values(block) for report in reports for block in report.blocks]
-    logs = [
-        [math.log(value) for value in row]
-        for row in rows
-        if all(0.0 < value < math.inf for value in row)
-    ]
-    if not logs:
+    usable = [row for row in rows if all(0.0 < value < math.inf for value in row)]
+    if not usable:
         return [None] * len(TERMS)
-    return [math.exp(math.fsum(column) / len(logs)) for column in zip(*logs, strict=True)]
+    return [geometric_mean(column) for column in zip(*usable, strict=True)]
 
 
 def _values(block: BlockReport) -> tuple[float, float, float, float]:

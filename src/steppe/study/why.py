@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 from steppe.study.compare import Group, Number, Row
-from steppe.study.statistics import mean_interval, paired_difference
+from steppe.study.markdown import table_lines
+from steppe.study.statistics import paired_change
 from steppe.study.terms import PARTS, TERMS
 
 HEADINGS = ("derivative density", "AF", "1 / ‖x‖²", "1 / gradient²")
 """Of `TERMS` as factors: the first is the product of the others."""
-
-
 COURSE = (0, 1, 3, 5, 7, PARTS - 1)
 """The tenths of a run that its course is shown by, from 0."""
 
@@ -47,12 +47,11 @@ def factors_of(group: Group, baseline: Group, part: int) -> list[Factor]:
     """
     factors = []
     for term in TERMS:
-        mine, yours = group.pairs(baseline, _logarithm(term, part))
+        mine, yours = group.pairs(baseline, _term(term, part))
         if not mine:
             return []
-        change = paired_difference(mine, yours)
-        ends = (change.mean, change.mean - change.half, change.mean + change.half)
-        factors.append(Factor(*(math.exp(end) for end in ends)))
+        divides = term not in TERMS[:2]
+        factors.append(_factor(*((yours, mine) if divides else (mine, yours))))
     return factors
 
 
@@ -67,18 +66,18 @@ def why_table(groups: Sequence[Group], baseline: str) -> list[str]:
         Its lines; none where no row has terms.
     """
     others = {group.recipe: group for group in groups if group.arm == baseline}
-    lines = []
+    rows = []
     for group in groups:
         if group.arm == baseline or group.recipe not in others:
             continue
         middle = factors_of(group, others[group.recipe], PARTS // 2)
         end = factors_of(group, others[group.recipe], PARTS - 1)
         if middle and end:
-            cells = [_cell(*both) for both in zip(middle, end, strict=True)]
-            lines.append(f"| `{group.recipe}` | `{group.arm}` | {' | '.join(cells)} |")
-    if not lines:
-        return []
-    return [f"| recipe | arm | {' | '.join(HEADINGS)} |", "|" + "---|" * (2 + len(TERMS)), *lines]
+            cells = [
+                f"×{one.mean:.2f} → {_told(two)}" for one, two in zip(middle, end, strict=True)
+            ]
+            rows.append([f"`{group.recipe}`", f"`{group.arm}`", *cells])
+    return table_lines(["recipe", "arm", *HEADINGS], rows) if rows else []
 
 
 def course_table(groups: Sequence[Group]) -> list[str]:
@@ -90,38 +89,30 @@ def course_table(groups: Sequence[Group]) -> list[str]:
     Returns:
         Its lines; none where no row has terms.
     """
-    lines = []
+    rows = []
     for group in groups:
-        shares = [group.values(_logarithm(TERMS[0], part)) for part in COURSE]
+        first, *_, last = terms = [_term(TERMS[0], part) for part in COURSE]
+        shares = [group.values(term) for term in terms]
         if not all(shares):
             continue
-        cells = [f"{100 * math.exp(math.fsum(logs) / len(logs)):.1f}" for logs in shares]
-        first, last = (_logarithm(TERMS[0], part) for part in (COURSE[0], COURSE[-1]))
-        changes = [
-            end - start
+        cells = [f"{100 * geometric_mean(values):.1f}" for values in shares]
+        both = [
+            (end, start)
             for row in group.rows.values()
             if (start := first(row)) is not None and (end := last(row)) is not None
         ]
-        change = mean_interval(changes)
-        ends = (change.mean, change.mean - change.half, change.mean + change.half)
-        told = _factor(Factor(*(math.exp(end) for end in ends)))
-        lines.append(f"| `{group.recipe}` | `{group.arm}` | {' | '.join([*cells, told])} |")
-    if not lines:
-        return []
-    tenths = " | ".join(f"tenth {part + 1}" for part in COURSE)
-    return [
-        f"| recipe | arm | {tenths} | last over first |",
-        "|" + "---|" * (3 + len(COURSE)),
-        *lines,
-    ]
+        told = _told(_factor(*zip(*both, strict=True)))
+        rows.append([f"`{group.recipe}`", f"`{group.arm}`", *cells, told])
+    tenths = [f"tenth {part + 1}" for part in COURSE]
+    return table_lines(["recipe", "arm", *tenths, "last over first"], rows) if rows else []
 
 
-def _cell(middle: Factor, end: Factor) -> str:
-    """A factor in the middle, and at the end with its interval."""
-    return f"×{middle.mean:.2f} → {_factor(end)}"
+def _factor(values: Sequence[float], others: Sequence[float]) -> Factor:
+    """The ratio of two terms over pairs with one seed."""
+    return Factor(*(1.0 + change for change in paired_change(values, others)))
 
 
-def _factor(factor: Factor) -> str:
+def _told(factor: Factor) -> str:
     """A factor with its interval, bold if that leaves 1 out."""
     told = f"×{factor.mean:.2f}"
     if math.isnan(factor.low):
@@ -130,12 +121,10 @@ def _factor(factor: Factor) -> str:
     return told if factor.low <= 1.0 <= factor.high else f"**{told}**"
 
 
-def _logarithm(term: str, part: int) -> Number:
-    """Log of a term, negative for those that the density is divided by."""
-    sign = 1.0 if term in TERMS[:2] else -1.0
+def _term(term: str, part: int) -> Number:
+    """A term in one tenth of the run."""
 
     def number(row: Row) -> float | None:
-        value = row["terms"][term][part] if row.get("terms") else None
-        return None if value is None else sign * math.log(value)
+        return row["terms"][term][part] if row.get("terms") else None
 
     return number

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -38,7 +36,7 @@ from steppe.ops.cuda.decode import (
 )
 from steppe.ops.screening import rotate
 
-pytestmark = interpreter.NEEDED
+pytestmark = [interpreter.NEEDED, pytest.mark.usefixtures("poisoned")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Config(32, 16, 8, 64, 4, 8, 64, 4)  # several programs, groups, batches and steps
 # D, F and density.
@@ -51,15 +49,6 @@ TOKENS = 4  # of each case: an interpreted one takes a tenth of a second
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # x, K, b, V, c
-
-
-@pytest.fixture(autouse=True)
-def _repaired() -> Iterator[None]:
-    """Bfloat16 is right, and fresh memory holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    with interpreter.repaired(), np.errstate(all="ignore"):
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 def block_of(width: int, units: int, density: float, dtype: torch.dtype) -> Block:

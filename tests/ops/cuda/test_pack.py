@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from steppe.errors import KernelError
 from steppe.ops import bitmask
 from steppe.ops.cuda import pack
 
-pytestmark = interpreter.NEEDED
+pytestmark = [interpreter.NEEDED, pytest.mark.usefixtures("poisoned")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # T, F: within a word, a word, a step; just below and above; several steps, ragged
     (0, 8), (3, 0), (1, 1), (1, 31), (2, 32), (3, 33), (5, 63), (4, 64), (2, 65), (1, 200),
@@ -24,15 +22,6 @@ SHAPES = [  # T, F: within a word, a word, a step; just below and above; several
 RULES = [(1.0, 0.0), (0.5, 0.0), (1.0, 0.5), (0.0, 1.0)]
 GUARD = 256  # entries on either side, more than a step of 64 columns and its words
 POISON = {torch.int32: 0x5A5A5A5A, torch.int64: 0x5A5A5A5A}  # elsewhere NaN
-
-
-@pytest.fixture(autouse=True)
-def _repaired() -> Iterator[None]:
-    """Bfloat16 is right, and fresh memory holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    with interpreter.repaired(), np.errstate(all="ignore"):
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

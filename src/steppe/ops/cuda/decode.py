@@ -9,7 +9,7 @@ Reading the weights from memory is all that takes time. Two kernels in Triton:
 
 Each sum has one order, whichever program comes first, so the bits are the same in each call. What
 is computed of a unit does not depend on the screen: launched in the same way, both give the same
-bits. docs/screening.md has the bound and its proof, docs/gpu.md what was measured.
+bits. docs/screening.md has the bound and its proof, and docs/gpu.md has the measurements.
 """
 
 from __future__ import annotations
