@@ -17,6 +17,7 @@ from steppe.study.markdown import table_lines
 from steppe.study.page import markdown_of, results_page
 from steppe.study.plot import plot_study
 from steppe.study.rows import read_rows
+from steppe.study.study_file import list_studies
 
 ROOT = Path(__file__).parents[1]
 DEMO = "docs/results/demo.json"
@@ -316,7 +317,7 @@ def results() -> str:
     if quick:
         raise SystemExit(f"{quick[0]}: a quick look is no result")
     plots = {path.stem: f"results/studies/{path.name}" for path in STUDIES.glob("*.png")}
-    return results_page(studies, plots)
+    return results_page(studies, plots, list_studies())
 
 
 def main() -> None:

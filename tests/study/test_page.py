@@ -38,7 +38,7 @@ def line_of(page: str, arm: str) -> str:
 
 def test_a_row_has_its_seeds_its_means_and_its_paired_change() -> None:
     page = study_markdown("s", ROWS)
-    assert "9 runs from 3 seeds" in page
+    assert "9 runs from 3 seeds, 0 to 2," in page
     assert "torch 2.8.0" in page
     assert "| 3 | loss 2.0000 ± 0.0000 | 30.00 ± 24.84 |" in line_of(page, "base")
     half = line_of(page, "half")
@@ -79,12 +79,14 @@ def test_accuracy_is_better_when_it_is_higher() -> None:
 
 
 def test_the_page_renders_whatever_rows_there_are() -> None:
-    empty = results_page({}, {})
+    empty = results_page({}, {}, {})
     assert "No study has been run in full yet." in empty
-    assert results_page({"s": []}, {}) == empty
+    assert results_page({"s": []}, {}, {}) == empty
     odd = row("dead", 0, 0.0)
     odd |= {"derivative_density": None, "dead_units": None, "quality": {"loss": None}}
-    page = results_page({"s": [*ROWS, odd], "t": ROWS[:1]}, {"s": "results/studies/s.png"})
+    studies = {"s": [*ROWS, odd], "t": ROWS[:1]}
+    page = results_page(studies, {"s": "results/studies/s.png"}, {"s": "Is it so?"})
+    assert "## s\n\nIs it so?\n\n" in page
     assert "## s" in page
     assert "## t" in page
     assert "](results/studies/s.png)" in page
@@ -173,7 +175,7 @@ def test_the_papers_claim_holds_fails_or_is_open() -> None:
         *both("open", 0.50, 0.80, 0.60),
         *both("single", 0.1),
     ]
-    _, _, claim = study_markdown("s", rows).partition("The paper's claim")
+    claim = study_markdown("s", rows).partition("The paper's claim")[2].partition("A fifth of")[0]
     lines = {line.split("`")[1]: line for line in claim.splitlines() if line.startswith("| `")}
     for recipe, told in (("holding", "holds"), ("failing", "fails"), ("open", "open")):
         cells = lines[recipe].split(" | ")
@@ -185,6 +187,43 @@ def test_the_papers_claim_holds_fails_or_is_open() -> None:
     for one in rows:
         one["settings"] |= {"rising_threshold": True}
     assert "The paper's claim" not in study_markdown("s", rows)
+
+
+def test_a_fifth_of_the_best_dense_arm_is_reached_missed_or_open() -> None:
+    def arms(recipe: str, *shares: float, loss: float = 2.0) -> list[dict]:
+        parts = (
+            ("vanilla", {"arm": "vanilla"}, 2.2, [1.5] * len(shares)),
+            ("control", {"arm": "control"}, 2.0, [1.0] * len(shares)),
+            ("sparse", {"arm": "threshold"}, loss, shares),
+            ("beaten", {"arm": "threshold"}, loss + 0.1, [0.9] * len(shares)),
+        )
+        return [
+            {**row(name, seed, 0.4 * share, quality), "recipe": recipe, "settings": settings}
+            for name, settings, quality, densities in parts
+            for seed, share in enumerate(densities)
+        ]
+
+    rows = [
+        *arms("reached", 0.17, 0.18, 0.17),
+        *arms("missed", 0.32, 0.33, 0.31),
+        *arms("open", 0.10, 0.30, 0.20),
+        *arms("worse", 0.17, 0.18, 0.17, loss=2.05),
+        *arms("single", 0.1),
+    ]
+    _, _, aim = study_markdown("s", rows).partition("A fifth of the best dense")
+    lines = {line.split("`")[1]: line for line in aim.splitlines() if line.startswith("| `")}
+    assert list(lines) == ["reached", "missed", "open", "worse"], "the front, more than one seed"
+    for recipe in ("reached", "missed", "open"):
+        assert lines[recipe].endswith(
+            f"| *no difference shown*: loss +0.0000 ± 0.0000 | *{recipe}* |"
+        )
+        assert "| `control` | `sparse` | 0." in lines[recipe]
+    assert "| 0.17 [0.16, 0.19] |" in lines["reached"]
+    assert lines["worse"].endswith("| *worse*: loss +0.0500 ± 0.0000 | *missed* |")
+    assert "A fifth of" not in study_markdown("s", ROWS)
+    for one in rows:
+        one["density"] = max(one["density"], 0.995)
+    assert "A fifth of" not in study_markdown("s", rows), "no dense arm of ReLU"
 
 
 def test_the_papers_claim_is_not_held_against_models_without_zeros() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,19 +71,20 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
     ]
 
 
-def best_groups(groups: Sequence[Group]) -> list[Group]:
+def best_groups(groups: Iterable[Group], across_arms: bool = False) -> list[Group]:
     """Of each recipe and arm the group with the best mean quality on held-out data.
 
-    Only groups with the most seeds of their arm take part: one lucky seed would win.
+    Only groups with the most seeds take part: one lucky seed would win.
 
     Args:
         groups: of one study.
+        across_arms: whether one arm a recipe is chosen.
     """
     best: dict[tuple[str, str], Group] = {}
     for group in groups:
-        kept = best.get((group.recipe, group.arm))
-        if kept is None or _rank(group) > _rank(kept):
-            best[group.recipe, group.arm] = group
+        key = (group.recipe, "" if across_arms else group.arm)
+        if key not in best or _rank(group) > _rank(best[key]):
+            best[key] = group
     return list(best.values())
 
 

@@ -18,3 +18,16 @@ def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[
     """
     lines = [f"| {' | '.join(cells)} |" for cells in (headings, *rows)]
     return [lines[0], "|" + "---|" * len(headings), *lines[1:]]
+
+
+def code(text: str) -> str:
+    """A word as code; its parts may be broken into lines at the commas.
+
+    Args:
+        text: without backticks.
+
+    Example:
+        >>> code("digits,size=wide")
+        '`digits` `size=wide`'
+    """
+    return " ".join(f"`{part}`" for part in text.split(",")) if text else ""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from steppe.study.aim import aim_table
 from steppe.study.cells import Cell, cells_of, headings_of
 from steppe.study.claim import claim_table
 from steppe.study.compare import Group, Row, best_groups, front_of, groups_of
-from steppe.study.markdown import table_lines
+from steppe.study.markdown import code, table_lines
 from steppe.study.why import course_table, why_table
 
 _HEAD = """# Results
@@ -29,12 +30,15 @@ _FEW = 10  # arms and settings, among which the front is seen at a glance
 _EMPTY = "\nNo study has been run in full yet.\n"
 
 
-def results_page(studies: Mapping[str, Sequence[Row]], plots: Mapping[str, str]) -> str:
+def results_page(
+    studies: Mapping[str, Sequence[Row]], plots: Mapping[str, str], about: Mapping[str, str]
+) -> str:
     """The page of all studies.
 
     Args:
         studies: rows by the study's name.
         plots: paths of pictures by the study's name, those that there are.
+        about: a line on each by the study's name, those that there are.
 
     Returns:
         Markdown.
@@ -42,17 +46,20 @@ def results_page(studies: Mapping[str, Sequence[Row]], plots: Mapping[str, str])
     parts = [_HEAD]
     for name, rows in studies.items():
         if rows:
-            parts.append("\n" + study_markdown(name, rows, plots.get(name)))
+            parts.append("\n" + study_markdown(name, rows, plots.get(name), about.get(name)))
     return "".join(parts) if len(parts) > 1 else _HEAD + _EMPTY
 
 
-def study_markdown(name: str, rows: Sequence[Row], plot: str | None = None) -> str:
+def study_markdown(
+    name: str, rows: Sequence[Row], plot: str | None = None, about: str | None = None
+) -> str:
     """The part of one study.
 
     Args:
         name: of the study.
         rows: of it, at least one.
         plot: path of its picture.
+        about: what it asks.
 
     Returns:
         Markdown: what was run, a table of each arm's best setting, one of all.
@@ -60,7 +67,10 @@ def study_markdown(name: str, rows: Sequence[Row], plot: str | None = None) -> s
     groups = groups_of(rows)
     best = best_groups(groups)
     baseline = str(rows[-1]["baseline"])
-    lines = [f"## {name}", "", _what_was_run(rows), ""]
+    lines = [f"## {name}", ""]
+    if about is not None:
+        lines += [about if about.endswith("?") else f"{about}.", ""]
+    lines += [_what_was_run(rows), ""]
     if any(row.get("is_quick") for row in rows):
         lines += ["**A quick look of a few steps: these numbers mean nothing.**", ""]
     if plot is not None:
@@ -82,6 +92,9 @@ def study_markdown(name: str, rows: Sequence[Row], plot: str | None = None) -> s
     claim = claim_table(best, baseline)
     if claim:
         lines += ["", *claim]
+    aim = aim_table(groups)
+    if aim:
+        lines += ["", *aim]
     why = why_table(best, baseline)
     if why:
         lines += ["", _WHY, "", *why]
@@ -93,7 +106,7 @@ def study_markdown(name: str, rows: Sequence[Row], plot: str | None = None) -> s
 
 def _what_was_run(rows: Sequence[Row]) -> str:
     """Runs, seeds, time and versions in a paragraph."""
-    seeds = len({row["seed"] for row in rows})
+    seeds = sorted({row["seed"] for row in rows})
     hours = math.fsum(row["seconds"] or 0.0 for row in rows) / 3600
     versions: dict[str, set[str]] = {}
     for row in rows:
@@ -102,9 +115,16 @@ def _what_was_run(rows: Sequence[Row]) -> str:
     told = ", ".join(f"{package} {_and(found)}" for package, found in sorted(versions.items()))
     devices = _and({str(row.get("device", "cpu")) for row in rows})
     return (
-        f"{len(rows)} runs from {seeds} {'seed' if seeds == 1 else 'seeds'}, {hours:.2f} hours of"
-        f" training in all, on {devices}. {told}."
+        f"{len(rows)} runs from {_seeds(seeds)}, {hours:.2f} hours of training in all, on"
+        f" {devices}. {told}."
     )
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """How many, and which."""
+    if len(seeds) == 1:
+        return f"one seed, {seeds[0]}"
+    return f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}"
 
 
 def _and(words: set[str]) -> str:
@@ -117,7 +137,7 @@ def _table(groups: Sequence[Group], others: Sequence[Group], baseline: str) -> l
     rows = []
     for group in groups:
         names, cells = cells_of(group, others, baseline, len(texts) > 2)
-        rows.append([*(_code(name) for name in names), *(markdown_of(cell) for cell in cells)])
+        rows.append([*(code(name) for name in names), *(markdown_of(cell) for cell in cells)])
     return table_lines([*texts, *numbers], rows)
 
 
@@ -130,8 +150,3 @@ def markdown_of(cell: Cell) -> str:
     if not cell.change:
         return cell.text
     return f"{cell.text} ({f'**{cell.change}**' if cell.is_sure else cell.change})"
-
-
-def _code(text: str) -> str:
-    """A word as code; its parts may be broken into lines at the commas."""
-    return " ".join(f"`{part}`" for part in text.split(",")) if text else ""
