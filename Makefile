@@ -24,7 +24,7 @@ TRITON  := build/triton
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results cost bench training losses gpu test test-slow test-screening test-versions test-native test-native-arm valgrind test-gpu-offline lint format clean
+.PHONY: help install demo results cost bench training losses gpu test test-slow test-screening test-versions test-native test-native-arm valgrind test-gpu-offline wheels lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -122,6 +122,27 @@ $(TRITON)/.installed: tests/ops/cuda/requirements.txt | $(STAMP)
 	rm -rf $(TRITON)
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --target $(TRITON) -r $<
 	@touch $@
+
+# Built from the sdist. A wheel of Linux holds the kernels and runs with the glibc of 2018 and newer
+# ones, which auditwheel finds out and `ls` looks for. The last one is for other systems, which have no
+# kernels.
+# Debian, Ubuntu: apt install g++-aarch64-linux-gnu
+WHEEL := $(BIN)/python -m build --wheel --outdir build/wheels build/wheels/source
+wheels: $(STAMP) ## build in dist/ what is published: the sdist, wheels for Linux on x86-64 and aarch64, and for elsewhere
+	rm -rf dist build/wheels
+	$(BIN)/python -m build --sdist --outdir dist
+	mkdir -p build/wheels/source && tar -xf dist/steppe-*.tar.gz -C build/wheels/source --strip-components 1
+	for machine in x86_64 aarch64; do \
+	  _PYTHON_HOST_PLATFORM=linux-$$machine SKBUILD_BUILD_DIR=$(CURDIR)/build/wheels/$$machine \
+	  SKBUILD_CMAKE_DEFINE="STEPPE_LINK_OPENMP=OFF;CMAKE_SYSTEM_NAME=Linux;CMAKE_SYSTEM_PROCESSOR=$$machine;CMAKE_CXX_COMPILER=$$machine-linux-gnu-g++" \
+	  $(WHEEL) \
+	  && PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat auto --wheel-dir dist \
+	    build/wheels/steppe-*-linux_$$machine.whl \
+	  && ls dist/steppe-*-manylinux_2_2[0-8]_$$machine.whl || exit 1; \
+	done
+	SKBUILD_WHEEL_CMAKE=false SKBUILD_WHEEL_PY_API= $(WHEEL)
+	cp build/wheels/steppe-*-any.whl dist
+	@ls dist
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check

@@ -62,13 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("pairs", nargs="*", help="such as 3.12:2.8.0; all by default")
     parser.add_argument("--json", type=Path, default=ROOT / "docs/results/versions.json")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/versions")
+    parser.add_argument("--wheel", type=Path, help="of `make wheels`; by default one is built")
     parser.add_argument("--find-links", default="", help="a folder of wheels to look in first")
     options = parser.parse_args(arguments)
     pairs = [tuple(pair.split(":")) for pair in options.pairs] or PAIRS
     options.folder = options.folder.absolute()
     options.folder.mkdir(parents=True, exist_ok=True)
     environment = options.folder / "environment"
-    wheel = _wheel(options.folder)
+    wheel = options.wheel or _wheel(options.folder)
     all_good = True
     for python, torch in pairs:
         interpreter = _interpreter(python)

@@ -188,6 +188,15 @@ def test_without_the_library_the_reference_runs_and_says_why(place: Path) -> Non
     assert torch.equal(accelerated(x), expected)
 
 
+def test_other_systems_are_not_told_to_install_a_compiler(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library.platform, "system", lambda: "Darwin")
+    reason = steppe.kernels().reason
+    assert "for Linux, and this is Darwin" in reason
+    assert "compiler" not in reason
+
+
 def test_a_library_that_does_not_load_is_an_error(place: Path) -> None:
     (place / "libsteppe_native.so").write_text("no library")
     with pytest.raises(KernelError, match=r"cannot be loaded.*pip install"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ ABI_VERSION = 8
 # On which integers are faster.
 _SCREENING = ("avx512+amx", "avx512+bf16", "avx512+vnni", "avx2+vnni", "avx2")
 _FILE = "libsteppe_native.so"
+_BUILD = "pip install --force-reinstall --no-deps --no-binary steppe steppe"
 # The letters of a signature that the library gives, see steppe_function in steppe_native.h.
 _TYPES: dict[str, Any] = {
     "v": None,
@@ -89,9 +91,7 @@ def kernels() -> Kernels:
             name="reference",
             isa="",
             unscreened="there are no native kernels",
-            reason=f"there is no {_FILE}: steppe was installed without a C++ compiler. Install one"
-            " (Debian, Ubuntu: apt install g++), then: pip install --force-reinstall --no-deps"
-            " steppe",
+            reason=_why_absent(),
         )
     isa = library.steppe_isa().decode()
     unscreened = "" if isa in _SCREENING else f"{isa}: products of integers are no faster"
@@ -112,7 +112,7 @@ def load() -> SimpleNamespace | None:
     path = next((place / _FILE for place in _places() if (place / _FILE).is_file()), None)
     if path is None:
         return None
-    cure = "Build it again: pip install --force-reinstall --no-deps steppe"
+    cure = f"Build it here: {_BUILD}"
     try:
         opened = ctypes.CDLL(str(path))
         version = opened.steppe_abi_version()
@@ -130,6 +130,17 @@ def load() -> SimpleNamespace | None:
         function = ctypes.CFUNCTYPE(result, *parameters)(entry.address)
         setattr(functions, f"steppe_{entry.name.decode()}", function)
     return functions
+
+
+def _why_absent() -> str:
+    """Why an installation has no library."""
+    system = platform.system()
+    if system != "Linux":
+        return f"the native kernels are for Linux, and this is {system}"
+    return (
+        f"there is no {_FILE}: this steppe comes from a wheel for other machines, or was built"
+        f" without a C++ compiler. Install one (Debian, Ubuntu: apt install g++), then: {_BUILD}"
+    )
 
 
 def _entries(table: Any, of: type[Any]) -> Iterator[Any]:
