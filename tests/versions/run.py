@@ -41,7 +41,7 @@ PAIRS = (
 # What torch imports, what steppe and its extra `train` need; torch's other requirements are CUDA's.
 PACKAGES = (
     *("filelock", "fsspec", "jinja2", "networkx", "setuptools<82", "sympy", "typing-extensions"),
-    *("huggingface-hub", "numpy", "rich", "safetensors", "typer"),
+    *("huggingface-hub", "numpy", "pydantic", "rich", "safetensors", "typer", "wrapt"),
     *("packaging", "psutil", "pyyaml", "scipy", "tqdm", "transformers>=5.0,<6"),
 )
 # These require torch, so pip would look for all that torch requires.
