@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from steppe.report import plot_training_density
+from steppe.report import draw_training_density, plot_training_density
 from steppe.study.cells import cells_of, headings_of
 from steppe.study.compare import groups_of
 from steppe.study.markdown import table_lines
@@ -289,6 +289,24 @@ def _and(words: list[str]) -> str:
     return " and ".join([*filter(None, [", ".join(words[:-1])]), words[-1]])
 
 
+def plot_headline(demo: dict[str, Any], budgets: dict[str, Any], path: Path) -> None:
+    """Draw the README's picture: density over training, and the loss against seconds.
+
+    Args:
+        demo: of ``steppe demo``.
+        budgets: of ``benchmarks/training_cpu.py``.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure  # part of the extra `demo`
+
+    figure = Figure(figsize=(10.4, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_training_density(left, "sparser: pydoc", demo["data_sets"]["pydoc"])
+    draw_time(right, budgets)
+    right.set_title("faster: a small GPT on one core, all time counted", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
 def plot_time(budgets: dict[str, Any], path: Path) -> None:
     """Draw the held-out loss of each arm against the seconds of its run.
 
@@ -299,7 +317,17 @@ def plot_time(budgets: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure  # part of the extra `demo`
 
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")
-    panel = figure.subplots()
+    draw_time(figure.subplots(), budgets)
+    figure.savefig(path, dpi=150)
+
+
+def draw_time(panel: Any, budgets: dict[str, Any]) -> None:
+    """Draw the held-out loss of each arm against the seconds of its run.
+
+    Args:
+        panel: axes of matplotlib.
+        budgets: of ``benchmarks/training_cpu.py``.
+    """
     for name in next(iter(budgets.values())):
         rows = [rows[name] for rows in budgets.values()]
         seconds, losses = ([row[key] for row in rows] for key in ("seconds", "loss"))
@@ -307,7 +335,6 @@ def plot_time(budgets: dict[str, Any], path: Path) -> None:
     panel.set(xlabel="processor seconds of the run", ylabel="held-out loss, nats a byte")
     panel.legend()
     panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
 
 
 def results() -> str:
@@ -328,6 +355,7 @@ def main() -> None:
     RESULTS.write_text(results(), encoding="utf-8")
     plot_training_density(_read(DEMO), ROOT / "docs/results/demo.png")
     plot_time(_read(TRAINING)["time"], ROOT / "docs/results/time.png")
+    plot_headline(_read(DEMO), _read(TRAINING)["time"], ROOT / "docs/results/headline.png")
     for name in PAGES:
         page = ROOT / name
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -7,7 +7,7 @@ from steppe.report.find import find_runs
 from steppe.report.flops import BlockFlops, Product, count_flops
 from steppe.report.measure_table import curve_table, measure_table
 from steppe.report.page import write_report
-from steppe.report.plots import plot_bench, plot_training_density
+from steppe.report.plots import draw_training_density, plot_bench, plot_training_density
 from steppe.report.tables import (
     accelerated_sentence,
     demo_table,
@@ -26,6 +26,7 @@ __all__ = [
     "count_flops",
     "curve_table",
     "demo_table",
+    "draw_training_density",
     "find_runs",
     "measure_table",
     "plot_bench",

@@ -35,24 +35,34 @@ def plot_training_density(summary: dict[str, Any], path: Path) -> Path:
     figure = _figure_class()(figsize=(5.2 * len(data_sets), 4.0), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(data_sets), squeeze=False)[0]
     for panel, (name, data_set) in zip(panels, data_sets.items(), strict=True):
-        for (arm, result), (colour, dash) in zip(data_set["arms"].items(), _STYLES, strict=False):
-            for index, run in enumerate(result["runs"]):
-                steps, densities = zip(*run["history"], strict=True)
-                label = f"{arm}, {100 * result['density']:.1f} % held-out" if index == 0 else None
-                smooth = _running_mean([100 * density for density in densities])
-                panel.plot(steps, smooth, dash, color=colour, label=label, linewidth=1.6)
-        quality = ", ".join(
-            f"{arm} {_quality(data_set['quality'], result)}"
-            for arm, result in data_set["arms"].items()
-        )
-        panel.set_title(f"{name}\n{quality}", fontsize=9)
-        panel.set_xlabel("optimizer step")
-        panel.set_ylabel("active hidden units, % of the training batch")
-        panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False, fontsize=9)
+        draw_training_density(panel, name, data_set)
     write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
     return path
+
+
+def draw_training_density(panel: Any, name: str, data_set: dict[str, Any]) -> None:
+    """Draw the density over training on one data set, one curve a run.
+
+    Args:
+        panel: axes of matplotlib.
+        name: of the data set.
+        data_set: of the summary of `steppe.training.demo.run_demo`.
+    """
+    for (arm, result), (colour, dash) in zip(data_set["arms"].items(), _STYLES, strict=False):
+        for index, run in enumerate(result["runs"]):
+            steps, densities = zip(*run["history"], strict=True)
+            label = f"{arm}, {100 * result['density']:.1f} % held-out" if index == 0 else None
+            smooth = _running_mean([100 * density for density in densities])
+            panel.plot(steps, smooth, dash, color=colour, label=label, linewidth=1.6)
+    quality = ", ".join(
+        f"{arm} {_quality(data_set['quality'], result)}" for arm, result in data_set["arms"].items()
+    )
+    panel.set_title(f"{name}\n{quality}", fontsize=9)
+    panel.set_xlabel("optimizer step")
+    panel.set_ylabel("active hidden units, % of the training batch")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=9)
 
 
 def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> Path:
