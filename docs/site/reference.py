@@ -90,9 +90,10 @@ def _recipe_keys() -> str:
     """The keys of a recipe that are steppe's own."""
     lines = [
         *("# The keys of a recipe", ""),
-        "Each is a key of the YAML file and a flag of [`steppe train`](command_line.md#steppe-train)."
-        " So are those of transformers' `TrainingArguments`: `steppe train RECIPE --help` lists all"
-        " of them. [Recipes](../recipes.md) says more.",
+        "Each is a key of the YAML file and a flag of"
+        " [`steppe train`](command_line.md#steppe-train). So are those of transformers'"
+        " `TrainingArguments`: `steppe train RECIPE --help` lists all of them."
+        " [Recipes](../recipes.md) says more.",
         "",
     ]
     for title, kind in _SECTIONS:
