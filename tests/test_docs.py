@@ -17,7 +17,7 @@ from training.recipe_worker import write_text
 DOCS = Path(__file__).parents[1] / "docs"
 # A block, and the text behind it that it prints. `...` stands for anything.
 BLOCK = re.compile(
-    r"(<!-- no test:[^\n]*\n)?```(python|sh|yaml)\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL
+    r"(<!-- no test:[^\n]*\n)?```(python|sh|yaml)\n(.*?)```(?:\n\n```output\n(.*?)```)?", re.DOTALL
 )
 # The pages whose commands run too; those of the others take data, hours or several machines.
 WITH_COMMANDS = ("getting_started.md", "troubleshooting.md", "guides")

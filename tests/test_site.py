@@ -57,6 +57,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert re.search('<a [^>]*href="reference/plugins.html#steppe.ZerothBias"', home)
     assert "site/iframe-worker.js" in home
     assert "<!-- speed" not in home
+    assert "PyTorch ≥ 2.8: every verb is run on Python" in home
     index = (tmp_path / "site" / "search" / "search_index.js").read_text(encoding="utf-8")
     assert "RisingThreshold" in index
 
@@ -155,7 +156,10 @@ def test_links_lead_to_pages_of_the_site(scripts: SimpleNamespace) -> None:
     assert moved("scale.md", "[x](scale.py)") == "[x](source/docs/scale.py.md)"
     for kept in ("[x](https://a.org)", "[x](#here)", "[x](nowhere.md)", "```\n[x](scale.py)\n```"):
         assert moved("scale.md", kept) == kept
-    assert moved("index.md", "a <!-- b: c -->1<!-- end -->\n<!-- d -->\n| e |") == "a 1\n| e |"
+    marked = (
+        "<!-- a: b -->1<!-- end -->\nc <!-- d -->2<!-- end -->\n<!-- e -->\n| f |\n<!-- end -->\n"
+    )
+    assert moved("index.md", marked) == "1\nc 2\n| f |\n"
 
 
 def test_the_reasons_that_troubleshooting_quotes_are_those_of_the_code() -> None:

@@ -17,7 +17,7 @@ ROOT_PAGES = {
     "SECURITY.md": "security.md",
 }
 _LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
-_COMMENTS = re.compile(r"^<!--[^\n]*-->\n|<!--.*?-->", re.DOTALL | re.MULTILINE)
+_COMMENTS = re.compile(r"^<!--[^>\n]*-->\n|<!--.*?-->", re.DOTALL | re.MULTILINE)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".cff": "yaml"}
 
 
