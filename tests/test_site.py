@@ -23,9 +23,9 @@ DOCS = ROOT / "docs"
 def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The scripts of the site by name, as mkdocs imports them."""
     monkeypatch.syspath_prepend(DOCS / "site")
-    import check  # type: ignore[import-not-found]
-    import links  # type: ignore[import-not-found]
-    import names  # type: ignore[import-not-found]
+    import check
+    import links
+    import names
 
     return SimpleNamespace(check=check, links=links, names=names)
 
