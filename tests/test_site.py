@@ -73,7 +73,7 @@ def test_the_public_names_are_those_of_the_package(scripts: SimpleNamespace) -> 
         }
     assert "steppe.training.lightning.LightningCallback" in paths
     assert "steppe.ops.products.spmm" in paths
-    assert [name.path for name in found if not name.is_documented] == []
+    assert [name.path for name in found if not name.summary] == []
 
 
 def test_what_the_pages_import_is_in_the_reference(scripts: SimpleNamespace) -> None:
@@ -137,7 +137,7 @@ def test_a_name_that_is_missing_or_has_no_docstring_is_found(
     tmp_path: Path, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = write_site(tmp_path, scripts.names)
-    more = (*scripts.names.public_names(), scripts.names.PublicName("steppe.new", "blocks", False))
+    more = (*scripts.names.public_names(), scripts.names.PublicName("steppe.new", "blocks", ""))
     monkeypatch.setattr(scripts.check, "public_names", lambda: more)
     assert scripts.check.problems(site) == [
         "steppe.new: not in the reference",

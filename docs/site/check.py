@@ -107,7 +107,7 @@ def _undocumented(site: Path, pages: dict[Path, Page]) -> list[str]:
     }
     names = public_names()
     return [f"{name.path}: not in the reference" for name in names if name.path not in shown] + [
-        f"{name.path}: no docstring" for name in names if not name.is_documented
+        f"{name.path}: no docstring" for name in names if not name.summary
     ]
 
 

@@ -38,12 +38,12 @@ class PublicName:
     Attributes:
         path: as they import it.
         part: of steppe, the package below `steppe` that defines it.
-        is_documented: whether it has a docstring of its own.
+        summary: the first line of its docstring; empty if it has none of its own.
     """
 
     path: str
     part: str
-    is_documented: bool
+    summary: str
 
 
 @cache
@@ -56,7 +56,8 @@ def public_names() -> tuple[PublicName, ...]:
         target = _target(package, path)
         if target.path not in found:
             part = target.path.split(".")[1]
-            found[target.path] = PublicName(path, part, target.docstring is not None)
+            docstring = target.docstring.value if target.docstring else ""
+            found[target.path] = PublicName(path, part, docstring.partition("\n")[0])
     return tuple(found.values())
 
 

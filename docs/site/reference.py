@@ -52,10 +52,10 @@ def _title(part: str) -> str:
 
 
 def _overview(named: dict[str, list[PublicName]]) -> str:
-    lines = ["# Reference", "", "Every public name, and where its page has it.", ""]
+    lines = ["# Reference", "", "Every public name.", ""]
     for part, names in named.items():
         lines += [f"## {_title(part)}", ""]
-        lines += [f"- [`{name.path}`][{name.path}]" for name in names] + [""]
+        lines += [f"- [`{name.path}`][{name.path}]: {name.summary}" for name in names] + [""]
     return "\n".join(lines)
 
 
