@@ -24,7 +24,7 @@ TRITON  := build/triton
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results cost bench training losses gpu test test-slow test-screening test-versions test-native test-native-arm valgrind test-gpu-offline wheels lint format clean
+.PHONY: help install demo results cost bench training losses gpu docs test test-slow test-screening test-versions test-native test-native-arm valgrind test-gpu-offline wheels lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,10 @@ losses: $(STAMP) ## train the same model dense, sparse and in float64 anew, and 
 # With the interpreter that is there, whose torch knows the card: nothing is installed.
 gpu: ## find out everything about a GPU in eight minutes: GPU_ARGS="--seconds 300 --out FOLDER"
 	$(PYTHON) -u benchmarks/gpu.py --out runs/gpu $(GPU_ARGS)
+
+docs: $(STAMP) ## build the site into build/docs, with nothing that it loads from elsewhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo build/docs/index.html
 
 test: $(STAMP) ## run the tests, without the slow ones
 	$(PYTEST) $(PYTEST_ARGS)
@@ -170,5 +174,5 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard src/steppe/native/*)
 	  || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	@touch $(PENDING)
 	trap 'exit 130' INT; $(BIN)/python -m pip --require-virtualenv install \
-	  -c constraints.txt $(PIP_ARGS) -e '.[demo,peft,test,dev]' || { rm -f $(PENDING); exit 1; }
+	  -c constraints.txt $(PIP_ARGS) -e '.[demo,peft,test,dev,docs]' || { rm -f $(PENDING); exit 1; }
 	@mv $(PENDING) $@

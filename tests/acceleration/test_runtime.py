@@ -291,6 +291,15 @@ def test_compiled_into_one_graph(name: str) -> None:
     assert torch.allclose(loss, expected[0], rtol=1e-5)
 
 
+def test_compiled_into_one_graph_with_the_built_in_limits() -> None:
+    layer = nn.TransformerEncoderLayer(models.D_MODEL, 2, models.D_HIDDEN, batch_first=True).eval()
+    x = torch.randn(3, 5, models.D_MODEL)
+    expected = layer(x)
+    steppe.accelerate_(layer)  # whether a call has enough to do depends on the threads
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), expected, atol=1e-5)
+
+
 @pytest.mark.skipif(kernels().name != "native", reason=kernels().reason)
 @pytest.mark.parametrize("gradients", [False, True])
 def test_accelerated_and_watched_in_one_graph(gradients: bool) -> None:

@@ -52,10 +52,19 @@ def pays(rows: int, d_model: int, d_hidden: int) -> bool:
         d_model: width of the model.
         d_hidden: width of the hidden layer.
     """
-    weight, threads = d_model * d_hidden, torch.get_num_threads()
+    weight, threads = d_model * d_hidden, _threads()
     return rows * weight >= _LEAST_WORK * threads or weight >= _LARGE_WEIGHT * min(
         threads, _READERS
     )
+
+
+def _threads() -> int:
+    """The number of threads of torch, which is a constant of a compiled graph."""
+    return torch.get_num_threads()
+
+
+# torch.compile does not trace torch.get_num_threads itself. As in `steppe.routing.route`.
+_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def max_density_for(rows: int, width: int, dtype: torch.dtype, trains: bool) -> float:
