@@ -204,14 +204,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(x, *weights, mix, *output[2:])
     ctx.set_materialize_grads(False)
     room = room_of(ctx.room)
-    ctx.claim = None if room is None else room.claim()
+    # What a compiler traces with are tensors of its own, whose graph it may keep for ever.
+    ctx.claim = room.claim() if room is not None and type(x) is Tensor else None
 
 
 def _backward(
     ctx: Any, grad_z: Tensor | None, grad_l1: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     room = room_of(ctx.room)
-    if room is not None:
+    if room is not None and ctx.claim is not None:
         room.end(ctx.claim)
     if not ctx.with_l1:
         grad_l1 = None  # of an empty tensor
