@@ -109,16 +109,17 @@ def test_each_dtype_is_right_within_its_rounding(share: float, dtype: torch.dtyp
         assert want.norm() > 0
 
 
-def test_gradcheck_once_and_twice() -> None:
-    leaves = leaves_for(ROWS, WIDTH, HIDDEN)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_gradcheck_once_and_twice(share: float) -> None:
+    leaves = leaves_for(4, 3, 35)
+    capacity = int(share * count_of(leaves))
     mix = torch.tensor(0.5, dtype=torch.float64)
 
     def block(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         return packed_mlp(*leaves, 1.0, 0.5, mix, capacity, NO_ROOM, True)[:2]
 
-    for capacity in (0, count_of(leaves) // 2, ROWS * HIDDEN):
-        assert torch.autograd.gradcheck(block, leaves)
-        assert torch.autograd.gradgradcheck(block, leaves)
+    assert torch.autograd.gradcheck(block, leaves)
+    assert torch.autograd.gradgradcheck(block, leaves)
 
 
 def test_opcheck() -> None:
