@@ -105,7 +105,7 @@ class Computation:
 
     def plan_and_count(self, route: Route, x: Tensor, traced: bool) -> Plan:
         """The plan of a call, which is counted; a compiled op decides later, when it is called."""
-        is_cast, dtype, packs = torch.is_autocast_enabled(x.device.type), _dtype(x), self._packs(x)
+        is_cast, dtype, packs = _is_cast(x), _dtype(x), self._packs(x)
         reason = self._cannot(x, dtype, is_cast, traced, packs) or needs_hidden(self.block)
         if packs and route.drops():
             reason = reason or "packing has no dropout"
@@ -284,8 +284,8 @@ class Computation:
         dropout = route.drops()
         flat = x.reshape(-1, block.d_model)
         tensors: list[Any] = [flat, *weights]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        if _is_cast(x):
+            dtype = _dtype(x)
             tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
         if block.activated.training and not route.trial:
             for shift in shifts_of(block):
@@ -376,9 +376,12 @@ def _transformed() -> str:
 
 def _dtype(x: Tensor) -> torch.dtype:
     """The dtype that a layer computes in, with an input or a weight."""
-    device = x.device.type
-    is_cast = torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if is_cast else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _is_cast(x) else x.dtype
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether a layer's input is cast by autocast, which leaves float64 as it is."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -6,6 +6,7 @@ training is asked for here too: it is no backend, as it has no kernels for infer
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -38,7 +39,7 @@ def why_not_packed(device: str, dtype: torch.dtype) -> str:
         return ""
     if device != "cuda":
         return f"nothing packs on {device}"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "packing on cuda needs Triton"
     return "" if dtype in _CUDA_PACKS else f"nothing packs {dtype} on cuda"
 
@@ -46,6 +47,11 @@ def why_not_packed(device: str, dtype: torch.dtype) -> str:
 # torch.compile runs it while it traces, and takes the answer for a constant: it depends on what is
 # installed.
 why_not_packed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def packer_of(tensor: Tensor) -> Packer:

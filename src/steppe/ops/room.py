@@ -103,8 +103,7 @@ class Room:
         if not entries:
             return
         if self._share is None:
-            nan = torch.full((), float("nan"))
-            self._share = nan.pin_memory() if starts.is_cuda else nan
+            self._share = _pinned() if starts.is_cuda else torch.full((), float("nan"))
         self._share.copy_(starts[-1] / entries, non_blocking=True)
 
     def refresh(self) -> None:
@@ -116,6 +115,22 @@ class Room:
         if parts != self.size.shape[0]:
             self.size = torch.empty(parts, 0)
 
+
+def _pinned() -> Tensor:
+    """A float32 in pinned memory that is NaN, and is never another's.
+
+    A CUDA graph that was captured with it writes there as long as the graph lives, which may be
+    longer than the model does.
+    """
+    place = next(_places)
+    if place % _PAGE == 0:
+        _pages.append(torch.full((_PAGE,), float("nan"), pin_memory=True))
+    return _pages[-1][place % _PAGE]
+
+
+_PAGE = 1024
+_pages: list[Tensor] = []
+_places = itertools.count()
 
 # An op cannot take an object of ours, but it takes a number. The table is weak: rooms go with their
 # models.
