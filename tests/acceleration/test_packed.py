@@ -227,6 +227,7 @@ def test_only_calls_that_train_are_packed() -> None:
         with context():
             assert torch.equal(model(ids), expected)
         assert ways(model) == [OWN_MODULES] * 2
+        assert "there are no kernels for torch.float64" in str(steppe.explain(model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     assert torch.equal(model(ids), expected)

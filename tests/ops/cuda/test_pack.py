@@ -272,6 +272,20 @@ def test_recomputing_within_rounding_and_numbers_that_are_not_finite(dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_mask_says_what_is_active_whatever_is_recomputed(dtype: torch.dtype) -> None:
+    x, weight, bias = whole_numbers(5, 6, 70, dtype)
+    grad_a, rule = pre_activations(5, 70, dtype), coefficients(1.0, 0.5)
+    _, packed = bitmask.act_pack(pre_activations(5, 70, dtype), rule, 60)  # of another p
+    expected = bitmask.unpack_grad(grad_a, packed, rule)
+    got = tuple(one.clone() for one in expected)
+    bitmask.recompute_lost_(*expected, grad_a, packed, rule, x, weight, bias)
+    pack.recompute_lost_(*got, grad_a, packed, rule, x, weight, bias, SMALL)
+    assert same_bits(got[0], expected[0])
+    assert same_bits(got[1], expected[1])
+    assert (expected[1] >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_recomputing_reads_and_writes_nothing_outside(dtype: torch.dtype) -> None:
     parts = [Guarded(part) for part in whole_numbers(19, 18, 41, dtype)]
     x, weight, bias = (part.tensor for part in parts)
