@@ -117,7 +117,8 @@ test-native-arm: $(STAMP) ## build the kernels for aarch64 and test them under q
 # Triton is interpreted in the first process and compiles for GPUs that are not there in the second.
 test-gpu-offline: $(TRITON)/.installed ## test the GPU kernels without a GPU (Linux; 190 MB to download)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PYTEST) $(PYTEST_ARGS) \
-	  tests/ops/cuda/test_interpreter.py tests/ops/cuda/test_pack.py tests/ops/cuda/test_decode.py
+	  tests/ops/cuda/test_interpreter.py tests/ops/cuda/test_pack.py tests/ops/cuda/test_packing.py \
+	  tests/ops/cuda/test_decode.py
 	PYTHONPATH=$(TRITON) $(PYTEST) $(PYTEST_ARGS) tests/ops/cuda/test_ahead.py
 
 # Not into the environment: torch looks for Triton and takes other paths where it finds it, and the

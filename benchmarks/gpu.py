@@ -65,6 +65,7 @@ STEPS = (
     Step("kernels", "gpu_steps.kernels", 60, 10),
     Step("blocks", "gpu_steps.blocks", 50, 10),
     Step("decode", "gpu_steps.decode", 40, 10),
+    Step("packed", "gpu_steps.packed", 60, 15),
     Step("training-vanilla", "gpu_steps.training", 60, 20, "vanilla"),
     Step("training-steppe", "gpu_steps.training", 60, 20, "steppe"),
     Step("training-threshold", "gpu_steps.training", 60, 20, "threshold"),

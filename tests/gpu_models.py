@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -68,6 +71,19 @@ def loss_on(model: torch.nn.Module, arm: str, ids: Tensor, mask: Tensor | None =
 def fused_adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     """As most train with on a GPU."""
     return torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+
+@contextmanager
+def no_waits(device: str) -> Iterator[None]:
+    """An error where the CPU waits for the device."""
+    if device != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def train(model: GPT, arm: str, device: str, first: int = 0, last: int = STEPS) -> list[float]:

@@ -58,7 +58,7 @@ DEVICES: dict[str, tuple[str, ...]] = {
         "steppe.public",
         "steppe.report.calibration_table",
     ),
-    "steppe.ops.cuda": ("steppe.ops.cuda",),
+    "steppe.ops.cuda": ("steppe.ops.backend", "steppe.ops.cuda"),
 }
 # Who may import what is heavy, or belongs to one job.
 HOMES: dict[str, tuple[str, ...]] = {

@@ -214,6 +214,12 @@ def test_the_dry_run_runs_every_step(gpu: ModuleType, tmp_path: Path) -> None:
         step.name: "ok" for step in gpu.STEPS
     }
     assert steps["tests"]["passed"] == 1
+    assert steps["packed"]["gpt"]["packed"]["ran"] == ["packed"]
+    blocks = {name: row for name, row in steps["packed"].items() if name.startswith("block_")}
+    assert len(blocks) == 2
+    for row in blocks.values():
+        assert row["packed"]["ran"] == ["packed"]
+        assert 0.0 < row["packed"]["mean_density"] < 0.3
     densities = []
     for name in ("vanilla", "steppe", "threshold", "both"):
         row = steps[f"training-{name}"]
@@ -279,24 +285,31 @@ def nan_is_zero(p: Tensor, coefficients: Tensor, capacity: int) -> tuple[Tensor,
     return bitmask.act_pack(p.nan_to_num(nan=0.0, posinf=torch.inf), coefficients, capacity)
 
 
+def nothing_recomputed(*arguments: Any) -> None:
+    pass
+
+
 def random_bits(p: Tensor, coefficients: Tensor, capacity: int) -> tuple[Tensor, Any]:
     a, packed = bitmask.act_pack(p, coefficients, capacity)
     return a + a * 0.01 * torch.rand_like(a), packed
 
 
 @pytest.mark.parametrize(
-    ("part", "act_pack"),
+    ("part", "name", "wrong"),
     [
-        (kernels.against_float64, inaccurate),
-        (kernels.against_float64, without_zeros),
-        (kernels.odd_values, nan_is_zero),
-        (kernels.same_bits, random_bits),
+        (kernels.against_float64, "act_pack", inaccurate),
+        (kernels.against_float64, "act_pack", without_zeros),
+        (kernels.odd_values, "act_pack", nan_is_zero),
+        (kernels.same_bits, "act_pack", random_bits),
+        (kernels.recomputed, "recompute_lost_", nothing_recomputed),
     ],
 )
 def test_the_checks_of_kernels_can_fail(
-    part: Any, act_pack: Any, monkeypatch: pytest.MonkeyPatch
+    part: Any, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = SimpleNamespace(act_pack=act_pack, unpack_grad=bitmask.unpack_grad)
+    names = ("act_pack", "unpack_grad", "recompute_lost_")
+    right = {name: getattr(bitmask, name) for name in names}
+    broken = SimpleNamespace(**{**right, name: wrong})
     monkeypatch.setattr(kernels, "pack_module", lambda context: broken)
     with pytest.raises(AssertionError):
         part(dry_context())

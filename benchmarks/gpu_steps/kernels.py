@@ -101,6 +101,31 @@ def odd_values(context: Context) -> str:
     return "as defined"
 
 
+def recomputed(context: Context) -> dict[str, Any]:
+    """Rows that did not fit, against float64: the largest errors by dtype; and what it costs."""
+    pack = pack_module(context)
+    torch.manual_seed(0)
+    worst, device = {}, context.device
+    rows, width, columns = (20, 24, 70) if context.is_dry else (1000, 2048, 4100)
+    for dtype in DTYPES:
+        x, weight = torch.randn(rows, width), torch.randn(columns, width) / width**0.5
+        x, weight = (part.to(device, dtype) for part in (x, weight))
+        bias = torch.full((columns,), -1.0, device=device, dtype=dtype)
+        p, grad_a = torch.addmm(bias, x, weight.T), torch.ones(rows, columns, device=device)
+        grad_a, rule = grad_a.to(dtype), torch.tensor([1.0, 0.5], device=device)
+        for share in (0.0, 0.5, 1.0):
+            capacity = int(share * int((p > 0).sum()))
+            a, packed = pack.act_pack(p, rule, capacity)
+            grad_p, again = pack.unpack_grad(grad_a, packed, rule)
+            pack.recompute_lost_(grad_p, again, grad_a, packed, rule, x, weight, bias)
+            for got, wanted in ((again, a.double()), (grad_p, (p > 0) * (1.0 + p.double()))):
+                error = ((got.double() - wanted).norm() / wanted.norm()).item()
+                worst[f"{dtype}, {share} kept"] = error
+                assert error <= 4 * _TOLERANCE[dtype], f"{dtype}, {share} kept: off by {error:.1e}"
+                assert share < 1.0 or got is not again or got.equal(a), "a kept row was changed"
+    return worst
+
+
 def same_bits(context: Context) -> str:
     """Fifty calls give the same bits, and so does a CUDA graph with other inputs."""
     pack = pack_module(context)
@@ -137,9 +162,15 @@ def times(context: Context) -> dict[str, Any]:
     capacity = int(0.1 * p.numel())
     _, packed = pack.act_pack(p, one, capacity)
     # p twice and a; ∂ℓ/∂a, ∂ℓ/∂p and a; the mask is a sixteenth of p.
+    grad_p, a = pack.unpack_grad(p, packed, one)
+    width = 8 if context.is_dry else 2048
+    x, weight = p.new_zeros(rows, width), p.new_zeros(columns, width)
     calls = {
         "act_pack": lambda: pack.act_pack(p, one, capacity),
         "unpack_grad": lambda: pack.unpack_grad(p, packed, one),
+        "recompute_lost_, nothing lost": lambda: pack.recompute_lost_(
+            grad_p, a, p, packed, one, x, weight, None
+        ),
     }
     found = {}
     for name, call in calls.items():
@@ -236,7 +267,7 @@ def tokens_again(context: Context) -> str:
 
 
 CHECKS = {
-    "pack": (against_float64, odd_values, same_bits, times),
+    "pack": (against_float64, odd_values, recomputed, same_bits, times),
     "decode": (tokens_against_float64, hard_to_screen, tokens_again),
     "decode_kernels": (),  # which decode launches
 }

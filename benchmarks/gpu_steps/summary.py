@@ -60,6 +60,8 @@ def _flat(key: str, value: Any) -> Iterator[str]:
     if isinstance(value, Mapping) and "us" in value:
         speedup = value.get("speedup")
         beside = "" if speedup is None else f", {speedup:.2f}×"
+        peak = _times(value.get("peak_bytes"), 1e-6)
+        beside += "" if peak is None else f", {peak:.0f} MB at most"
         rate = next(
             (f", {value[k]:.0f} {k}" for k in ("tflop_per_s", "gb_per_s") if k in value), ""
         )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -12,24 +10,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import steppe
-from gpu_models import ARMS, STEPS, fused_adamw, gpt, loss_on, token_ids, train
+from gpu_models import ARMS, STEPS, fused_adamw, gpt, loss_on, no_waits, token_ids, train
 from gpu_steps.gpt import GPT, PATTERNS
 
 each_arm = pytest.mark.parametrize("arm", list(ARMS))
 each_sparse_arm = pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "vanilla"])
-
-
-@contextmanager
-def no_waits(device: str) -> Iterator[None]:
-    """An error where the CPU waits for the device."""
-    if device != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -13,7 +13,7 @@ from torch import Tensor
 import oracles
 from steppe.errors import KernelError, MissingExtraError
 from steppe.ops import rectifier
-from steppe.ops.bitmask import act_pack, kept_rows, unpack_grad
+from steppe.ops.bitmask import act_pack, kept_rows, recompute_lost_, unpack_grad
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RULES = [(1.0, 0.0), (1.0, 0.5), (0.0, 1.0), (0.3, 0.2)]
@@ -139,6 +139,60 @@ def test_what_does_not_fit_is_reported_and_can_be_packed_again(missing: int | st
     assert torch.equal(torch.cat([again[:kept], again_rest]), a)
 
 
+def whole_numbers(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, W and b whose products and sums are exact in each dtype, whatever the order."""
+    shapes = (8, 6), (40, 6), (40,)
+    x, weight, bias = (torch.randint(-3, 4, shape).to(dtype) for shape in shapes)
+    return x, weight, bias - 4
+
+
+def unpacked(
+    p: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, grad_a: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a of packing; ∂ℓ/∂p and a of unpacking, with what was lost."""
+    rule = coefficients(1.0, 0.5, p.dtype)
+    a, packed = act_pack(p, rule, capacity)
+    grad_p, again = unpack_grad(grad_a, packed, rule)
+    recompute_lost_(grad_p, again, grad_a, packed, rule, x, weight, bias)
+    return a, grad_p, again
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("missing", [0, 1, 17, "all"])
+def test_what_does_not_fit_is_recomputed(missing: int | str, dtype: torch.dtype) -> None:
+    x, weight, bias = whole_numbers(dtype)
+    x[3], grad_a = 0.0, torch.randn(8, 40).to(dtype)
+    bias[bias > 0] = 0.0  # so that the row of x that is zero has no active entry
+    p = x @ weight.T + bias
+    assert not (p[3] > 0).any()
+    count = int((p > 0).sum())
+    capacity = 0 if missing == "all" else count - int(missing)
+    a, expected, _ = unpacked(p, x, weight, bias, grad_a, count)
+    _, grad_p, again = unpacked(p, x, weight, bias, grad_a, capacity)
+    assert torch.equal(again, a)
+    assert torch.equal(grad_p, expected)
+    # Of any strides, without a bias.
+    p = x @ weight.T
+    a, expected, _ = unpacked(p, x, weight, None, grad_a, p.numel())
+    turned = x.T.contiguous().T, weight.T.contiguous().T
+    _, grad_p, again = unpacked(p, *turned, None, grad_a, capacity // 2)
+    assert torch.equal(again, a)
+    assert torch.equal(grad_p, expected)
+
+
+def test_the_mask_says_what_is_active_whatever_is_recomputed() -> None:
+    rule, grad_a = torch.tensor([1.0, 0.5]), torch.ones(2, 3)
+    _, packed = act_pack(torch.tensor([[1.0, -1.0, 1.0], [1.0, -1.0, 1.0]]), rule, 2)
+    x, weight = torch.tensor([[0.0], [1.0]]), torch.tensor([[-5.0], [5.0], [math.nan]])
+    grad_p, a = unpack_grad(grad_a, packed, rule)
+    recompute_lost_(grad_p, a, grad_a, packed, rule, x, weight, None)
+    assert grad_p[0].tolist() == [2.0, 0.0, 2.0]  # as it was kept
+    assert grad_p[1, :2].tolist() == [1.0, 0.0]  # at r = 0, as max(p, 0) is
+    assert a[1, :2].tolist() == [0.0, 0.0]
+    assert grad_p[1, 2].isnan()
+    assert a[1, 2].isnan()
+
+
 P, RULE = torch.ones(2, 40), torch.tensor([1.0, 0.5])
 PACKED = act_pack(P, RULE, 80)[1]
 
@@ -182,6 +236,37 @@ def test_packing_refuses_what_does_not_fit(arguments: tuple, match: str) -> None
 def test_unpacking_refuses_what_does_not_fit(arguments: tuple, match: str) -> None:
     with pytest.raises(KernelError, match=match):
         unpack_grad(*arguments)
+
+
+X, WEIGHT, BIAS = torch.ones(2, 5), torch.ones(40, 5), torch.ones(40)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("grad_p", torch.ones(40, 2).T),
+        ("a", P.double()),
+        ("x", torch.ones(3, 5)),
+        ("x", X.half()),
+        ("weight", torch.ones(40, 4)),
+        ("weight", WEIGHT.to("meta")),
+        ("bias", torch.ones(5)),
+    ],
+)
+def test_recomputing_refuses_what_does_not_fit(name: str, part: Tensor) -> None:
+    arguments = {
+        "grad_p": P.clone(),
+        "a": P.clone(),
+        "grad_a": P,
+        "packed": PACKED,
+        "coefficients": RULE,
+        "x": X,
+        "weight": WEIGHT,
+        "bias": BIAS,
+    }
+    recompute_lost_(**arguments)
+    with pytest.raises(KernelError, match=f"recompute_lost_: {name}: expected"):
+        recompute_lost_(**{**arguments, name: part})
 
 
 def test_without_triton_the_kernels_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

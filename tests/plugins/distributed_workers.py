@@ -96,6 +96,22 @@ def accelerated(
     return {name: whole(p) for name, p in inner.named_parameters()}
 
 
+def packed(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict[str, Any]:
+    """Train with packed activations, in float64; parameters at the end."""
+    torch.manual_seed(0)
+    inner = models.gpt2().double()
+    steppe.sparsify_(inner, [ZerothBias(max_tokens=TOKENS), JumpingSquaredReLU()])
+    steppe.accelerate_(inner, pack=True)
+    model = wrap(inner)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for step in range(STEPS):
+        loss_of_share(model, step, rank, world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(block.calls == {"packed": STEPS} for block in steppe.explain(inner).blocks)
+    return {name: whole(p) for name, p in inner.named_parameters()}
+
+
 def thresholded(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict[str, Any]:
     """Train with our plug-ins on micro-batches of one row each; state and own statistics."""
     torch.manual_seed(0)
@@ -202,6 +218,8 @@ def work(rank: int, folder: Path) -> None:
             "fsdp2 accelerated": accelerated(fsdp, rank, WORLD),
             "ddp screened": accelerated(ddp, rank, WORLD, max_candidates=1.0),
             "fsdp2 screened": accelerated(fsdp, rank, WORLD, max_candidates=1.0),
+            "ddp packed": packed(ddp, rank, WORLD),
+            "fsdp2 packed": packed(fsdp, rank, WORLD),
             "ddp thresholded": thresholded(ddp, rank, WORLD),
             "fsdp2 thresholded": thresholded(fsdp, rank, WORLD),
             "too late": sparsify_too_late(rank),

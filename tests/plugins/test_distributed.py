@@ -53,6 +53,15 @@ def test_accelerated_blocks_learn_what_one_process_learns(
 
 
 @each_kind
+def test_packed_blocks_learn_what_one_process_learns(
+    kind: str, by_rank: list[dict[str, Any]]
+) -> None:
+    expected = distributed_workers.packed(distributed_workers.alone, rank=0, world=1)
+    for results in by_rank:
+        torch.testing.assert_close(results[f"{kind} packed"], expected, rtol=1e-8, atol=1e-10)
+
+
+@each_kind
 def test_thresholds_and_penalty_are_those_of_one_process(
     kind: str, by_rank: list[dict[str, Any]]
 ) -> None:

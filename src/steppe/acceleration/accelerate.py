@@ -79,6 +79,7 @@ class Settings:
     max_candidates: float | None = None
     weights_are_final: bool = False
     check: bool = True
+    pack: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a limit that is no share."""
@@ -97,6 +98,7 @@ def accelerate_(
     weights_are_final: bool = False,
     check: bool = True,
     strict: bool = False,
+    pack: bool = False,
 ) -> nn.Module:
     """Run the MLP blocks of a ReLU-type model on exact sparse kernels, forward and backward.
 
@@ -110,8 +112,8 @@ def accelerate_(
     where too many entries are active or there is too little to do, and wherever the kernels would
     compute something else: while a hook that is not steppe's is on one of its modules, a module or
     its ``forward`` has been replaced, or torch.func transforms the call. The same holds for dtypes
-    other than float32 and bfloat16 and for devices other than the CPU. `explain` says how each
-    block ran last, and why. `watch` and `measure` go on working.
+    other than float32 and bfloat16 and for devices other than the CPU, unless `pack` is asked for.
+    `explain` says how each block ran last, and why. `watch` and `measure` go on working.
 
     In inference the kernels read copies of some weights in another layout. A copy is used only
     while nothing was written to its weight, through PyTorch, ``.data`` or NumPy; the system's page
@@ -135,6 +137,10 @@ def accelerate_(
             Otherwise the first call of each mode compares the tensors that flow between a block's
             modules.
         strict: refuse a model if some of its MLPs are not found, instead of warning once.
+        pack: train with less memory, not faster: where there are no kernels that keep active
+            entries only, as on CUDA devices, a block keeps for its backward pass one bit an entry
+            and the values of the active ones, in the place of a hidden tensor. Its products are
+            dense. Not for blocks with a gate, nor for calls with dropout between the layers.
 
     Returns:
         The model.
@@ -152,7 +158,7 @@ def accelerate_(
         >>> torch.allclose(accelerate_(layer)(x), expected, atol=1e-5)
         True
     """
-    settings = Settings(max_density, max_candidates, weights_are_final, check)
+    settings = Settings(max_density, max_candidates, weights_are_final, check, pack)
     root = unwrap(model)
     old = acceleration_of(root)
     if old is not None:
@@ -188,7 +194,8 @@ def _route(
         journal.hold_nested_tensors_off(root)
         journal.hold_parts(blocks)
         computations = [
-            Computation(block, settings.max_density, settings.max_candidates) for block in blocks
+            Computation(block, settings.max_density, settings.max_candidates, settings.pack)
+            for block in blocks
         ]
         routes = []
         places = places_of(root)

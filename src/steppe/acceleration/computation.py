@@ -12,17 +12,22 @@ from torch.autograd import forward_ad
 from steppe.acceleration.sigma import sigma_of
 from steppe.blocks.block import MLPBlock
 from steppe.blocks.linear import PartOfLinear, held_by, is_transposed, linear_weight
-from steppe.ops.backend import backend_of
+from steppe.ops.backend import backend_of, why_not_packed
+from steppe.ops.bitmask import active_of
 from steppe.ops.mlp import mlp, support
-from steppe.ops.outcome import noted
+from steppe.ops.outcome import PACKED, Outcome, noted
+from steppe.ops.packing import packed_mlp
 from steppe.ops.plan import BlockKernels, Limits, Plan
 from steppe.ops.reference import Weights
+from steppe.ops.room import NO_ROOM, Room
 from steppe.plugins.base import effective_bias, l1_readers, needs_hidden, shifts_of
 from steppe.routing.route import Route
 from steppe.surgery.swapping import plain_class
 
 _PLAIN = (Tensor, nn.Parameter)
 _TOO_LITTLE = "these are too few tokens for so small a block"
+NOT_ASKED = "packing was not asked for"
+_ASKED = "packed, as it was asked for: all products are dense"
 
 
 def _never(x: Tensor) -> bool:
@@ -40,12 +45,14 @@ class Computation:
     `run_again`: the backend compares a few addresses and versions and calls the kernel, since at
     10 µs a step every attribute that Python looks up shows. Another call of few tokens takes
     `decode`, one kernel for the whole block. All others take the op `steppe::mlp`, or, without
-    gradients, the same function past the dispatcher.
+    gradients, the same function past the dispatcher. A call that trains takes `steppe::packed_mlp`
+    if that was asked for, where there are no kernels that keep active entries only.
 
     Args:
         block: the block.
         max_density: as `accelerate_` takes it.
         max_candidates: as `accelerate_` takes it.
+        pack: as `accelerate_` takes it.
 
     Attributes:
         is_again: whether a call is a decoding step like the last one, apart from foreign hooks,
@@ -54,9 +61,15 @@ class Computation:
     """
 
     def __init__(
-        self, block: MLPBlock, max_density: float | None, max_candidates: float | None
+        self,
+        block: MLPBlock,
+        max_density: float | None,
+        max_candidates: float | None,
+        pack: bool = False,
     ) -> None:
         self.block = block
+        self._pack = pack
+        self._room = Room()
         self.limits = Limits(max_density, max_candidates)
         self.is_again: Callable[[Tensor], bool] = _never
         self.run_again: Callable[[Tensor], Tensor | None] = _nothing
@@ -70,28 +83,34 @@ class Computation:
 
     def take_stock(self, route: Route) -> None:
         """Note on a route the repeated calls since the last time that this was asked."""
+        if self._pack:
+            self._room.refresh()  # which the replay of a CUDA graph does not do
         repeated = None if self._kernels is None else self._kernels.take_repeated()
         if repeated is not None:
             route.note(*repeated)
 
     def has_too_little(self, x: Tensor) -> str:
         """Why a call has too little to do to be routed; empty if it has enough, or is forced."""
+        if self._packs(x):
+            return ""
         backend = backend_of(x)
         if backend is None:
+            if self._pack and torch.is_grad_enabled():
+                return self.why_not_packed(x)
             return f"there are no kernels for {x.device.type}"
         if self.limits.max_density is not None:
             return ""
         rows = x.numel() // self._shape[0]
         return _TOO_LITTLE if backend.has_too_little(rows, self._shape) else ""
 
-    def plan_and_count(self, x: Tensor, traced: bool) -> Plan:
+    def plan_and_count(self, route: Route, x: Tensor, traced: bool) -> Plan:
         """The plan of a call, which is counted; a compiled op decides later, when it is called."""
-        device = x.device.type
-        is_cast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if is_cast else x.dtype
-        reason = self._cannot(x, dtype, is_cast, traced) or needs_hidden(self.block)
+        is_cast, dtype, packs = _is_cast(x), _dtype(x), self._packs(x)
+        reason = self._cannot(x, dtype, is_cast, traced, packs) or needs_hidden(self.block)
+        if packs and route.drops():
+            reason = reason or "packing has no dropout"
         if reason or traced:
-            return Plan(reason)
+            return Plan(reason, packs=packs)
         trains = torch.is_grad_enabled() and (
             x.requires_grad
             or any(
@@ -99,12 +118,16 @@ class Computation:
                 for parameters, name in self._places
             )
         )
+        if packs:
+            return Plan("" if trains else "nothing in it has a gradient", packs=True)
         kernels = self._kernels_for(x)
         assert kernels is not None  # `_cannot` has said so
         return kernels.plan_and_count(x.numel() // self.block.d_model, dtype, trains)
 
     def trial(self, x: Tensor) -> Plan:
-        """The plan of a call in a trial: sparse at any density."""
+        """The plan of a call in a trial: packed if it may be, else sparse at any density."""
+        if not self.why_not_packed(x):
+            return Plan(packs=True)
         backend = backend_of(x)
         assert backend is not None  # a trial is made where there are kernels
         rows = x.numel() // self.block.d_model
@@ -114,9 +137,32 @@ class Computation:
 
     def unfit(self) -> str:
         """Why there are no kernels for the block now, whatever its input; empty if there are."""
-        backend = backend_of(linear_weight(self.block.down))
-        reason = "" if backend is None else backend.reason()
+        weight = linear_weight(self.block.down)
+        backend = backend_of(weight)
+        reason = "" if backend is None or self._packs(weight) else backend.reason()
         return reason or self._sigma.unfit()
+
+    def can_be_tried(self, weight: Tensor) -> bool:
+        """Whether `trial` has a plan for an input on the device and in the dtype of a weight."""
+        backend = backend_of(weight)
+        has_kernels = backend is not None and weight.dtype in backend.dtypes
+        return has_kernels or not self.why_not_packed(weight)
+
+    def why_not_packed(self, x: Tensor) -> str:
+        """Why calls that train do not pack their activations; empty if they do.
+
+        Args:
+            x: an input, or another tensor on its device and in its dtype.
+        """
+        if not self._pack:
+            return NOT_ASKED
+        if self.block.gate is not None:
+            return "packing has no gate"
+        return why_not_packed(x.device.type, _dtype(x))
+
+    def _packs(self, x: Tensor) -> bool:
+        """Whether a call packs its activations, if anything has a gradient."""
+        return torch.is_grad_enabled() and not self.why_not_packed(x)
 
     def forget(self) -> None:
         """Free the memory that the kernels keep between calls."""
@@ -158,7 +204,9 @@ class Computation:
                 self.is_again, self.run_again = self._kernels.is_again, self._kernels.run_again
         return self._kernels
 
-    def _cannot(self, x: Tensor, dtype: torch.dtype, is_cast: bool, traced: bool) -> str:
+    def _cannot(
+        self, x: Tensor, dtype: torch.dtype, is_cast: bool, traced: bool, packs: bool
+    ) -> str:
         """Why the kernels cannot take a call; empty if they can.
 
         Args:
@@ -166,11 +214,12 @@ class Computation:
             dtype: of the computation.
             is_cast: whether autocast casts to that.
             traced: whether torch.compile traces the call, with tensors of a class of its own.
+            packs: whether it is packed, for which no kernels are needed.
         """
         if type(x) not in _PLAIN and not traced:
             return f"its input is a {type(x).__name__}"
-        backend = backend_of(x)
-        if backend is None or dtype not in backend.dtypes:
+        backend = None if packs else backend_of(x)
+        if not packs and (backend is None or dtype not in backend.dtypes):
             return f"there are no kernels for {dtype}"
         for (parameters, name), *_ in self._held:
             weight = parameters.get(name)
@@ -180,7 +229,9 @@ class Computation:
                 return f"a weight is a {type(weight).__name__}"
             if weight.dtype != dtype and not is_cast:
                 return f"its input is of {dtype}, a weight of {weight.dtype}"
-        return "" if traced else backend.reason() or self._sigma.unfit() or _transformed()
+        if traced:
+            return ""
+        return (backend.reason() if backend else "") or self._sigma.unfit() or _transformed()
 
     def __call__(self, route: Route, x: Tensor, plan: Plan | None) -> Tensor:
         """The block's output ``[*, D]``; the observers get its support."""
@@ -233,8 +284,8 @@ class Computation:
         dropout = route.drops()
         flat = x.reshape(-1, block.d_model)
         tensors: list[Any] = [flat, *weights]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        if _is_cast(x):
+            dtype = _dtype(x)
             tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
         if block.activated.training and not route.trial:
             for shift in shifts_of(block):
@@ -243,7 +294,17 @@ class Computation:
         readers = l1_readers(block) if block.down.training and not route.trial else ()
         with_l1 = len(readers) > 0  # torch 2.11 does not trace bool(readers)
         is_plain = not (trains or with_l1) and _is_plain(x)
-        if is_plain and plan is not None and self._kernels is not None:
+        outcome = None
+        packs = self._packs(x) if plan is None else plan.packs
+        if packs:
+            first, activated, activated_bias, _, _, *others = tensors
+            arguments = first, activated, activated_bias, *others, alpha, beta, mix
+            capacity = self._room.capacity(len(flat) * block.d_hidden)
+            room = NO_ROOM if route.trial else self._room.number
+            z, l1, words, *_ = packed_mlp(*arguments, capacity, room, with_l1)
+            if plan is not None:
+                outcome = Outcome(PACKED, len(flat), self._room.share, trains=trains, reason=_ASKED)
+        elif is_plain and plan is not None and self._kernels is not None:
             first, *others = tensors
             coefficients = alpha, beta, mix
             z, saved = self._kernels.mlp(first, Weights(*others), coefficients, dropout, plan)
@@ -254,10 +315,13 @@ class Computation:
             arguments = alpha, beta, mix, dropout, trains, *limits, with_l1
             z, l1, *saved = mlp(*tensors, *arguments)
         if plan is not None:
-            route.note(noted())
+            route.note(outcome or noted())
         if route.observers and not route.trial:
-            parts = [part.detach() for part in saved]
-            active, slopes = support(parts, len(flat), block.d_hidden, alpha, beta, mix)
+            if packs:
+                active = slopes = active_of(words, block.d_hidden)
+            else:
+                parts = [part.detach() for part in saved]
+                active, slopes = support(parts, len(flat), block.d_hidden, alpha, beta, mix)
             shape = (*x.shape[:-1], block.d_hidden)
             for observer in route.observers:
                 observer.see_support(x, active.view(shape), slopes.view(shape))
@@ -308,6 +372,16 @@ def _transformed() -> str:
     if forward_ad._current_level >= 0:
         return "the call is differentiated in forward mode"
     return ""
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a layer computes in, with an input or a weight."""
+    return torch.get_autocast_dtype(x.device.type) if _is_cast(x) else x.dtype
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether a layer's input is cast by autocast, which leaves float64 as it is."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def _is_plain(x: Tensor) -> bool:

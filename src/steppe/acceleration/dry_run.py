@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from steppe.blocks.bare import HOOKS
 from steppe.blocks.linear import PartOfLinear, held_by, linear_weight
 from steppe.errors import AccelerationError
-from steppe.ops.backend import backend_of
 from steppe.routing.route import Route, Trial
 
 _TOKENS = 6
 # Largest difference of two results, as a share of their norm. The kernels and dense products differ
 # by rounding, a hundred times less; a block that computes something else differs by much more.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+_TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
 _NOTHING = 1e-3  # of the largest gradient's norm
 _OUTPUT = "the output"
 _Results = dict[str, Tensor]
@@ -63,13 +67,12 @@ def _kind_of(route: Route) -> tuple[object, ...]:
 def _check(route: Route, training: bool, with_gradients: bool) -> None:
     """Compare one block in one mode."""
     weight = linear_weight(route.block.down)
-    backend = backend_of(weight)
     is_ordinary = all(
         type(parameter) is nn.Parameter and parameter.device == weight.device
         for layer in route.block.layers
         for parameter in [*layer.parameters(), *_parameters_of(layer).values()]
     )
-    if not is_ordinary or backend is None or weight.dtype not in backend.dtypes:
+    if not is_ordinary or not route.computation.can_be_tried(weight):
         return
     if route.foreign() or route.computation.unfit():
         return

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from steppe.acceleration.accelerate import acceleration_of
-from steppe.acceleration.computation import Computation
+from steppe.acceleration.computation import NOT_ASKED, Computation
 from steppe.blocks.linear import linear_weight
 from steppe.errors import AccelerationError
 from steppe.ops.backend import backend_of
 from steppe.ops.cpu.library import Kernels, kernels
 from steppe.ops.cpu.writes import unseen
-from steppe.ops.outcome import SCREENED, SPARSE, Outcome
+from steppe.ops.outcome import PACKED, SCREENED, SPARSE, Outcome
 from steppe.ops.plan import Plan
 from steppe.routing.route import Route
 
@@ -35,17 +35,20 @@ class BlockExplanation:
     Attributes:
         name: of the block.
         how: ``sparse``, ``screened`` (sparse, its first product screened), ``dense`` (the kernels
-            found too many active entries), ``own modules`` (dense, as without steppe), ``not yet``.
+            found too many active entries), ``packed`` (dense products, activations packed for the
+            backward pass), ``own modules`` (dense, as without steppe), ``not yet``.
         calls: number of calls since `accelerate_`, by how they ran.
         is_few: whether the call was decoding: few tokens, the block in one kernel.
         trains: whether a backward pass could follow.
         tokens: number of tokens of the call.
-        density: share of the hidden entries that were active; NaN where they were not counted.
+        density: share of the hidden entries that were active; NaN where they were not counted. Of
+            a packed block on a GPU that of an earlier call, as nothing waits for it.
         candidates: share that the int8 product could not rule out; NaN where it was not used.
         max_density: highest density at which a call like the last one runs sparse.
         max_candidates: highest share of candidates at which its first product is screened.
         source: where these two limits come from.
         reason: why it did not run sparse; empty if it did.
+        unpacked: why calls that train do not pack its activations; empty if they do.
     """
 
     name: str
@@ -60,6 +63,7 @@ class BlockExplanation:
     max_candidates: float
     source: str
     reason: str
+    unpacked: str = ""
 
     @property
     def is_sparse(self) -> bool:
@@ -124,6 +128,8 @@ class Explanation:
             lines.append(f"no first product is screened: {self.kernels.unscreened}")
         if self.unwatched and self.kernels.isa:
             lines.append(f"copies of final weights only: {self.unwatched}")
+        unpacked = {block.unpacked for block in self.blocks} - {"", NOT_ASKED}
+        lines += [f"not packed: {reason}" for reason in sorted(unpacked)]
         lines += [f"limits: {source}" for source in sorted({b.source for b in self.blocks})]
         return "\n".join(lines)
 
@@ -170,7 +176,7 @@ def _explain(route: Route) -> BlockExplanation:
     limits = Plan()
     if backend is not None:
         limits = backend.limits(last.rows, width, dtype, last.trains, asked)
-    has_run = last.how != NEVER
+    has_limits = last.how not in (NEVER, PACKED)
     sources = [_ASKED] if asked[0] is not None else []
     if None in asked and backend is not None:
         sources.append(backend.source(dtype))
@@ -183,10 +189,11 @@ def _explain(route: Route) -> BlockExplanation:
         tokens=last.rows,
         density=last.density,
         candidates=last.candidates,
-        max_density=limits.max_density if has_run else math.nan,
-        max_candidates=limits.max_candidates if has_run else math.nan,
+        max_density=limits.max_density if has_limits else math.nan,
+        max_candidates=limits.max_candidates if has_limits else math.nan,
         source=", ".join(sources),
         reason=last.reason,
+        unpacked=computation.why_not_packed(linear_weight(block.down)),
     )
 
 

@@ -2,7 +2,8 @@
 
 An entry of p is active unless p ≤ 0, so NaN is active. One bit an entry says where the active ones
 are, and their values stand in a row: at density ρ that is 1/16 + ρ of p's bytes in a 16-bit dtype.
-From the pack and ∂ℓ/∂a follow ∂ℓ/∂p and a, and no copy of p is kept for the backward pass.
+From the pack and ∂ℓ/∂a follow ∂ℓ/∂p and a, and no copy of p is kept for the backward pass. The
+values of rows that did not fit are computed again from x (`recompute_lost_`).
 
 This is the definition, and the slow twin of the kernels in `steppe.ops.cuda.pack`: the same numbers
 bit for bit. All arithmetic on 16-bit entries is in float32 and rounded once.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steppe.errors import KernelError
-from steppe.ops.reference import ceil_div
+from steppe.ops.reference import ceil_div, linear
 
 WORD = 32  # bits
 
@@ -96,7 +97,7 @@ def unpack_grad(grad_a: Tensor, packed: Packed, coefficients: Tensor) -> tuple[T
         ([[0.0, 3.0, 50.0]], [[0.0, 4.0, 12.0]])
     """
     check_gradient("unpack_grad", grad_a, packed, coefficients)
-    active = _active_of(packed.words, grad_a.shape[1])
+    active = active_of(packed.words, grad_a.shape[1])
     kept = active & (packed.starts[1:] <= packed.values.shape[0])[:, None]
     r = torch.full_like(grad_a, torch.nan)
     r[kept] = packed.values[: int(kept.sum())]
@@ -104,6 +105,55 @@ def unpack_grad(grad_a: Tensor, packed: Packed, coefficients: Tensor) -> tuple[T
     grad_p = torch.where(active, _wide(grad_a) * _slope(wide, coefficients), 0.0)
     a = torch.where(active, _activation(wide, coefficients), 0.0)
     return grad_p.to(grad_a.dtype), a.to(grad_a.dtype)
+
+
+def recompute_lost_(
+    grad_p: Tensor,
+    a: Tensor,
+    grad_a: Tensor,
+    packed: Packed,
+    coefficients: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> None:
+    """Write the rows of ∂ℓ/∂p and a that `unpack_grad` could not tell: those that are not kept.
+
+    p = x Wᵀ + b is computed again for them. Its bits may differ from those of the first time, so
+    the mask alone says which entries are active; r of an active one is max(p, 0).
+
+    Args:
+        grad_p: ``[T, F]``, as `unpack_grad` gave it, contiguous; is changed.
+        a: so is this.
+        grad_a: ∂ℓ/∂a, ``[T, F]``, contiguous.
+        packed: as `act_pack` gave it.
+        coefficients: α and β, as for `act_pack`.
+        x: ``[T, D]``, in grad_a's dtype, of any strides.
+        weight: W, ``[F, D]``, in the same dtype, of any strides.
+        bias: b, ``[F]``, or None.
+
+    Raises:
+        KernelError: shapes, dtypes or devices are others.
+
+    Example:
+        >>> one_half, x = torch.tensor([1.0, 0.5]), torch.tensor([[2.0], [4.0]])
+        >>> weight, ones = torch.ones(1, 1), torch.ones(2, 1)
+        >>> _, packed = act_pack(x @ weight.T, one_half, 1)
+        >>> grad_p, a = unpack_grad(ones, packed, one_half)
+        >>> recompute_lost_(grad_p, a, ones, packed, one_half, x, weight, None)
+        >>> grad_p.tolist(), a.tolist()
+        ([[3.0], [5.0]], [[4.0], [12.0]])
+    """
+    check_sources("recompute_lost_", grad_p, a, grad_a, packed, coefficients, x, weight, bias)
+    kept = int(kept_rows(packed))
+    if kept == len(x):
+        return
+    p = linear(x[kept:], weight, bias)
+    r = _wide(torch.where(p <= 0, 0.0, p))  # which leaves NaN as it is
+    active = active_of(packed.words[kept:], grad_a.shape[1])
+    of_p = _wide(grad_a[kept:]) * _slope(r, coefficients)
+    grad_p[kept:] = torch.where(active, of_p, 0.0).to(grad_p.dtype)
+    a[kept:] = torch.where(active, _activation(r, coefficients), 0.0).to(a.dtype)
 
 
 def kept_rows(packed: Packed) -> Tensor:
@@ -159,6 +209,39 @@ def check_gradient(where: str, grad_a: Tensor, packed: Packed, coefficients: Ten
     _check_coefficients(where, coefficients, grad_a)
 
 
+def check_sources(
+    where: str,
+    grad_p: Tensor,
+    a: Tensor,
+    grad_a: Tensor,
+    packed: Packed,
+    coefficients: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> None:
+    """Raises unless a gradient, a pack and what its p was computed from fit together."""
+    check_gradient(where, grad_a, packed, coefficients)
+    rows, columns = grad_a.shape
+    width = x.shape[-1]
+    for name, part, shape in (
+        ("grad_p", grad_p, (rows, columns)),
+        ("a", a, (rows, columns)),
+        ("x", x, (rows, width)),
+        ("weight", weight, (columns, width)),
+        ("bias", bias, (columns,)),
+    ):
+        if part is None:
+            continue
+        is_result = name in ("grad_p", "a")
+        fits = tuple(part.shape) == shape and (part.is_contiguous() or not is_result)
+        if not fits or part.dtype != grad_a.dtype or part.device != grad_a.device:
+            raise KernelError(
+                f"{where}: {name}: expected {grad_a.dtype} {list(shape)} on {grad_a.device} for a "
+                f"gradient {_shown(grad_a)}, got {_shown(part)}. Give what p was computed from"
+            )
+
+
 def _check_coefficients(where: str, coefficients: Tensor, like: Tensor) -> None:
     expected = _wide(like.new_empty(0)).dtype
     fits = tuple(coefficients.shape) == (2,) and coefficients.dtype == expected
@@ -201,8 +284,13 @@ def _words_of(active: Tensor) -> Tensor:
     return (bits << lanes).sum(2, dtype=torch.int32)
 
 
-def _active_of(words: Tensor, columns: int) -> Tensor:
-    """The bool matrix of a bit mask."""
+def active_of(words: Tensor, columns: int) -> Tensor:
+    """The bool matrix ``[T, F]`` of a bit mask.
+
+    Args:
+        words: of a `Packed`.
+        columns: F.
+    """
     lanes = torch.arange(WORD, dtype=torch.int32, device=words.device)
     bits = (words[:, :, None] >> lanes) & 1
     return bits.flatten(1)[:, :columns].bool()

@@ -262,20 +262,36 @@ def rule_of(alpha: float, beta: float, mix: Tensor | None, dropout: float) -> Ru
 def only_needed(
     grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> Seven:
-    """Gradients in the memory layout of their inputs, empty where none is needed.
+    """Gradients in the memory layout of their inputs, empty where none is needed."""
+    return _seven(laid_out(grads, inputs, needs))
+
+
+def laid_out(
+    grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
+    """`only_needed`, of any number.
 
     An optimizer, or DDP, would copy a gradient of another layout.
     """
-    laid_out = []
+    found = []
     nothing = next(tensor for tensor in inputs if tensor is not None).new_empty(0)
     for grad, tensor, needed in zip(grads, inputs, needs, strict=True):
         if grad is None or tensor is None or not needed:
-            laid_out.append(nothing.clone())
+            found.append(nothing.clone())
         elif grad.stride() == tensor.stride():
-            laid_out.append(grad)
+            found.append(grad)
         else:
-            laid_out.append(torch.empty_like(tensor).copy_(grad))
-    return _seven(laid_out)
+            found.append(torch.empty_like(tensor).copy_(grad))
+    return found
+
+
+def fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """Fake tensors like those of `laid_out`."""
+    nothing = next(tensor for tensor in inputs if tensor is not None)
+    return [
+        torch.empty_like(tensor) if tensor is not None and needed else nothing.new_empty(0)
+        for tensor, needed in zip(inputs, needs, strict=True)
+    ]
 
 
 def _seven(tensors: Sequence[Tensor]) -> Seven:
@@ -363,12 +379,7 @@ def _(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (x, activated, activated_bias, up, up_bias, down, down_bias)
-    return _seven(
-        [
-            torch.empty_like(tensor) if tensor is not None and needed else x.new_empty(0)
-            for tensor, needed in zip(inputs, needs, strict=True)
-        ]
-    )
+    return _seven(fake_gradients(inputs, needs))
 
 
 def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

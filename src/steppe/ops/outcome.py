@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from typing import NamedTuple
 
-DENSE, SPARSE, SCREENED, OWN_MODULES = "dense", "sparse", "screened", "own modules"
+DENSE, SPARSE, SCREENED, PACKED = "dense", "sparse", "screened", "packed"
+OWN_MODULES = "own modules"
 
 
 class Outcome(NamedTuple):
@@ -13,9 +14,11 @@ class Outcome(NamedTuple):
 
     Attributes:
         how: ``sparse``, ``screened`` (sparse, its first product screened), ``dense`` (by the op,
-            too many entries were active), or ``own modules`` (dense, as without steppe).
+            too many entries were active), ``packed`` (dense products, activations packed for the
+            backward pass), or ``own modules`` (dense, as without steppe).
         rows: tokens of the call.
-        density: share of the entries of r that are active; NaN where they were not counted.
+        density: share of the entries of r that are active; NaN where they were not counted. Of a
+            packed call on a GPU that of an earlier call, as nothing waits for it.
         candidates: share of the entries that screening left as candidates; NaN without it.
         trains: whether a backward pass could follow.
         is_few: whether it was decoding: few tokens, in one native call.

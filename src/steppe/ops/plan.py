@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from steppe.ops.bitmask import Packed
 from steppe.ops.outcome import Outcome
 from steppe.ops.reference import Weights
 
@@ -38,6 +39,8 @@ class Plan(NamedTuple):
         max_candidates: the first product is screened up to this share of candidates; 0 for never.
         is_measured: whether `max_density` is measured, and not given by the user.
         screen_is_measured: whether `max_candidates` is.
+        packs: whether the products are dense, and the activations packed for the backward pass
+            (`steppe.ops.packing`): the limits mean nothing then.
     """
 
     reason: str = ""
@@ -45,6 +48,7 @@ class Plan(NamedTuple):
     max_candidates: float = 0.0
     is_measured: bool = False
     screen_is_measured: bool = False
+    packs: bool = False
 
 
 class BlockSource(Protocol):
@@ -112,6 +116,31 @@ class BlockKernels(Protocol):
 
     def forget(self) -> None:
         """Free all that is kept between calls, except cached copies of weights."""
+
+
+class Packer(Protocol):
+    """What packs activations on a kind of device; `steppe.ops.bitmask` defines each function."""
+
+    def act_pack(self, p: Tensor, coefficients: Tensor, capacity: int) -> tuple[Tensor, Packed]:
+        """σ(p), and a pack of p."""
+
+    def unpack_grad(
+        self, grad_a: Tensor, packed: Packed, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """∂ℓ/∂p and σ(p) of the rows that are kept."""
+
+    def recompute_lost_(
+        self,
+        grad_p: Tensor,
+        a: Tensor,
+        grad_a: Tensor,
+        packed: Packed,
+        coefficients: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> None:
+        """Write the other rows."""
 
 
 class Backend(Protocol):

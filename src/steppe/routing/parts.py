@@ -126,7 +126,8 @@ class Arriving(nn.Module):
             call.arrived = True
             if z is not None:
                 return z
-            return route.computation(route, x, plan or route.computation.plan_and_count(x, False))
+            plan = plan or route.computation.plan_and_count(route, x, False)
+            return route.computation(route, x, plan)
         if call is not None:
             if call.arrived and x is not None and call.route.has_input_width(x):
                 raise call.route.misuse("its last layer is called a second time")

@@ -51,8 +51,11 @@ class RoutedComputation(Protocol):
     def has_too_little(self, x: Tensor) -> str:
         """Why a call has too little to do; empty if it has enough."""
 
-    def plan_and_count(self, x: Tensor, traced: bool) -> Plan:
+    def plan_and_count(self, route: Route, x: Tensor, traced: bool) -> Plan:
         """The plan of a call; asked once a call, which it counts."""
+
+    def can_be_tried(self, weight: Tensor) -> bool:
+        """Whether `trial` has a plan for an input on the device and in the dtype of a weight."""
 
     def trial(self, x: Tensor) -> Plan:
         """The plan of a call in a trial."""
@@ -136,7 +139,7 @@ class Route:
             reason = _reason_when_traced(self._number)
         elif not reason:
             reason = self.foreign() or self.unfit.get(self.modes["training"], "")
-        return Plan(reason) if reason else computation.plan_and_count(x, traced)
+        return Plan(reason) if reason else computation.plan_and_count(self, x, traced)
 
     def foreign(self) -> str:
         """The first change by others, for which the block's own modules must run; empty for none.

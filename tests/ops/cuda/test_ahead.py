@@ -103,6 +103,33 @@ def test_the_count_of_fused_products_can_fail(tmp_path: Path) -> None:
     assert code.count("FFMA.*") > 0
 
 
+@pytest.mark.parametrize("dtype", pack.DTYPES)
+@pytest.mark.parametrize(
+    ("architecture", "is_linear"), [*((one, True) for one in ahead.ARCHITECTURES), (90, False)]
+)
+def test_what_recomputing_rows_needs(
+    architecture: int, is_linear: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Two programs or more of 128 threads on a processor; tensor cores for 16-bit entries."""
+    x, p = torch.empty(64, 1024, dtype=dtype), torch.empty(64, 4096, dtype=dtype)
+    starts, words = torch.empty(65, dtype=torch.int64), torch.empty(64, 128, dtype=torch.int32)
+    strides = 1024, 1, *((1024, 1) if is_linear else (1, 4096))
+    sizes = 64, 4096, 1024, 999
+    arguments = x, x, p, p, words, starts, torch.empty(2), p, p, *sizes, *strides
+    constants = {"HAS_BIAS": True, **pack.TILE, **pack.OPTIONS}
+    code = ahead.compile_ahead(pack.recompute_rows, arguments, architecture, tmp_path, **constants)
+    assert 16 <= code.registers <= 248
+    assert (code.stack, code.count(SPILLS)) == (0, 0)
+    assert (code.shared + 1024) * 2 <= 1024 * ahead.SHARED_LIMIT[architecture]
+    assert code.count(r"(ATOM|ATOMG|RED)(\..*)?") == 0  # sm_100's tensor memory has its own
+    assert code.count(FLUSHED) == 0
+    on_tensor_cores = code.count(r"(HMMA|HGMMA|UTCHMMA)(\..*)?")
+    assert (on_tensor_cores > 0) == (dtype.itemsize == 2)
+    assert code.count(r"LDGSTS\.E.*128.*") > 0
+    a_tile = pack.TILE["ROWS"] * pack.TILE["COLUMNS"] * dtype.itemsize // (128 * 16)
+    assert code.count(r"STG\.E\.128.*") >= 2 * a_tile
+
+
 @pytest.mark.parametrize(("architecture", "dtype"), DECODING)
 @pytest.mark.parametrize("width", [768, 2048, 4096])
 @pytest.mark.parametrize("screens", [False, True])

@@ -217,6 +217,98 @@ def test_results_do_not_depend_on_the_width_of_a_step(block: int) -> None:
         assert same_bits(one, other)
 
 
+SMALL = {"ROWS": 16, "COLUMNS": 32, "STEP": 16}
+
+
+def whole_numbers(
+    rows: int, width: int, columns: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, W and b whose products and sums are exact in each dtype, whatever the order."""
+    shapes = (rows, width), (columns, width), (columns,)
+    x, weight, bias = (torch.randint(-3, 4, shape).to(dtype) for shape in shapes)
+    return x, weight, bias - 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "width", "columns"),
+    [(0, 3, 8), (3, 4, 0), (1, 1, 1), (2, 16, 32), (17, 33, 40), (33, 5, 65)],
+)
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.999, 1.0])
+def test_what_does_not_fit_is_recomputed(
+    share: float, rows: int, width: int, columns: int, dtype: torch.dtype
+) -> None:
+    x, weight, bias = whole_numbers(rows, width, columns, dtype)
+    grad_a, rule = pre_activations(rows, columns, dtype), coefficients(1.0, 0.5)
+    for p, b in ((torch.addmm(bias, x, weight.T), bias), (x @ weight.T, None)):
+        a, packed = bitmask.act_pack(p, rule, int(share * int((p > 0).sum())))
+        expected = bitmask.unpack_grad(grad_a, packed, rule)
+        got = tuple(one.clone() for one in expected)
+        bitmask.recompute_lost_(*expected, grad_a, packed, rule, x, weight, b)
+        turned = x.T.contiguous().T, weight.T.contiguous().T
+        pack.recompute_lost_(*got, grad_a, packed, rule, *turned, b, SMALL)
+        assert same_bits(expected[1], a)
+        assert same_bits(got[0], expected[0])
+        assert same_bits(got[1], a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recomputing_within_rounding_and_numbers_that_are_not_finite(dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((20, 24), (40, 24), (40,)))
+    x[4, 3], x[9, 3], weight[5, 3] = math.nan, math.inf, -1.0
+    p, grad_a, rule = torch.addmm(bias, x, weight.T), torch.randn(20, 40), coefficients(1.0, 0.0)
+    grad_a = grad_a.to(dtype)
+    a, whole = bitmask.act_pack(p, rule, p.numel())
+    expected, _ = bitmask.unpack_grad(grad_a, whole, rule)
+    packed = whole._replace(values=whole.values[:60].clone())
+    grad_p, again = bitmask.unpack_grad(grad_a, packed, rule)
+    assert again.isnan().sum() > 300  # not recomputed yet
+    pack.recompute_lost_(grad_p, again, grad_a, packed, rule, x, weight, bias, SMALL)
+    assert again[4].isnan().all()
+    assert again[9].isinf().any()
+    assert same_bits(grad_p, expected)  # as σ′ is 1 on the mask, whatever p is now
+    limit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}[dtype]
+    torch.testing.assert_close(again, a, rtol=limit, atol=4 * limit, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_mask_says_what_is_active_whatever_is_recomputed(dtype: torch.dtype) -> None:
+    x, weight, bias = whole_numbers(5, 6, 70, dtype)
+    grad_a, rule = pre_activations(5, 70, dtype), coefficients(1.0, 0.5)
+    _, packed = bitmask.act_pack(pre_activations(5, 70, dtype), rule, 60)  # of another p
+    expected = bitmask.unpack_grad(grad_a, packed, rule)
+    got = tuple(one.clone() for one in expected)
+    bitmask.recompute_lost_(*expected, grad_a, packed, rule, x, weight, bias)
+    pack.recompute_lost_(*got, grad_a, packed, rule, x, weight, bias, SMALL)
+    assert same_bits(got[0], expected[0])
+    assert same_bits(got[1], expected[1])
+    assert (expected[1] >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recomputing_reads_and_writes_nothing_outside(dtype: torch.dtype) -> None:
+    parts = [Guarded(part) for part in whole_numbers(19, 18, 41, dtype)]
+    x, weight, bias = (part.tensor for part in parts)
+    rule, grad_a = Guarded(coefficients(1.0, 0.5)), Guarded(pre_activations(19, 41, dtype))
+    p = torch.addmm(bias, x, weight.T)
+    expected_a, whole = bitmask.act_pack(p, rule.tensor, p.numel())
+    expected_grad, _ = bitmask.unpack_grad(grad_a.tensor, whole, rule.tensor)
+    kept = int(whole.starts[7])
+    words, starts = Guarded(whole.words), Guarded(whole.starts)
+    packed = bitmask.Packed(words.tensor, starts.tensor, whole.values[:kept].clone())
+    grad_p, a = map(Guarded, bitmask.unpack_grad(grad_a.tensor, packed, rule.tensor))
+    grad_p.tensor[:7], a.tensor[:7] = 7.0, 7.0  # rows that are kept are not written to
+    pack.recompute_lost_(
+        grad_p.tensor, a.tensor, grad_a.tensor, packed, rule.tensor, x, weight, bias, SMALL
+    )
+    assert same_bits(grad_p.tensor[7:], expected_grad[7:])
+    assert same_bits(a.tensor[7:], expected_a[7:])
+    assert (grad_p.tensor[:7] == 7.0).all()
+    assert (a.tensor[:7] == 7.0).all()
+    for guarded in (*parts, rule, grad_a, words, starts, grad_p, a):
+        assert guarded.is_whole()
+
+
 P, RULE = torch.ones(2, 40), torch.tensor([1.0, 0.5])
 
 
@@ -241,3 +333,5 @@ def test_what_does_not_fit_is_refused_in_unpacking_too() -> None:
         pack.unpack_grad(P.half(), packed, RULE)
     with pytest.raises(KernelError, match="power of two"):
         pack.unpack_grad(P, packed, RULE, block=0)
+    with pytest.raises(KernelError, match="weight: expected"):
+        pack.recompute_lost_(P, P, P, packed, RULE, torch.ones(2, 3), torch.ones(40, 4), None)

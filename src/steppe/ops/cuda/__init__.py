@@ -1,4 +1,7 @@
-"""Kernels for NVIDIA GPUs, in Triton. Nothing in steppe imports them yet."""
+"""Kernels for NVIDIA GPUs, in Triton: to pack activations for training, and to decode a token.
+
+`steppe.ops.backend` imports those that pack, once they are needed; nothing imports the others yet.
+"""
 
 from __future__ import annotations
 

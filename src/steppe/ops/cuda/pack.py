@@ -10,7 +10,8 @@ are kept are the first ones. And a result of the interpreter, which runs the pro
 other, holds on a card, which runs them at once.
 
 Compiled for sm_80, 89, 90 and 100 and interpreted in the tests. An H200 gave the definition's
-results, at a third of its memory's speed; docs/gpu.md has the numbers.
+results, at a third of its memory's speed; docs/gpu.md has the numbers. `recompute_rows`, for values
+that did not fit, has run on no card yet.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from steppe.errors import KernelError
-from steppe.ops.bitmask import WORD, Packed, check_gradient, check_pre_activations
+from steppe.ops.bitmask import (
+    WORD,
+    Packed,
+    check_gradient,
+    check_pre_activations,
+    check_sources,
+)
 from steppe.ops.reference import ceil_div
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +38,8 @@ BLOCK = 1024  # columns a step: at 4 warps, one 16-byte load of a 16-bit dtype a
 # A product and a sum in one rounding would be other bits than torch's, and nothing here waits for
 # arithmetic.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+# Of the product of rows that did not fit: rows and columns of a program, and terms a step.
+TILE: dict[str, Any] = {"ROWS": 64, "COLUMNS": 64, "STEP": 32}
 
 
 @triton.jit
@@ -118,6 +127,75 @@ def unpack_rows(
         start += tl.sum(bit, 0)
 
 
+@triton.jit(do_not_specialize=["capacity"])
+def recompute_rows(
+    x,  # [T, D], of any strides
+    weight,  # [F, D], of any strides
+    bias,  # [F]
+    grad_a,
+    words,
+    starts,
+    coefficients,
+    grad_p,
+    a,
+    T,
+    F,
+    D,
+    capacity,
+    x_row,
+    x_column,
+    weight_row,
+    weight_column,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """∂ℓ/∂p and a of the rows that were not kept, from another p = x Wᵀ + b.
+
+    Rows that are not kept are the last ones, so a program whose last row is kept has nothing to do.
+    """
+    first = tl.program_id(0) * ROWS
+    if tl.load(starts + tl.minimum(first + ROWS, T)) > capacity:
+        row = first + tl.arange(0, ROWS)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        term = tl.arange(0, STEP)
+        wide_row = row.to(tl.int64)[:, None]
+        wide_column = column.to(tl.int64)[None, :]
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, D, STEP):
+            now = start + term
+            xs = tl.load(
+                x + wide_row * x_row + now[None, :] * x_column,
+                mask=(row < T)[:, None] & (now < D)[None, :],
+                other=0.0,
+            )
+            ws = tl.load(
+                weight + wide_column * weight_row + now[:, None] * weight_column,
+                mask=(column < F)[None, :] & (now < D)[:, None],
+                other=0.0,
+            )
+            sums = tl.dot(xs, ws, sums, input_precision="ieee")
+        if HAS_BIAS:
+            sums += tl.load(bias + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
+        p = sums.to(x.dtype.element_ty).to(tl.float32)
+        r = tl.where(p <= 0.0, 0.0, p)  # which leaves NaN as it is
+
+        lost = (row < T) & (tl.load(starts + row + 1, mask=row < T, other=0) > capacity)
+        mask = lost[:, None] & (column < F)[None, :]
+        words_a_row = (F + 31) // 32
+        word = tl.load(words + wide_row * words_a_row + (column // 32)[None, :], mask=mask, other=0)
+        active = ((word >> (column % 32)[None, :]) & 1) != 0
+        alpha = tl.load(coefficients)
+        beta = tl.load(coefficients + 1)
+        place = wide_row * F + wide_column
+        g = tl.load(grad_a + place, mask=mask, other=0.0).to(tl.float32)
+        dp = tl.where(active, g * slope(r, alpha, beta), 0.0)
+        tl.store(grad_p + place, dp.to(grad_p.dtype.element_ty), mask=mask)
+        y = tl.where(active, activation(r, alpha, beta), 0.0)
+        tl.store(a + place, y.to(a.dtype.element_ty), mask=mask)
+
+
 # Under TRITON_INTERPRET=1 the kernels take tensors of any device.
 INTERPRETED = not isinstance(pack_rows, triton.JITFunction)
 
@@ -197,6 +275,65 @@ def unpack_grad(
             **OPTIONS,
         )
     return grad_p, a
+
+
+def recompute_lost_(
+    grad_p: Tensor,
+    a: Tensor,
+    grad_a: Tensor,
+    packed: Packed,
+    coefficients: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: dict[str, Any] = TILE,
+) -> None:
+    """`steppe.ops.bitmask.recompute_lost_` on a GPU; where all rows are kept its programs exit.
+
+    Float32 products are of float32, not of TF32.
+
+    Args:
+        grad_p: ``[T, F]``, as `unpack_grad` gave it, contiguous; is changed.
+        a: so is this.
+        grad_a: ∂ℓ/∂a, ``[T, F]``, contiguous.
+        packed: as `act_pack` gave it.
+        coefficients: α and β, as for `act_pack`.
+        x: ``[T, D]``, in grad_a's dtype, of any strides.
+        weight: W, ``[F, D]``, in the same dtype, of any strides.
+        bias: b, ``[F]``, or None.
+        tile: rows and columns of a program, and terms a step; powers of two ≥ 16.
+
+    Raises:
+        KernelError: shapes, dtypes or devices are others.
+    """
+    check_sources("recompute_lost_", grad_p, a, grad_a, packed, coefficients, x, weight, bias)
+    _check_launch("recompute_lost_", grad_a, WORD)
+    if not grad_a.numel():
+        return
+    words, starts, values = packed
+    (rows, columns), width = grad_a.shape, x.shape[1]
+    grid = (ceil_div(rows, tile["ROWS"]), ceil_div(columns, tile["COLUMNS"]))
+    with torch.cuda.device_of(grad_a):
+        recompute_rows[grid](
+            x,
+            weight,
+            weight if bias is None else bias.contiguous(),
+            grad_a,
+            words,
+            starts,
+            coefficients,
+            grad_p,
+            a,
+            rows,
+            columns,
+            width,
+            values.shape[0],
+            *x.stride(),
+            *weight.stride(),
+            HAS_BIAS=bias is not None,
+            **tile,
+            **OPTIONS,
+        )
 
 
 def _check_launch(where: str, tensor: Tensor, block: int) -> None:
