@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from steppe.report import draw_training_density, plot_training_density
-from steppe.study.cells import cells_of, headings_of
-from steppe.study.compare import groups_of
+from steppe.study.compare import Group, groups_of
 from steppe.study.markdown import table_lines
-from steppe.study.page import markdown_of, results_page
+from steppe.study.page import results_page
 from steppe.study.plot import plot_study
 from steppe.study.rows import read_rows
+from steppe.study.statistics import paired_change
 from steppe.study.study_file import list_studies
+from steppe.study.verdict import quality_verdict
 
 ROOT = Path(__file__).parents[1]
 DEMO = "docs/results/demo.json"
@@ -30,11 +31,17 @@ TRAINING = "benchmarks/results/training_cpu.json"
 # The same two on a processor with AMX, those rows that were measured there.
 MODELS_AMX = "benchmarks/results/models_cpu_amx.json"
 TRAINING_AMX = "benchmarks/results/training_cpu_amx.json"
-_README_NUMBERS = ("seeds", "held-out quality", "inference density, %", "training density, %")
+# Arms of the study `effect`, and what the README calls them.
+_README_ARMS = {
+    "vanilla": "vanilla",
+    "control": "control",
+    "three": "the paper's three",
+    "threshold+three": "`best`",
+}
 STUDIES = ROOT / "docs/results/studies"
 EFFECT = "docs/results/studies/effect.jsonl"
 RESULTS = ROOT / "docs/results.md"
-PAGES = ("README.md", "docs/kernels.md", "docs/screening.md")
+PAGES = ("README.md", "docs/guides/train.md", "docs/kernels.md", "docs/screening.md")
 
 
 def render(page: str) -> str:
@@ -78,21 +85,33 @@ def render(page: str) -> str:
 
 
 def effect_markdown(rows: list[dict[str, Any]]) -> str:
-    """Quality and densities of the arms that the README names, by recipe."""
-    wanted = ("vanilla", "control", "three", "threshold", "threshold+three", "l1")
-    chosen = [row for row in rows if row["arm"] in wanted]
-    groups = groups_of(chosen)
-    groups.sort(key=lambda group: (group.recipe, wanted.index(group.arm)))
-    _, numbers = headings_of(groups)
-    shown = [numbers.index(name) for name in _README_NUMBERS]
+    """Inference density of the arms that the README names, by recipe, and the quality of `best`."""
+    groups = groups_of(rows)
     table = []
-    for group in groups:
-        _, cells = cells_of(group, groups, "vanilla", has_settings=False)
-        texts = [markdown_of(cells[index]) for index in shown]
-        table.append([f"`{group.recipe}`", group.arm, *texts])
-    lines = table_lines(["recipe", "arm", *_README_NUMBERS], table)
-    lines += ["", "Means, 95 % intervals, and in brackets the paired change against vanilla."]
-    return "\n".join(lines) + "\n"
+    for recipe in dict.fromkeys(group.recipe for group in groups):
+        arms = {group.arm: group for group in groups if group.recipe == recipe}
+        vanilla, best = arms["vanilla"], arms["threshold+three"]
+        cells = [_density_cell(arms[arm], vanilla) for arm in _README_ARMS]
+        seeds = len(best.rows)
+        table.append([f"`{recipe}`", str(seeds), *cells, quality_verdict(best, vanilla).shown])
+    names = ["recipe", "seeds", *_README_ARMS.values(), "quality of `best` against vanilla"]
+    return "\n".join(table_lines(names, table)) + "\n"
+
+
+def _density_cell(group: Group, baseline: Group) -> str:
+    """The mean density in percent, and its change against the baseline."""
+    densities = group.values(_density)
+    mean = f"{100 * sum(densities) / len(densities):.1f}"
+    if group is baseline:
+        return mean
+    mine, yours = group.pairs(baseline, _density)
+    change, low, high = paired_change(mine, yours)
+    told = f"{100 * change:+.0f} %"
+    return f"{mean} ({told})" if low <= 0 <= high or low != low else f"{mean} (**{told}**)"
+
+
+def _density(row: dict[str, Any]) -> float:
+    return row["density"]
 
 
 def speed_markdown(result: dict[str, Any]) -> str:
