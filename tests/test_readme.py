@@ -73,7 +73,8 @@ def test_all_blocks_run_in_order_and_the_commands_on_what_they_saved(
     assert (tmp_path / "sparse" / "config.json").is_file()
     assert set(SHORTENED) <= set(README.replace("  ", "\n").splitlines())
     given = commands_of(README)
-    assert [words[0] for words in given] == ["train", "train", "measure", "report", "study", "blocks"]
+    names = ["train", "train", "measure", "report", "study", "blocks"]
+    assert [words[0] for words in given] == names
     for words in given:
         monkeypatch.setattr(sys, "argv", ["steppe", *words])
         assert run() == 0, capsys.readouterr().err
