@@ -15,7 +15,8 @@ from steppe.study.why import course_table, why_table
 _HEAD = """# Results
 
 Rendered from `docs/results/studies/*.jsonl` by `python docs/render.py`: do not edit. Each line of
-these files is one run of `steppe study NAME` ([studies.md](studies.md)). Intervals are 95 %:
+these files is one run of `steppe study NAME` ([studies.md](studies.md)), whose arms stand in
+[src/steppe/studies/NAME.yaml](../src/steppe/studies). Intervals are 95 %:
 Student's t over the seeds. A change against the baseline is paired by seed; that of a density is
 the ratio of geometric means. **Bold**: the interval leaves no change out. Intervals are not
 corrected for the number of comparisons.
