@@ -31,6 +31,7 @@ def plot_study(rows: Sequence[Row], path: Path) -> Path:
 
     best = best_groups(groups_of(rows))
     recipes = list(dict.fromkeys(group.recipe for group in best))
+    arms = list(dict.fromkeys(_name_of(group) for group in best))
     columns = min(_BESIDE, len(recipes))
     lines = math.ceil(len(recipes) / columns)
     figure = Figure(figsize=(5.0 * columns, 4.0 * lines), dpi=120, layout="constrained")
@@ -39,7 +40,6 @@ def plot_study(rows: Sequence[Row], path: Path) -> Path:
         panel.remove()
     for panel, recipe in zip(panels, recipes, strict=False):
         own = [group for group in best if group.recipe == recipe]
-        arms = list(dict.fromkeys(_name_of(group) for group in own))
         for group in own:
             _draw(panel, group, arms)
         name = quality_name(next(iter(own[0].rows.values())))
@@ -59,7 +59,7 @@ def _name_of(group: Group) -> str:
 
 
 def _draw(panel: object, group: Group, arms: Sequence[str]) -> None:
-    """One point with its intervals; an arm has one look, whatever varies in it."""
+    """One point with its intervals; an arm has one look in all panels, whatever varies in it."""
     density = group.values(lambda row: row["density"])
     quality = group.values(quality_of)
     if not density or not quality:
