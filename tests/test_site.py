@@ -54,7 +54,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     for page in ("index", "results", "reference/measures", "guides/serve", "troubleshooting"):
         assert "</html>" in (tmp_path / "site" / f"{page}.html").read_text(encoding="utf-8")
     home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
-    assert re.search('<a [^>]*href="reference/plugins.html#steppe.ZerothBias"', home)
+    assert re.search('<a [^>]*href="reference/plugins.html#steppe.RisingThreshold"', home)
     assert "site/iframe-worker.js" in home
     assert "<!-- speed" not in home
     assert "PyTorch ≥ 2.8: every verb is run on Python" in home
