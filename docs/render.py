@@ -6,17 +6,17 @@ python docs/render.py
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from steppe.report import draw_training_density, plot_training_density
-from steppe.study.compare import Group, groups_of
+from steppe.study.compare import Group, change_of, groups_of
 from steppe.study.markdown import table_lines
 from steppe.study.page import results_page
 from steppe.study.plot import plot_study
 from steppe.study.rows import read_rows
-from steppe.study.statistics import paired_change
 from steppe.study.study_file import list_studies
 from steppe.study.verdict import quality_verdict
 
@@ -104,10 +104,12 @@ def _density_cell(group: Group, baseline: Group) -> str:
     mean = f"{100 * sum(densities) / len(densities):.1f}"
     if group is baseline:
         return mean
-    mine, yours = group.pairs(baseline, _density)
-    change, low, high = paired_change(mine, yours)
+    found = change_of(group, baseline, _density)
+    if found is None:
+        return mean
+    change, low, high = found
     told = f"{100 * change:+.0f} %"
-    return f"{mean} ({told})" if low <= 0 <= high or low != low else f"{mean} (**{told}**)"
+    return f"{mean} ({told})" if math.isnan(low) or low <= 0 <= high else f"{mean} (**{told}**)"
 
 
 def _density(row: dict[str, Any]) -> float:

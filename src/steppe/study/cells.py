@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steppe.study.compare import Group, Number, quality_name, quality_of
-from steppe.study.statistics import Interval, mean_interval, paired_change, paired_difference
+from steppe.study.compare import Group, Number, change_of, quality_name, quality_of
+from steppe.study.statistics import Interval, mean_interval, paired_difference
 
 _SHARES = ("density", "training_density", "derivative_density")
 _NUMBERS = (
@@ -103,10 +103,10 @@ def _share_cell(group: Group, other: Group | None, key: str) -> Cell:
     cell = _spread(mean_interval(values), 100, 2)
     if other is None:
         return Cell(cell)
-    mine, yours = group.pairs(other, _number(key))
-    if not mine or min(*mine, *yours) <= 0:
+    found = change_of(group, other, _number(key))
+    if found is None:
         return Cell(cell)
-    change, low, high = (100 * end for end in paired_change(mine, yours))
+    change, low, high = (100 * end for end in found)
     if math.isnan(low):
         return Cell(cell, f"{change:+.0f} %")
     told = f"{change:+.0f} % [{low:+.0f}, {high:+.0f}]"
@@ -117,27 +117,34 @@ def _quality_cell(group: Group, other: Group | None) -> Cell:
     """The quality, and its difference to the baseline's."""
     row = next(iter(group.rows.values()))
     name = quality_name(row)
-    factor, digits = (100, 2) if name == "top1" else (1, 4)
     values = group.values(quality_of)
     if not values:
         return Cell("–")
-    told = f"{name} {_spread(mean_interval(values), factor, digits)}"
+    told = f"{name} {quality_shown(name, mean_interval(values))}"
     if other is None:
         return Cell(told)
     mine, yours = group.pairs(other, quality_of)
     if not mine:
         return Cell(told)
     difference = paired_difference(mine, yours)
-    shown = f"{factor * difference.mean:+.{digits}f}"
-    if math.isnan(difference.half):
-        return Cell(told, shown)
-    shown += f" ± {factor * difference.half:.{digits}f}"
-    return Cell(told, shown, difference.excludes_zero)
+    return Cell(told, quality_shown(name, difference, sign="+"), difference.excludes_zero)
 
 
-def _spread(interval: Interval, factor: float, digits: int) -> str:
+def quality_shown(name: str, interval: Interval, sign: str = "") -> str:
+    """A quality or a difference of two: accuracy in percent, loss in nats.
+
+    Args:
+        name: as of `quality_name`.
+        interval: of it.
+        sign: ``+`` to have that before a mean above 0.
+    """
+    factor, digits = (100, 2) if name == "top1" else (1, 4)
+    return _spread(interval, factor, digits, sign)
+
+
+def _spread(interval: Interval, factor: float, digits: int, sign: str = "") -> str:
     """A mean with its interval, or alone where there is none."""
-    mean = f"{factor * interval.mean:.{digits}f}"
+    mean = f"{factor * interval.mean:{sign}.{digits}f}"
     if math.isnan(interval.half):
         return mean
     return f"{mean} ± {factor * interval.half:.{digits}f}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steppe.study.planned import described
+from steppe.study.statistics import paired_change
 
 Row = dict[str, Any]
 Number = Callable[[Row], float | None]
@@ -121,6 +122,24 @@ def front_of(groups: Sequence[Group]) -> list[Group]:
     recipes = list(most)
     front.sort(key=lambda one: (recipes.index(one[0].recipe), -one[1]))
     return [group for group, _ in front]
+
+
+def change_of(group: Group, other: Group, number: Number) -> tuple[float, float, float] | None:
+    """The change of a density against another group's, over the seeds that both have.
+
+    Args:
+        group: of a study.
+        other: what it is compared with.
+        number: the density of a row.
+
+    Returns:
+        The change and its 95 % interval, NaN for a single seed; None where there is no pair, or a
+        density of 0.
+    """
+    mine, yours = group.pairs(other, number)
+    if not mine or min(*mine, *yours) <= 0:
+        return None
+    return paired_change(mine, yours)
 
 
 def quality_name(row: Row) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from steppe.study.compare import Group, Number, quality_name, quality_of
-from steppe.study.statistics import paired_change, paired_difference
+from steppe.study.cells import quality_shown
+from steppe.study.compare import Group, Number, change_of, quality_name, quality_of
+from steppe.study.statistics import paired_difference
 
 _PLUGINS = (
     *("zeroth_bias", "restricted_norm", "jumping_squared_relu", "rising_threshold"),
@@ -58,10 +59,8 @@ def density_change(group: Group, other: Group, number: Number) -> tuple[float, f
     Returns:
         The change and its 95 % interval; None for a single seed or a density of 0.
     """
-    mine, yours = group.pairs(other, number)
-    if len(mine) < 2 or min(*mine, *yours) <= 0:
-        return None
-    return paired_change(mine, yours)
+    found = change_of(group, other, number)
+    return None if found is None or math.isnan(found[1]) else found
 
 
 def quality_verdict(group: Group, other: Group) -> QualityVerdict:
@@ -79,6 +78,5 @@ def quality_verdict(group: Group, other: Group) -> QualityVerdict:
     is_worse = (difference.mean > 0) == (name == "loss") and difference.excludes_zero
     told = "worse" if is_worse else "better"
     told = told if difference.excludes_zero else "no difference shown"
-    factor, digits = (100, 2) if name == "top1" else (1, 4)
-    shown = f"{factor * difference.mean:+.{digits}f} ± {factor * difference.half:.{digits}f}"
+    shown = quality_shown(name, difference, sign="+")
     return QualityVerdict(is_worse, f"*{told}*: {name} {shown}")
