@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import steppe
-from gpu_models import ARMS, STEPS, fused_adamw, gpt, loss_on, no_waits, token_ids, train
+from gpu_models import ARMS, STEPS, fused_adamw, gpt, loss_on, token_ids, train, train_without_waits
 from gpu_steps.gpt import GPT, PATTERNS
 from steppe.ops.outcome import OWN_MODULES, PACKED
 from steppe.ops.packing import packed_mlp, packed_mlp_backward
@@ -57,20 +57,7 @@ def test_a_packed_step_does_not_wait_for_the_device(
     model = packed(device, arm)
     if autocast is not None:
         model.float()  # autocast leaves float64 as it is
-    optimizer = fused_adamw(model)
-    if arm != "vanilla":
-        steppe.constrain_(model, optimizer, total_steps=STEPS)
-    batches = [token_ids(device, seed=step) for step in range(STEPS)]
-    losses = []
-    for step, ids in enumerate(batches):
-        with no_waits(device if step >= STEPS - 3 else "cpu"):
-            with torch.autocast(device, autocast, enabled=autocast is not None):
-                loss = loss_on(model, arm, ids)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-    assert torch.stack(losses).isfinite().all()
+    assert train_without_waits(model, arm, device, autocast).isfinite().all()
     assert ways(model) == [PACKED] * 2
 
 

@@ -10,7 +10,17 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import steppe
-from gpu_models import ARMS, STEPS, fused_adamw, gpt, loss_on, no_waits, token_ids, train
+from gpu_models import (
+    ARMS,
+    STEPS,
+    fused_adamw,
+    gpt,
+    loss_on,
+    no_waits,
+    token_ids,
+    train,
+    train_without_waits,
+)
 from gpu_steps.gpt import GPT, PATTERNS
 
 each_arm = pytest.mark.parametrize("arm", list(ARMS))
@@ -21,21 +31,8 @@ each_sparse_arm = pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != 
 @each_arm
 def test_a_step_does_not_wait_for_the_device(device: str, arm: str, autocast: bool) -> None:
     model = gpt(device, arm)
-    optimizer = fused_adamw(model)
-    if arm != "vanilla":
-        steppe.constrain_(model, optimizer, total_steps=STEPS)
-    batches = [token_ids(device, seed=step) for step in range(STEPS)]
-    losses = []
-    for step, ids in enumerate(batches):
-        # The first steps make what lasts: the optimizer's state, the library's workspaces.
-        with no_waits(device if step >= STEPS - 3 else "cpu"):
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                loss = loss_on(model, arm, ids)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-    assert torch.stack(losses).isfinite().all()
+    dtype = torch.bfloat16 if autocast else None
+    assert train_without_waits(model, arm, device, dtype).isfinite().all()
 
 
 def test_a_wait_is_seen(device: str) -> None:
