@@ -24,7 +24,7 @@ TRITON  := build/triton
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results cost bench training losses gpu docs test test-slow test-screening test-versions test-native test-native-arm valgrind test-gpu-offline wheels lint format clean
+.PHONY: help install demo results cost bench training losses gpu docs examples save-examples test test-slow test-screening test-versions test-native test-native-arm valgrind test-gpu-offline wheels lint format clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,16 @@ gpu: ## find out everything about a GPU in eight minutes: GPU_ARGS="--seconds 30
 docs: $(STAMP) ## build the site into build/docs, with nothing that it loads from elsewhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo build/docs/index.html
+
+# In a copy, with one thread each.
+examples: $(STAMP) ## run the notebooks of examples/, two at a time (three minutes)
+	rm -rf build/examples && mkdir -p build && cp -r examples build/examples
+	cd build/examples && ls *.ipynb | PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 \
+	  xargs -P $(WORKERS) -n 1 jupyter execute --inplace --timeout=600
+
+save-examples: ## run them and keep their outputs (nothing else running)
+	$(MAKE) examples WORKERS=1
+	cp build/examples/*.ipynb examples
 
 test: $(STAMP) ## run the tests, without the slow ones
 	$(PYTEST) $(PYTEST_ARGS)
@@ -175,5 +185,5 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard src/steppe/native/*)
 	  || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	@touch $(PENDING)
 	trap 'exit 130' INT; $(BIN)/python -m pip --require-virtualenv install \
-	  -c constraints.txt $(PIP_ARGS) -e '.[demo,peft,test,dev,docs]' || { rm -f $(PENDING); exit 1; }
+	  -c constraints.txt $(PIP_ARGS) -e '.[demo,peft,test,dev,docs,examples]' || { rm -f $(PENDING); exit 1; }
 	@mv $(PENDING) $@

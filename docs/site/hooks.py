@@ -15,6 +15,7 @@ from links import ROOT, ROOT_PAGES, in_the_site, linked_files, page_of, source_p
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from names import public_names
+from notebooks import notebook_pages
 from reference import reference_pages
 
 _REFERENCE = reference_pages()
@@ -37,11 +38,13 @@ def on_files(files: Files, config: Any) -> Files:
     pages = {path: markdown for path, (_, markdown) in _REFERENCE.items()}
     for file, path in ROOT_PAGES.items():
         pages[path] = (ROOT / file).read_text(encoding="utf-8")
+    notebooks, pictures = notebook_pages()
+    pages |= notebooks
     texts = {one.src_uri: one.content_string for one in files.documentation_pages()} | pages
     linked = {file for path, text in texts.items() for file in linked_files(path, text)}
     pages |= {page_of(file): source_page(file) for file in sorted(linked)}
-    for path, markdown in pages.items():
-        files.append(File.generated(config, path, content=markdown))
+    for path, content in (pages | pictures).items():
+        files.append(File.generated(config, path, content=content))
     return files
 
 

@@ -15,7 +15,14 @@ ROOT_PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "examples/README.md": "examples/index.md",
 }
+# Those that `docs/site/notebooks.py` makes.
+NOTEBOOKS = {
+    f"examples/{path.name}": f"examples/{path.stem}.md"
+    for path in sorted((ROOT / "examples").glob("*.ipynb"))
+}
+_PAGES = ROOT_PAGES | NOTEBOOKS
 _LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _COMMENTS = re.compile(r"^<!--[^>\n]*-->\n|<!--.*?-->", re.DOTALL | re.MULTILINE)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".cff": "yaml"}
@@ -23,13 +30,13 @@ _LANGUAGES = {".py": "python", ".yaml": "yaml", ".cff": "yaml"}
 
 def source_of(page: str) -> str:
     """The file of the repository that a page of the site is made from."""
-    return {made: file for file, made in ROOT_PAGES.items()}.get(page, f"docs/{page}")
+    return {made: file for file, made in _PAGES.items()}.get(page, f"docs/{page}")
 
 
 def page_of(file: str) -> str:
     """The page of the site that shows a file of the repository."""
-    if file in ROOT_PAGES:
-        return ROOT_PAGES[file]
+    if file in _PAGES:
+        return _PAGES[file]
     if file.startswith("docs/") and not file.endswith(".py"):
         return file.removeprefix("docs/")
     return f"source/{file}.md"

@@ -14,7 +14,8 @@ from torch import Tensor
 from steppe.measures.curvature import BlockCurvature
 
 NAN = float("nan")
-FREQUENCY_EDGES = tuple(10.0 ** (k / 4 - 4) for k in range(17))  # 1e-4, 1.8e-4, …, 0.56, 1
+FREQUENCY_EDGES = tuple(10.0 ** (k / 4 - 4) for k in range(17))
+"""Upper edges of the classes of `BlockReport.neuron_frequency`: shares of tokens, 1e-4 to 1."""
 
 
 _MANY, _SHOWN = 64, 2  # blocks: more than so many are not all shown, but so many
