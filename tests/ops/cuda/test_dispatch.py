@@ -460,6 +460,40 @@ def test_compiled_code_decides_when_it_runs(
         assert torch.equal(z, dense(x)) == (mode is torch.no_grad)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the compiler
+def test_generate_with_a_static_cache_takes_the_kernels(card: Card) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    dense = models.gpt_neox().eval()
+    fast = steppe.accelerate_(
+        copy.deepcopy(dense), max_density=1.0, max_candidates=1.0, weights_are_final=True
+    )
+    # As `generate` compiles on a card by itself.
+    config = transformers.CompileConfig(mode="reduce-overhead")
+    config._compile_all_devices = True
+
+    class CapturesFrom(transformers.LogitsProcessor):
+        """From the second decoding step on, as the compiler's graphs do."""
+
+        calls = 0
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            self.calls += 1
+            card.captures = self.calls > 2
+            return scores
+
+    ids = torch.tensor([[2, 7, 9, 4]])
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = dense.generate(ids, **options)
+    torch.compiler.reset()
+    options |= {"compile_config": config, "cache_implementation": "static"}
+    got = fast.generate(ids, logits_processor=[CapturesFrom()], **options)
+    torch.compiler.reset()
+    assert torch.equal(got, expected)
+    assert {row.in_graphs for row in steppe.explain(fast).blocks} == {SCREENED}
+    assert len(card.calls) == 3 * len(steppe.find_blocks(dense)) > 3
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the compiler
 def test_the_compilers_mode_tells_that_it_makes_graphs(card: Card) -> None:
