@@ -404,6 +404,37 @@ def test_a_model_of_several_blocks_with_conv1d(
     assert {row.in_graphs for row in steppe.explain(fast).blocks} == {SCREENED}
 
 
+class Reshaping(nn.Module):
+    """An owner that hands its tensors on as new ones."""
+
+    def __init__(self, block: nn.Sequential) -> None:
+        super().__init__()
+        self.up, self.act, self.down = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.act(self.up(x).view(1, -1))
+        return self.down(a.reshape(1, 1, -1).flatten(0, 1))
+
+
+@torch.no_grad()
+def test_a_tensor_that_was_only_reshaped_is_not_read(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = Reshaping(block_of())
+    fast = accelerated(dense)
+    x = token()
+    fast(x)
+
+    def equal(*_: Tensor) -> bool:
+        raise AssertionError("a capture must not wait for the device")
+
+    with card.capture(), monkeypatch.context() as patch:
+        patch.setattr(torch, "equal", equal)
+        z = fast(x)
+    assert len(card.calls) == 1
+    assert is_close(z, exact(dense, x))
+
+
 @contextmanager
 def compiled(model: nn.Module, backend: Any) -> Iterator[Callable[[Tensor], Tensor]]:
     torch.compiler.reset()
