@@ -58,7 +58,8 @@ DEVICES: dict[str, tuple[str, ...]] = {
         "steppe.public",
         "steppe.report.calibration_table",
     ),
-    "steppe.ops.cuda": ("steppe.ops.backend", "steppe.ops.cuda"),
+    "steppe.ops.cuda": ("steppe.ops.backend", "steppe.ops.cuda", "steppe.ops.graphs.device"),
+    "steppe.ops.graphs": ("steppe.ops.backend", "steppe.ops.graphs"),
 }
 # Who may import what is heavy, or belongs to one job.
 HOMES: dict[str, tuple[str, ...]] = {

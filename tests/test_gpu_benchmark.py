@@ -321,6 +321,7 @@ import pytest, torch
 def test_passes(device, tmp_path):
     assert device == "cpu" and tmp_path.is_dir()
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("one, two", [(1, 1), (1, 2)])
 @pytest.mark.parametrize("kind", ["a", "b"])
 def test_case(one, two, kind):

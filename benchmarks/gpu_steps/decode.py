@@ -5,6 +5,7 @@ Together they are larger than the L2 cache, so each reads its weights from memor
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import steppe
 from gpu_steps.step import Context
 from gpu_steps.timing import graph_of, time_turns
-from steppe.bench import Block
+from steppe.bench import PATTERNS, Block
 
 BLOCKS = 8
 DENSITY = 0.05
+DENSITIES = (0.1, 0.03, 0.15, 0.25)  # of one token besides, from which limits can be measured
 _SCREENS = {"unscreened": False, "screened": True}
 WIDTHS, TOKENS = (2048, 768, 1024, 4096), (1, 4, 16, 2, 8)  # what matters most comes first
 
@@ -28,42 +31,63 @@ def run(context: Context) -> None:
     widths, tokens = ((8,), (1, 2)) if context.is_dry else (WIDTHS, TOKENS)
     context.keep(
         variants="a graph of eager calls, of compiled ones, and, of one token, of steppe's kernels"
-        " without a screen and with it; us of a block",
-        density=DENSITY,
+        " without a screen and with it, and of an accelerated model, which chooses; dense and"
+        " accelerated calls without a graph; us of a block",
     )
-    for number, width in itertools.product(tokens, widths):
+    cases = [(number, width, DENSITY) for number, width in itertools.product(tokens, widths)]
+    others = [] if context.is_dry else itertools.product(widths, DENSITIES)
+    cases[len(widths) : len(widths)] = [(1, width, density) for width, density in others]
+    for number, width, density in cases:
         context.attempt(
-            f"D{width}_T{number}",
-            lambda width=width, number=number: times(context, width, number),
+            f"D{width}_T{number}_density{density}",
+            lambda width=width, number=number, density=density: times(
+                context, width, number, density
+            ),
             needs=4.0,
         )
 
 
-def times(context: Context, width: int, tokens: int) -> dict[str, Any]:
+def times(context: Context, width: int, tokens: int, density: float) -> dict[str, Any]:
     """Times of a block, and the speed at which weights are read."""
     torch.manual_seed(0)
     with torch.device(context.device):
         blocks = nn.Sequential(*(Block(width, 4 * width).bfloat16() for _ in range(BLOCKS)))
-    blocks.requires_grad_(False)
+    blocks.requires_grad_(False).eval()
     x = torch.randn(tokens, width, device=context.device, dtype=torch.bfloat16)
     for block in blocks:
         p = nn.functional.linear(x, block.up.weight).float()
-        block.up.bias.fill_(-p.quantile(1.0 - DENSITY))
+        block.up.bias.fill_(-p.quantile(1.0 - density))
+    fast = steppe.accelerate_(copy.deepcopy(blocks), patterns=PATTERNS, weights_are_final=True)
     calls: dict[str, Callable[[], object]] = {"eager": lambda: [block(x) for block in blocks]}
     if context.device == "cuda":
         calls["compiled"] = compiled(blocks, x)
         if tokens == 1:
             calls |= {name: kernels(blocks, x, screens) for name, screens in _SCREENS.items()}
+    calls["accelerated"] = inferring(fast, x)
     runs = calls
     if context.device == "cuda":
         runs = {name: graph_of(call).replay for name, call in calls.items()}
+        runs |= {f"{name}, no graph": calls[name] for name in ("eager", "accelerated")}
     found = time_turns(runs, context.device, seconds=0.5, calls=4)
     size = sum(weight.numel() * weight.element_size() for weight in blocks.parameters())
     for row in found.values():
         row["gb_per_s"] = size / row["us"] / 1e3
         row["us"] /= BLOCKS
         row["quartiles"] = [one / BLOCKS for one in row["quartiles"]]
+    explained = steppe.explain(fast).blocks
+    found["accelerated"]["in_graphs"] = sorted({block.in_graphs for block in explained})
+    found["accelerated"]["candidates"] = [block.candidates for block in explained]
     return found
+
+
+def inferring(blocks: nn.Sequential, x: Tensor) -> Callable[[], object]:
+    """The blocks on one input, without gradients."""
+
+    def call() -> list[Tensor]:
+        with torch.no_grad():
+            return [block(x) for block in blocks]
+
+    return call
 
 
 def compiled(blocks: nn.Sequential, x: Tensor) -> Callable[[], object]:

@@ -107,6 +107,10 @@ def _parametrize(names: str | Sequence[str], values: Sequence[Any], **_: Any) ->
     return mark
 
 
+def _unchanged(test: Any) -> Any:
+    return test
+
+
 @contextmanager
 def _raises(expected: Any, match: str = "") -> Iterator[None]:
     try:
@@ -131,7 +135,7 @@ def _importorskip(name: str, **_: Any) -> Any:
 
 def _module() -> ModuleType:
     module: Any = ModuleType("pytest")
-    module.mark = SimpleNamespace(parametrize=_parametrize, filterwarnings=lambda _: None)
+    module.mark = SimpleNamespace(parametrize=_parametrize, filterwarnings=lambda _: _unchanged)
     module.raises = _raises
     module.skip = _skip
     module.importorskip = _importorskip

@@ -64,6 +64,12 @@ class PlainBlock:
     def forget(self) -> None:
         pass  # it keeps nothing
 
+    def prepare(self, source: BlockSource, number: int) -> str:
+        return ""  # compiled calls take the ops of `steppe.ops.mlp`
+
+    def in_graphs(self) -> str:
+        return ""
+
 
 class PlainBackend:
     """The device; a `steppe.ops.plan.Backend`."""
@@ -71,6 +77,7 @@ class PlainBackend:
     name = "cpu"  # in the place of the CPU's own: the one device that every machine has
     dtypes = (torch.float32,)
     decode_rows = 0
+    only_decodes = False
 
     def __init__(self) -> None:
         self.blocks: list[PlainBlock] = []
@@ -82,8 +89,8 @@ class PlainBackend:
         self.blocks.append(PlainBlock())
         return self.blocks[-1]
 
-    def has_too_little(self, rows: int, shape: tuple[int, int]) -> bool:
-        return False
+    def too_little(self, rows: int, shape: tuple[int, int], asked: Limits) -> str:
+        return ""
 
     def prepare(self, dtype: torch.dtype) -> None:
         pass  # no thresholds were measured

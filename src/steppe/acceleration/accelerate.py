@@ -112,7 +112,8 @@ def accelerate_(
     where too many entries are active or there is too little to do, and wherever the kernels would
     compute something else: while a hook that is not steppe's is on one of its modules, a module or
     its ``forward`` has been replaced, or torch.func transforms the call. The same holds for dtypes
-    other than float32 and bfloat16 and for devices other than the CPU, unless `pack` is asked for.
+    other than float32 and bfloat16 and for devices other than the CPU, with two exceptions for CUDA
+    devices: `pack`, and decoding one token in a CUDA graph, with `weights_are_final` (docs/gpu.md).
     `explain` says how each block ran last, and why. `watch` and `measure` go on working.
 
     In inference the kernels read copies of some weights in another layout. A copy is used only
@@ -132,6 +133,8 @@ def accelerate_(
             above.
         weights_are_final: nobody changes weights from now on past PyTorch's own counter, as through
             ``.data`` or NumPy; changes that PyTorch counts, as an optimizer's, are always noticed.
+            On CUDA devices also that none is changed while a graph is replayed that was captured
+            before: capture another one after it.
         check: run each block once on random input through its own modules and on the kernels,
             forward and backward, in evaluation and in training, and refuse it where they differ.
             Otherwise the first call of each mode compares the tensors that flow between a block's
@@ -194,7 +197,13 @@ def _route(
         journal.hold_nested_tensors_off(root)
         journal.hold_parts(blocks)
         computations = [
-            Computation(block, settings.max_density, settings.max_candidates, settings.pack)
+            Computation(
+                block,
+                settings.max_density,
+                settings.max_candidates,
+                settings.pack,
+                settings.weights_are_final,
+            )
             for block in blocks
         ]
         routes = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from steppe.blocks.block import MLPBlock
 from steppe.blocks.linear import PartOfLinear, held_by, is_transposed, linear_weight
 from steppe.ops.backend import backend_of, why_not_packed
 from steppe.ops.bitmask import active_of
+from steppe.ops.decoding import decode_block
 from steppe.ops.mlp import mlp, support
 from steppe.ops.outcome import PACKED, Outcome, noted
 from steppe.ops.packing import packed_mlp
@@ -25,9 +27,13 @@ from steppe.routing.route import Route
 from steppe.surgery.swapping import plain_class
 
 _PLAIN = (Tensor, nn.Parameter)
-_TOO_LITTLE = "these are too few tokens for so small a block"
 NOT_ASKED = "packing was not asked for"
 _ASKED = "packed, as it was asked for: all products are dense"
+_NOT_FINAL = (
+    "a graph would go on with copies of weights that have changed:"
+    " accelerate_(model.eval(), weights_are_final=True) says that none does"
+)
+_numbers = itertools.count()  # the names of blocks in the ops of `steppe.ops.decoding`
 
 
 def _never(x: Tensor) -> bool:
@@ -46,13 +52,16 @@ class Computation:
     10 µs a step every attribute that Python looks up shows. Another call of few tokens takes
     `decode`, one kernel for the whole block. All others take the op `steppe::mlp`, or, without
     gradients, the same function past the dispatcher. A call that trains takes `steppe::packed_mlp`
-    if that was asked for, where there are no kernels that keep active entries only.
+    if that was asked for, where there are no kernels that keep active entries only. On a device
+    whose kernels only decode, calls take `decode`, `steppe::decode_block` in compiled code, or the
+    block's own modules.
 
     Args:
         block: the block.
         max_density: as `accelerate_` takes it.
         max_candidates: as `accelerate_` takes it.
         pack: as `accelerate_` takes it.
+        weights_are_final: as `accelerate_` takes it.
 
     Attributes:
         is_again: whether a call is a decoding step like the last one, apart from foreign hooks,
@@ -66,9 +75,12 @@ class Computation:
         max_density: float | None,
         max_candidates: float | None,
         pack: bool = False,
+        weights_are_final: bool = False,
     ) -> None:
         self.block = block
         self._pack = pack
+        self._weights_are_final = weights_are_final
+        self._number = next(_numbers)
         self._room = Room()
         self.limits = Limits(max_density, max_candidates)
         self.is_again: Callable[[Tensor], bool] = _never
@@ -94,18 +106,21 @@ class Computation:
         if self._packs(x):
             return ""
         backend = backend_of(x)
-        if backend is None:
+        if backend is None or backend.only_decodes:
             if self._pack and torch.is_grad_enabled():
                 return self.why_not_packed(x)
-            return f"there are no kernels for {x.device.type}"
-        if self.limits.max_density is not None:
-            return ""
-        rows = x.numel() // self._shape[0]
-        return _TOO_LITTLE if backend.has_too_little(rows, self._shape) else ""
+            if backend is None:
+                return f"there are no kernels for {x.device.type}"
+            reason = self._why_not_decoded()
+            if reason:
+                return reason
+        return backend.too_little(x.numel() // self._shape[0], self._shape, self.limits)
 
     def plan_and_count(self, route: Route, x: Tensor, traced: bool) -> Plan:
         """The plan of a call, which is counted; a compiled op decides later, when it is called."""
         is_cast, dtype, packs = _is_cast(x), _dtype(x), self._packs(x)
+        if not packs and _only_decodes(x):
+            return self._plan_decoding(route, x, traced)
         reason = self._cannot(x, dtype, is_cast, traced, packs) or needs_hidden(self.block)
         if packs and route.drops():
             reason = reason or "packing has no dropout"
@@ -123,6 +138,64 @@ class Computation:
         kernels = self._kernels_for(x)
         assert kernels is not None  # `_cannot` has said so
         return kernels.plan_and_count(x.numel() // self.block.d_model, dtype, trains)
+
+    def _plan_decoding(self, route: Route, x: Tensor, traced: bool) -> Plan:
+        """The plan of a call where the kernels only decode, and `has_too_little` had no reason."""
+        plan = Plan()
+        if not traced:
+            kernels = self._kernels_for(x)
+            assert kernels is not None
+            plan = kernels.plan_and_count(x.numel() // self.block.d_model, x.dtype, False)
+            if plan.reason:  # most calls of eager Python: nothing else is asked of them
+                return plan
+        is_cast = _is_cast(x)
+        reason = self._cannot(x, _dtype(x), is_cast, traced, False) or needs_hidden(self.block)
+        if not reason and is_cast:
+            reason = "autocast makes other weights in each call"
+        if not reason and route.observers:
+            reason = "it is watched"
+        if not reason and not traced and not self._decodes(route, x):
+            reason = "its input is not contiguous"
+        return plan._replace(reason=reason)
+
+    def _why_not_decoded(self) -> str:
+        """Why no call runs on kernels that only decode, whatever its input; empty if some may."""
+        block = self.block
+        if block.down.training:
+            return "the kernels of this device only decode: model.eval()"
+        if torch.is_grad_enabled():
+            return "the kernels of this device only decode: torch.no_grad()"
+        if not self._weights_are_final:
+            return _NOT_FINAL
+        if block.gate is not None:
+            return "the kernels of this device have no gate"
+        if self._sigma.coefficients()[2] is not None:
+            return "its activation changes from step to step"
+        return ""
+
+    def prepare(self) -> str:
+        """Make ready for calls in compiled code; why none runs on kernels, empty if some may."""
+        reason, weight = self.unfit(), linear_weight(self.block.down)
+        if reason or not _only_decodes(weight) or self._packs(weight):
+            return reason
+        if not self.can_be_tried(weight):
+            return f"there are no kernels for {weight.dtype}"
+        kernels = self._kernels_for(weight)
+        assert kernels is not None
+        return kernels.prepare(self, self._number)
+
+    def in_graphs(self) -> str:
+        """How the block runs in a captured CUDA graph, in words; empty off such devices."""
+        weight = linear_weight(self.block.down)
+        backend = backend_of(weight)
+        if backend is None or not backend.only_decodes:
+            return ""
+        with torch.no_grad():
+            reason = self._why_not_decoded() or backend.too_little(1, self._shape, self.limits)
+        reason = reason or backend.reason()
+        if reason or self._kernels is None:
+            return f"dense: {reason}" if reason else "not captured yet"
+        return self._kernels.in_graphs()
 
     def trial(self, x: Tensor) -> Plan:
         """The plan of a call in a trial: packed if it may be, else sparse at any density."""
@@ -145,7 +218,11 @@ class Computation:
     def can_be_tried(self, weight: Tensor) -> bool:
         """Whether `trial` has a plan for an input on the device and in the dtype of a weight."""
         backend = backend_of(weight)
-        has_kernels = backend is not None and weight.dtype in backend.dtypes
+        has_kernels = (
+            backend is not None
+            and weight.dtype in backend.dtypes
+            and (self._weights_are_final or not backend.only_decodes)
+        )
         return has_kernels or not self.why_not_packed(weight)
 
     def why_not_packed(self, x: Tensor) -> str:
@@ -247,6 +324,10 @@ class Computation:
             if z is not None:
                 route.note(noted())
                 return z
+        if plan is None and not self._packs(x) and _only_decodes(x):
+            weights, coefficients = self.weights(), self._sigma.coefficients()
+            flat = x.reshape(-1, self.block.d_model)
+            return decode_block(flat, weights, coefficients, self._number).view(x.shape)
         return self._compute(route, x, plan)
 
     def _decodes(self, route: Route, x: Tensor) -> bool:
@@ -372,6 +453,12 @@ def _transformed() -> str:
     if forward_ad._current_level >= 0:
         return "the call is differentiated in forward mode"
     return ""
+
+
+def _only_decodes(x: Tensor) -> bool:
+    """Whether the kernels of a tensor's device only decode."""
+    backend = backend_of(x)
+    return backend is not None and backend.only_decodes
 
 
 def _dtype(x: Tensor) -> torch.dtype:

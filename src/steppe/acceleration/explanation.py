@@ -49,6 +49,9 @@ class BlockExplanation:
         source: where these two limits come from.
         reason: why it did not run sparse; empty if it did.
         unpacked: why calls that train do not pack its activations; empty if they do.
+        in_graphs: how it runs in a captured CUDA graph: ``sparse``, ``screened``, ``dense: `` and
+            why, ``not captured yet``; empty off CUDA devices. Of the last capture, also of one in
+            compiled code.
     """
 
     name: str
@@ -64,6 +67,7 @@ class BlockExplanation:
     source: str
     reason: str
     unpacked: str = ""
+    in_graphs: str = ""
 
     @property
     def is_sparse(self) -> bool:
@@ -94,6 +98,9 @@ class Explanation:
         table.add_texts("block", "ran")
         table.add_numbers("calls", "tokens", "density", "up to", "candidates", "up to")
         table.add_texts("why not sparse")
+        has_graphs = any(block.in_graphs for block in self.blocks)
+        if has_graphs:
+            table.add_texts("in a CUDA graph")
         for block in self.blocks:
             few = ", few tokens" if block.is_few else ""
             table.add_row(
@@ -111,6 +118,7 @@ class Explanation:
                     ),
                 ),
                 block.reason,
+                *([block.in_graphs] if has_graphs else []),
             )
         return table
 
@@ -141,7 +149,8 @@ def explain(model: nn.Module) -> Explanation:
         model: a model that `accelerate_` has changed; wrappers are seen through.
 
     Returns:
-        A row for each block that is routed. Compiled code decides by itself and is not seen here.
+        A row for each block that is routed. Compiled code decides by itself and is not seen here,
+        but for what a block does in a captured CUDA graph.
 
     Raises:
         AccelerationError: the model is not accelerated.
@@ -194,6 +203,7 @@ def _explain(route: Route) -> BlockExplanation:
         source=", ".join(sources),
         reason=last.reason,
         unpacked=computation.why_not_packed(linear_weight(block.down)),
+        in_graphs=computation.in_graphs(),
     )
 
 

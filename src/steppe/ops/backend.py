@@ -6,17 +6,16 @@ training is asked for here too: it is no backend, as it has no kernels for infer
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from steppe.ops import bitmask
 from steppe.ops.cpu.backend import CPU
+from steppe.ops.graphs.backend import CUDA
+from steppe.ops.graphs.device import has_triton
 from steppe.ops.plan import Backend, Packer
 
-_BACKENDS: dict[str, Backend] = {CPU.name: CPU}
+_BACKENDS: dict[str, Backend] = {CPU.name: CPU, CUDA.name: CUDA}
 _CUDA_PACKS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,13 +32,18 @@ def why_not_packed(device: str, dtype: torch.dtype) -> str:
         dtype: that they compute in.
     """
     backend = _BACKENDS.get(device)
-    if backend is not None and dtype in backend.dtypes and not backend.reason():
+    if (
+        backend is not None
+        and not backend.only_decodes
+        and dtype in backend.dtypes
+        and not backend.reason()
+    ):
         return f"the kernels of the {device} keep active entries only, without a pack"
     if device == "cpu":
         return ""
     if device != "cuda":
         return f"nothing packs on {device}"
-    if not _has_triton():
+    if not has_triton():
         return "packing on cuda needs Triton"
     return "" if dtype in _CUDA_PACKS else f"nothing packs {dtype} on cuda"
 
@@ -47,11 +51,6 @@ def why_not_packed(device: str, dtype: torch.dtype) -> str:
 # torch.compile runs it while it traces, and takes the answer for a constant: it depends on what is
 # installed.
 why_not_packed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def packer_of(tensor: Tensor) -> Packer:

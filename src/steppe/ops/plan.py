@@ -117,6 +117,20 @@ class BlockKernels(Protocol):
     def forget(self) -> None:
         """Free all that is kept between calls, except cached copies of weights."""
 
+    def prepare(self, source: BlockSource, number: int) -> str:
+        """Make ready for calls in compiled code, where only decoding has kernels.
+
+        Args:
+            source: of the weights.
+            number: of the block in the ops of `steppe.ops.decoding`.
+
+        Returns:
+            Why no such call runs on the kernels; empty if some may.
+        """
+
+    def in_graphs(self) -> str:
+        """How the block runs in a captured CUDA graph, in words; empty without such kernels."""
+
 
 class Packer(Protocol):
     """What packs activations on a kind of device; `steppe.ops.bitmask` defines each function."""
@@ -158,6 +172,14 @@ class Backend(Protocol):
     def decode_rows(self) -> int:
         """The most tokens that `BlockKernels.decode` takes."""
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether there is only `BlockKernels.decode`, and that only for weights that are final.
+
+        Such a backend has no kernels for the ops of `steppe.ops.mlp`; compiled calls take those of
+        `steppe.ops.decoding`.
+        """
+
     def reason(self) -> str:
         """Why there are no kernels; empty if there are."""
 
@@ -169,12 +191,13 @@ class Backend(Protocol):
             limits: of all its calls.
         """
 
-    def has_too_little(self, rows: int, shape: tuple[int, int]) -> bool:
-        """Whether a call has too little work for the kernels to pay.
+    def too_little(self, rows: int, shape: tuple[int, int], asked: Limits) -> str:
+        """Why a call has not the work for which the kernels pay; empty if it has, or is forced.
 
         Args:
             rows: number of tokens.
             shape: D and F.
+            asked: the limits that the user has given.
         """
 
     def prepare(self, dtype: torch.dtype) -> None:

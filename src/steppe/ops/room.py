@@ -23,6 +23,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from steppe.ops.arrival import Arrival
+
 WHOLE = 2**14  # parts of a room; as many as there are entries
 FIRST = 5 * WHOLE // 8  # while nothing is known: half of them are active, and a quarter more
 MARGIN = 1.2  # times the last number. 1/16 + 1.2 ρ is less than ⅛ of 16-bit entries at ρ = 0.05
@@ -64,7 +66,7 @@ class Room:
         self.number = next(_numbers)
         self.size = torch.empty(FIRST, 0)
         self._claims: weakref.WeakSet[Claim] = weakref.WeakSet()
-        self._share: Tensor | None = None
+        self._share = Arrival()
         _rooms[self.number] = self
 
     def capacity(self, entries: int) -> int:
@@ -78,7 +80,7 @@ class Room:
     @property
     def share(self) -> float:
         """Share of active entries in the last call that is known of; NaN for none."""
-        return float("nan") if self._share is None else self._share.item()
+        return self._share.read()
 
     def claim(self) -> Claim:
         """Hold the room as it is while the result lives, or until `end`."""
@@ -93,18 +95,12 @@ class Room:
     def note(self, starts: Tensor, entries: int) -> None:
         """Have the number of active entries of a call come to the CPU, some time.
 
-        It is 4 bytes in pinned memory, which the device writes whole: what is read there is the
-        number of this call or of one before it.
-
         Args:
             starts: of its `Packed`.
             entries: T · F.
         """
-        if not entries:
-            return
-        if self._share is None:
-            self._share = _pinned() if starts.is_cuda else torch.full((), float("nan"))
-        self._share.copy_(starts[-1] / entries, non_blocking=True)
+        if entries:
+            self._share.send(starts[-1] / entries)
 
     def refresh(self) -> None:
         """Take the last number that has arrived, unless a backward pass is still to come."""
@@ -115,22 +111,6 @@ class Room:
         if parts != self.size.shape[0]:
             self.size = torch.empty(parts, 0)
 
-
-def _pinned() -> Tensor:
-    """A float32 in pinned memory that is NaN, and is never another's.
-
-    A CUDA graph that was captured with it writes there as long as the graph lives, which may be
-    longer than the model does.
-    """
-    place = next(_places)
-    if place % _PAGE == 0:
-        _pages.append(torch.full((_PAGE,), float("nan"), pin_memory=True))
-    return _pages[-1][place % _PAGE]
-
-
-_PAGE = 1024
-_pages: list[Tensor] = []
-_places = itertools.count()
 
 # An op cannot take an object of ours, but it takes a number. The table is weak: rooms go with their
 # models.

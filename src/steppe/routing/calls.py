@@ -130,4 +130,6 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same numbers; NaN is NaN."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if type(one) is type(other) is Tensor and one.is_set_to(other):
+        return True  # a view of all of it; to read it would wait for a GPU, and end a capture
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())

@@ -63,6 +63,9 @@ class RoutedComputation(Protocol):
     def unfit(self) -> str:
         """Why no call is possible now, whatever its input; empty if calls are."""
 
+    def prepare(self) -> str:
+        """Make ready for calls in compiled code; why none is possible, empty if some are."""
+
     def forget(self) -> None:
         """Free the memory that is kept between calls."""
 
@@ -254,7 +257,7 @@ def _reason_when_traced(number: int) -> str:
     route = _by_number[number]
     unknown = "its wiring was not looked at yet: call the model once before torch.compile"
     unfit = route.unfit.get(route.block.down.training, unknown)
-    return route.foreign() or unfit or route.computation.unfit()
+    return route.foreign() or unfit or route.computation.prepare()
 
 
 # As torch.compiler.assume_constant_result does, which loads torch._dynamo, for seconds.

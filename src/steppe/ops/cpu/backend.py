@@ -13,6 +13,8 @@ from steppe.ops.cpu.library import kernels
 from steppe.ops.cpu.native_ops import plan_for
 from steppe.ops.plan import Limits, Plan
 
+_TOO_LITTLE = "these are too few tokens for so small a block"
+
 
 class CpuBackend:
     """The native kernels; see `steppe.ops.plan.Backend`."""
@@ -20,6 +22,7 @@ class CpuBackend:
     name = "cpu"
     dtypes = tuple(DTYPES)
     decode_rows = DECODE_ROWS
+    only_decodes = False
 
     def reason(self) -> str:
         """Why there are no kernels; empty if there are."""
@@ -29,9 +32,11 @@ class CpuBackend:
         """The kernels of a block."""
         return CpuBlock(shape, limits)
 
-    def has_too_little(self, rows: int, shape: tuple[int, int]) -> bool:
-        """Whether a call has too little work for the kernels to pay."""
-        return not dispatch.pays(rows, *shape)
+    def too_little(self, rows: int, shape: tuple[int, int], asked: Limits) -> str:
+        """Why a call has not the work for which the kernels pay; empty if it has, or is forced."""
+        if asked.max_density is not None or dispatch.pays(rows, *shape):
+            return ""
+        return _TOO_LITTLE
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Read the thresholds that `steppe calibrate` has measured on this machine."""

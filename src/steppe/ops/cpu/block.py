@@ -197,6 +197,14 @@ class CpuBlock:
         self._few = self._last = self._repeated = None
         self._parameters = []
 
+    def prepare(self, source: BlockSource, number: int) -> str:
+        """Nothing: compiled calls take the ops, which have kernels of their own."""
+        return ""
+
+    def in_graphs(self) -> str:
+        """Empty: the CPU has no such graphs."""
+        return ""
+
     def _are_the_same(self) -> bool:
         """Whether the block's parameters are those of the last call."""
         for held, name, parameter in self._parameters:
