@@ -27,6 +27,7 @@ from steppe.runs import RUN_FILE, Run, write_run
 from steppe.training import SteppeCallback
 
 BEGIN, END = "<!-- steppe:begin", "<!-- steppe:end -->"
+PLUGINS = (steppe.ZerothBias, steppe.RestrictedNorm, steppe.JumpingSquaredReLU)  # of `sparsified`
 
 
 def card_of(folder: Path) -> str:
@@ -114,9 +115,6 @@ def test_the_section_says_which_plug_ins_with_which_settings(tmp_path: Path) -> 
     assert data.library_name == "transformers"
 
 
-PLUGINS = (steppe.ZerothBias, steppe.RestrictedNorm, steppe.JumpingSquaredReLU)
-
-
 def test_a_plug_in_and_a_class_of_the_users_own_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +128,19 @@ def test_a_plug_in_and_a_class_of_the_users_own_are_named(
         loaded = ran_in(tmp_path, card, patch)
     assert isinstance(loaded, Mine)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_class_that_cannot_be_imported_is_told_as_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Local(GPT2LMHeadModel):
+        pass
+
+    model = steppe.sparsify_(Local(models.gpt2().config), [steppe.ZerothBias()])
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "# Local is a class of your own" in code_of(card)
+    assert isinstance(ran_in(tmp_path, card, monkeypatch, Local=Local), Local)
 
 
 class Mine(GPT2LMHeadModel):
@@ -428,6 +439,16 @@ def test_an_adapter_has_a_section_that_loads_it(
     base = {"base": steppe.restore_(sparsified())}
     loaded = ran_in(hub.saved_as(tmp_path / "there"), hub.sent, monkeypatch, **base)
     assert torch.equal(loaded(**models.inputs_for(loaded.get_base_model())).logits, want)
+
+
+def test_an_adapter_with_a_plug_in_of_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = get_peft_model(steppe.sparsify_(models.gpt2(), [Twice(3.0)]), config)
+    model.save_pretrained(tmp_path)
+    loaded = ran_in(tmp_path, card_of(tmp_path), monkeypatch, base=models.gpt2())
+    assert sparsification_of(loaded).record() == sparsification_of(model).record()
 
 
 @pytest.mark.parametrize("adapter", [False, True])
