@@ -5,6 +5,7 @@ already: ``steppe --help`` needs no torch, and whoever has it gets the custom op
 """
 
 import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
@@ -22,6 +23,13 @@ def _teach_transformers(module: object) -> None:
     stock.register()
 
 
+def _teach_trainer(module: ModuleType) -> None:
+    """Let the Trainer keep what a model card says of plug-ins."""
+    from steppe.checkpoints import stock
+
+    stock.register_trainer(module)
+
+
 def _teach_peft(module: object) -> None:
     """Let PEFT save plug-ins beside its adapters."""
     from steppe.checkpoints import adapters
@@ -31,6 +39,7 @@ def _teach_peft(module: object) -> None:
 
 # As soon as they are imported, before or after steppe; importing them would take seconds.
 register_post_import_hook(_teach_transformers, "transformers.modeling_utils")
+register_post_import_hook(_teach_trainer, "transformers.trainer")
 register_post_import_hook(_teach_peft, "peft")
 
 

@@ -44,8 +44,12 @@ def test_one_checkpoint_is_measured_as_its_model_is(tmp_path: Path, text: Source
     folder = saved(model, tmp_path / "checkpoint-30")
     batches = list(load_batches(text, model, ""))
     expected = steppe.measure(model, batches)
-    seen: list[tuple[str, int, int | None]] = []
-    run = measure_checkpoints([folder], text, on_batch=lambda *told: seen.append(told))
+    seen: list[tuple[str, int, int | None, float]] = []
+    loaded: list[str] = []
+    run = measure_checkpoints(
+        [folder], text, on_batch=lambda *told: seen.append(told), on_load=loaded.append
+    )
+    assert loaded == [str(folder)]
     assert run.held_out_steps == [30]
     assert str(run.held_out) == str([expected])  # NaN is not equal to itself
     assert math.isfinite(run.held_out[0].blocks[0].AF_up)
@@ -58,7 +62,12 @@ def test_one_checkpoint_is_measured_as_its_model_is(tmp_path: Path, text: Source
     assert run.settings["split"] == "full"
     assert run.settings["checkpoints"] == [str(folder)]
     assert {"steppe", "torch", "transformers", "datasets"} <= set(run.versions)
-    assert seen == [(str(folder), done, None) for done in range(len(batches) + 1)]
+    assert [one[:3] for one in seen] == [(str(folder), n, None) for n in range(len(batches) + 1)]
+    assert math.isnan(seen[0][3])
+    for done in range(1, len(batches) + 1):
+        so_far = steppe.measure(model, batches[:done], labels=None).density
+        assert seen[done][3] == so_far
+    assert len({told[3] for told in seen}) > 2, "the density changes from batch to batch"
     # 168 words in windows of 16: ten whole ones and one of 8.
     assert run.tokens_per_sample == 168 / 11
     write_run(run, tmp_path / "run.json")
@@ -125,7 +134,7 @@ def test_no_more_batches_are_made_than_are_measured(tmp_path: Path, text: Source
     folder = saved(models.gpt2(), tmp_path / "m")
     seen: list[tuple[int, int | None]] = []
     run = measure_checkpoints(
-        [folder], text, labels=None, max_batches=2, on_batch=lambda _, *told: seen.append(told)
+        [folder], text, labels=None, max_batches=2, on_batch=lambda _, *told: seen.append(told[:2])
     )
     assert seen == [(0, 2), (1, 2), (2, 2)]
     assert run.held_out[0].blocks[0].samples == 4
@@ -136,7 +145,7 @@ def test_no_more_batches_are_made_than_are_measured(tmp_path: Path, text: Source
         Source("digits", batch_size=100),
         labels=None,
         max_batches=50,
-        on_batch=lambda _, *told: seen.append(told),
+        on_batch=lambda _, *told: seen.append(told[:2]),
     )
     assert seen == [(done, 4) for done in range(5)]
 

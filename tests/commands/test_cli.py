@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -172,6 +174,77 @@ def test_measure_prints_tables_and_what_it_writes_can_be_reported(
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(page)]
     assert "<h1" in page.read_text(encoding="utf-8")
+
+
+def on_a_terminal(*words: str, interrupt_at: str | None = None) -> tuple[int, str, str]:
+    """Run a command whose error stream is a terminal: its code, its output, what the screen got.
+
+    Ctrl-C is pressed as soon as the screen has the text of `interrupt_at`.
+    """
+    screen, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *words],
+        env={**PLAIN, "TERM": "xterm"},
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        text=True,
+        preexec_fn=listen_to_ctrl_c,
+    )
+    os.close(terminal)
+    shown, pressed = b"", interrupt_at is None
+    try:
+        while chunk := read_or_end(screen):
+            shown += chunk
+            if not pressed and str(interrupt_at).encode() in shown:
+                process.send_signal(signal.SIGINT)
+                pressed = True
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(screen)
+    return process.returncode, output, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+
+
+def read_or_end(screen: int) -> bytes:
+    try:
+        return os.read(screen, 4096)
+    except OSError:  # Linux: nobody has the terminal open any more
+        return b""
+
+
+def test_measure_shows_its_progress_on_a_terminal_and_prints_the_same(
+    tmp_path: Path, measurable: list[str]
+) -> None:
+    options = ("--max-batches", "2", "--labels", "none", "--json", str(tmp_path / "a.json"))
+    piped = run("measure", *measurable, *options)
+    written = (tmp_path / "a.json").read_bytes()
+    (tmp_path / "a.json").unlink()
+    code, output, shown = on_a_terminal("measure", *measurable, *options)
+    assert code == 0, shown
+    assert output == piped.stdout
+    assert (tmp_path / "a.json").read_bytes() == written
+    assert piped.stderr == ""
+    density = 100 * read_run(tmp_path / "a.json").held_out[-1].density
+    for part in ("loading run/checkpoint-10", "loading run/checkpoint-20"):
+        assert part in shown
+    # Done batches, the density, the time that has passed, the time that is left.
+    last = rf"run/checkpoint-20 ━+ 2/2 density {density:.2f} % \d:\d\d:\d\d 0:00:00"
+    assert re.search(last, shown)
+
+
+def test_ctrl_c_while_measuring_is_one_line_and_writes_nothing(
+    tmp_path: Path, measurable: list[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT * 4000)  # a minute
+    written = tmp_path / "a.json"
+    words = ("measure", *measurable, "--batch-size", "1", "--json", str(written))
+    code, output, shown = on_a_terminal(*words, interrupt_at="density ")
+    assert code == 130
+    assert output == ""
+    assert "Traceback" not in shown
+    assert "interrupted; nothing was written" in shown
+    assert not written.exists()
 
 
 @pytest.mark.slow  # measures/ has the numbers

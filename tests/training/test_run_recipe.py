@@ -91,6 +91,8 @@ def test_images_are_learnt_and_everything_is_written(images: Path, tmp_path: Pat
     assert len(summary["plugins"]) == 3
     model = load_pretrained(AutoModelForImageClassification.from_pretrained, summary["model"])
     assert model.config.id2label == {0: "dark", 1: "light"}
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"{100 * summary['density']:.2f} % on held-out data after step 12" in card
     # `steppe measure` sees the held-out images as the Trainer did.
     measured = measure_checkpoints([summary["model"]], Source(str(images)), labels=None)
     assert measured.held_out[-1].density == pytest.approx(summary["density"], abs=0.02)

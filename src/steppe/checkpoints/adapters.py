@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from wrapt import wrap_function_wrapper
 
 from steppe.blocks.wrappers import unwrap
+from steppe.checkpoints.card import update_before_upload, update_card
 from steppe.checkpoints.load import apply_record_
 from steppe.checkpoints.saved_record import ADAPTER_RECORD, current_own, parse_record
 from steppe.checkpoints.weights import Weights, find, read_json
@@ -50,6 +51,7 @@ def register() -> None:
     wrap_function_wrapper(PeftModel, "__init__", _init)
     wrap_function_wrapper(PeftModel, "save_pretrained", _save_pretrained)
     wrap_function_wrapper(PeftModel, "load_adapter", _load_adapter)
+    wrap_function_wrapper(PeftModel, "_upload_modified_files", update_before_upload)
     # Transformers' models can have adapters themselves.
     wrap_function_wrapper(PreTrainedModel, "save_pretrained", _save_with_own_adapter)
     wrap_function_wrapper(PreTrainedModel, "load_adapter", _load_own_adapter)
@@ -100,6 +102,7 @@ def _save_pretrained(save: _Call, model: PeftModel, args: _Args, kwargs: _Kwargs
     for adapter in given.arguments["selected_adapters"] or model.peft_config:
         folder = root if adapter == "default" else root / adapter
         _write_beside(folder, sparsification.record(), tensors)
+        update_card(folder, model)
 
 
 def _save_with_own_adapter(
@@ -115,6 +118,7 @@ def _save_with_own_adapter(
         tensors = _tensors_of(model, given.arguments["state_dict"])
         folder = Path(given.arguments["save_directory"])
         _write_beside(folder, sparsification.record(), tensors)
+        update_card(folder, model)
 
 
 def _write_beside(folder: Path, record: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

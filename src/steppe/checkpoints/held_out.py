@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +31,9 @@ from steppe.plugins.applied import sparsification_of
 from steppe.runs import Run, versions
 
 Labels = Literal["data", "model"]
-OnBatch = Callable[[str, int, int | None], None]
-"""Called with a checkpoint, the batches of it that are done, and their number where it is known."""
+OnBatch = Callable[[str, int, int | None, float], None]
+"""Called with a checkpoint, the batches of it that are done, their number where it is known, and
+the density so far; NaN before the first batch."""
 _SAMPLING_SEED = 0  # of labels="model"
 
 
@@ -44,6 +45,7 @@ def measure_checkpoints(
     device: str | torch.device | None = None,
     on_batch: OnBatch | None = None,
     patterns: Sequence[BlockPattern] = (),
+    on_load: Callable[[str], None] | None = None,
 ) -> Run:
     """Measure checkpoints of one run on the same held-out data.
 
@@ -53,9 +55,10 @@ def measure_checkpoints(
         labels: see `steppe.measure`; None for densities alone.
         max_batches: stop after so many.
         device: where to compute; a CUDA device if there is one, else the CPU.
-        on_batch: called with the progress.
+        on_batch: called with the progress; each batch then waits for the device.
         patterns: patterns of your own for `steppe.find_blocks`; those that a checkpoint's record
             has are known.
+        on_load: called with each checkpoint before its weights are loaded or downloaded.
 
     Returns:
         A run with one held-out report a checkpoint, in the order of their steps: those of
@@ -85,6 +88,8 @@ def measure_checkpoints(
     measured: list[_Measured] = []
     batches: Batches | None = None
     for name in names:
+        if on_load is not None:
+            on_load(name)
         model = load_checkpoint(name, patterns)
         if batches is None:
             batches = load_batches(source, model, name, with_classes=labels == "data")
@@ -160,13 +165,17 @@ def _measure(
     """Measure one checkpoint."""
     nn.Module.to(model, device)
     recorder = _Recorder(classifies="Classification" in type(model).__name__)
+    known = [number for number in (batches.total, max_batches) if number is not None]
+    show = None if on_batch is None else _Progress(on_batch, name, min(known, default=None))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_SAMPLING_SEED)
         report = measure(
             model,
-            _Counted(batches, max_batches, name, on_batch),
+            batches,
             labels=labels,
             forward=recorder,
+            max_batches=max_batches,
+            on_batch=show,
         )
     sparsification = sparsification_of(model)
     return _Measured(
@@ -180,31 +189,18 @@ def _measure(
     )
 
 
-class _Counted:
-    """Batches that report how far they have come; no more are made than are wanted."""
+class _Progress:
+    """Tells how far the measuring of one checkpoint has come, at once and after each batch."""
 
-    def __init__(
-        self, batches: Batches, most: int | None, name: str, on_batch: OnBatch | None
-    ) -> None:
-        self._batches = batches
-        self._most = most
-        self._name = name
+    def __init__(self, on_batch: OnBatch, name: str, total: int | None) -> None:
         self._on_batch = on_batch
-        known = [number for number in (batches.total, most) if number is not None]
-        self._total = batches.total if batches.total is None and most is None else min(known)
+        self._name = name
+        self._total = total
+        self(0, math.nan)
 
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches; each is done when the next is asked for."""
-        done = 0
-        self._report(done)
-        for batch in islice(self._batches, self._most):
-            yield batch
-            done += 1
-            self._report(done)
-
-    def _report(self, done: int) -> None:
-        if self._on_batch is not None:
-            self._on_batch(self._name, done, self._total)
+    def __call__(self, done: int, density: float) -> None:
+        """Some batches are done."""
+        self._on_batch(self._name, done, self._total, density)
 
 
 class _Recorder:

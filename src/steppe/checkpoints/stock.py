@@ -6,14 +6,16 @@ quantizer. Here that class adds the plug-ins, once the model's own weights are t
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -21,6 +23,7 @@ from wrapt import wrap_function_wrapper
 
 from steppe.blocks.experts import ExpertLayer
 from steppe.blocks.matching import matches
+from steppe.checkpoints.card import HERE, update_before_upload, update_card
 from steppe.checkpoints.load import apply_record_
 from steppe.checkpoints.saved_record import Record, current_own, parse_record
 from steppe.checkpoints.weights import Weights
@@ -109,6 +112,13 @@ def register() -> None:
     register_quantization_config(METHOD)(_Method)
     register_quantizer(METHOD)(_PlugInLoader)
     wrap_function_wrapper(PreTrainedConfig, "to_diff_dict", _marked)
+    wrap_function_wrapper(PreTrainedModel, "save_pretrained", _save_with_card)
+    wrap_function_wrapper(PreTrainedModel, "_upload_modified_files", update_before_upload)
+
+
+def register_trainer(trainer: ModuleType) -> None:
+    """Make it known to the Trainer, whose module is given."""
+    wrap_function_wrapper(trainer, "Trainer.create_model_card", _create_card_with_section)
 
 
 def _marked(
@@ -119,3 +129,29 @@ def _marked(
 ) -> dict[str, Any]:
     """The content of a config as ``save_pretrained`` writes it."""
     return with_marks(to_diff_dict(*args, **kwargs))
+
+
+def _save_with_card(
+    save: Callable[..., None],
+    model: PreTrainedModel,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Save a model, with what steppe did in the model card."""
+    save(*args, **kwargs)
+    given = inspect.signature(save).bind(*args, **kwargs)
+    given.apply_defaults()
+    # In newer Transformers the model decides it, in older ones the caller alone.
+    saves_here = getattr(model, "should_save_on_this_rank", bool)
+    if saves_here(given.arguments["is_main_process"]) and not given.arguments["push_to_hub"]:
+        update_card(Path(given.arguments["save_directory"]), model)
+
+
+def _create_card_with_section(
+    create: Callable[..., None], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Let a Trainer replace the card of its output folder, and put the section back."""
+    create(*args, **kwargs)
+    if trainer.is_world_process_zero():
+        folder, place = Path(trainer.args.output_dir), getattr(trainer, "hub_model_id", None)
+        update_card(folder, trainer.model, place or HERE)

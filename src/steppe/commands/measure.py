@@ -104,13 +104,20 @@ def measure(
         label_column=label_column,
         processor=None if processor is None else at_home(processor),
     )
-    with interruptible("nothing was written"), progress_bars() as progress:
-        bars: dict[str, TaskID] = {}
+    bars = progress_bars("density", on_stderr=True)
+    with interruptible("nothing was written"), bars as progress:
+        tasks: dict[str, TaskID] = {}
 
-        def show(checkpoint: str, done: int, total: int | None) -> None:
-            if checkpoint not in bars:
-                bars[checkpoint] = progress.add_task(printable(checkpoint), total=total)
-            progress.update(bars[checkpoint], completed=done)
+        def show_loading(checkpoint: str) -> None:
+            text = f"loading {_short(checkpoint)}"
+            tasks[checkpoint] = progress.add_task(text, total=None, density="")
+
+        def show(checkpoint: str, done: int, total: int | None, density: float) -> None:
+            task = tasks[checkpoint]
+            if done == 0:
+                progress.reset(task, total=total, description=_short(checkpoint))
+            else:
+                progress.update(task, completed=done, density=f"density {100 * density:.2f} %")
 
         run = measure_checkpoints(
             [at_home(checkpoint) for checkpoint in checkpoints],
@@ -118,14 +125,20 @@ def measure(
             labels=None if labels is LabelChoice.none else labels.value,
             max_batches=max_batches,
             device=device,
-            on_batch=show,
+            on_batch=None if progress.disable else show,
             patterns=patterns,
+            on_load=show_loading,
         )
     if json_file is not None:
         write_run(run, json_file)
     _show(run)
     if json_file is not None:
         say_path(json_file)
+
+
+def _short(checkpoint: str) -> str:
+    """A hub id, or the last two folders of a path, so that the bar has room beside it."""
+    return printable("/".join(Path(checkpoint).parts[-2:]))
 
 
 def _show(run: Run) -> None:

@@ -90,16 +90,24 @@ def complain(message: str, first: str = "error:") -> None:
     _err.print(text, soft_wrap=True)
 
 
-def progress_bars() -> Progress:
-    """Bars on the standard output, if it is a terminal."""
+def progress_bars(*shown: str, on_stderr: bool = False) -> Progress:
+    """Bars on the standard output or the standard error stream, if that is a terminal.
+
+    Args:
+        shown: names of fields of the tasks that are shown beside the bar, as text.
+        on_stderr: where nothing is printed to the standard output meanwhile.
+    """
+    console = _err if on_stderr else _out
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        *(TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in shown),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=_out,
-        disable=not _out.is_terminal,
+        console=console,
+        disable=not console.is_terminal,
+        redirect_stdout=not on_stderr,
     )
 
 

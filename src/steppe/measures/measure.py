@@ -79,6 +79,7 @@ def measure(
     group: dist.ProcessGroup | None = None,
     curvature: bool = False,
     strict: bool = False,
+    on_batch: Callable[[int, float], None] | None = None,
 ) -> Report:
     """How sparse a model's MLP blocks are on some data, and why: `BlockReport` has the measures.
 
@@ -104,6 +105,8 @@ def measure(
             see `BlockCurvature`; keeps the batches, and takes many passes over them.
         strict: refuse a model with MLPs that are not found, instead of warning once;
             ``Report.coverage`` says it in any case.
+        on_batch: called after each batch with the number of batches done and the density so far,
+            for a progress bar; it makes each batch wait for the device.
 
     Returns:
         Means over the samples, with standard errors.
@@ -146,6 +149,8 @@ def measure(
             batch = to_device(batch, model)
             task.run(batch, number, monitor)
             number += 1
+            if on_batch is not None:
+                on_batch(number, monitor.density)
             if curvature:
                 kept.append(batch)
         if int(monitor.counts(group)[:, 3].sum()) == 0:

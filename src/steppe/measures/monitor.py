@@ -15,6 +15,7 @@ from steppe.blocks.block import MLPBlock
 from steppe.blocks.find import Blocks
 from steppe.blocks.wrappers import unwrap
 from steppe.errors import LossError
+from steppe.measures.density import COUNTERS
 from steppe.measures.generation import follow_generation
 from steppe.measures.losses import LossContext, Reduction
 from steppe.measures.observer import Observer, Switch
@@ -122,6 +123,16 @@ class Monitor:
             for observer in self._observers:
                 observer.settle(squared_factor)
         self._loss_factor, self._has_loss_factor = value, True
+
+    @property
+    def density(self) -> float:
+        """The density so far, pooled over the blocks, of this process; NaN before any pass.
+
+        Waits for the device.
+        """
+        sums = torch.stack([observer.counts.cpu() for observer in self._observers]).sum(0)
+        counts = dict(zip(COUNTERS, sums.tolist(), strict=True))
+        return counts["active"] / counts["entries"] if counts["entries"] else math.nan
 
     def counts(self, group: dist.ProcessGroup | None = None) -> Tensor:
         """The counts so far.

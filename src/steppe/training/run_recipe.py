@@ -111,7 +111,10 @@ def run_recipe(
     speed = _speed(recipe, job, trainer)
     name = recipe.training.run_name or f"{recipe.name}/{recipe.arm.arm}"
     run = callback.run(trainer.args, trainer.state, job.model, name=name)
-    model_folder = trainer.save_result(RESULT, job.processor)
+    run = replace(
+        _with_held_out(run, trainer.state.global_step, held_out), quality=quality, speed=speed
+    )
+    model_folder = trainer.save_result(RESULT, job.processor, run)
     summary = {
         **_summary(recipe, plugins, quality, held_out),
         "steps": trainer.state.global_step,
@@ -124,8 +127,7 @@ def run_recipe(
         **({"acceleration": callback.acceleration.record} if recipe.arm.accelerate else {}),
     }
     if trainer.is_world_process_zero():
-        whole = _with_held_out(run, trainer.state.global_step, held_out)
-        write_run(replace(whole, quality=quality, speed=speed), folder / RUN_FILE)
+        write_run(run, folder / RUN_FILE)
         write_json(folder / SUMMARY, summary)
     return summary
 

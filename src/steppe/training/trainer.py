@@ -16,8 +16,10 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from steppe.checkpoints import load_weights_
+from steppe.checkpoints.card import update_card
 from steppe.errors import OutputError
 from steppe.files import why_unwritable, writing_to
+from steppe.runs import Run
 from steppe.training.resuming import (
     UNFINISHED,
     discard_unfinished,
@@ -125,12 +127,13 @@ class RecipeTrainer(Trainer):
         if self.args.should_save:
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
 
-    def save_result(self, name: str, processor: Any) -> Path:
+    def save_result(self, name: str, processor: Any, record: Run) -> Path:
         """Save the model for users, under a temporary name first.
 
         Args:
             name: of the folder, within the run's.
             processor: tokenizer or image processor, saved beside the weights; None for none.
+            record: of the run, for the densities in the model card.
 
         Returns:
             The folder.
@@ -146,6 +149,8 @@ class RecipeTrainer(Trainer):
             if self.args.should_save:
                 if processor is not None:
                     processor.save_pretrained(str(unfinished))
+                assert self.model is not None
+                update_card(unfinished, self.model, run=record)
                 publish_checkpoint(run, name)
         return run / name
 
