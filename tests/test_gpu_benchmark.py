@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -267,7 +268,26 @@ def dry_context() -> Context:
 
 
 def test_the_checks_of_kernels_pass_on_their_definitions() -> None:
-    for part in kernels.CHECKS["pack"]:
+    for part in itertools.chain(*kernels.CHECKS.values()):
+        part(dry_context())
+
+
+@pytest.mark.parametrize(
+    "part", [*kernels.CHECKS["decode"][:2], *kernels.CHECKS["decode_tokens"][:2]]
+)
+@pytest.mark.parametrize("factors", [(1.02, 1.02, 1.02), (1.0, 1.0, 1.02)])
+def test_the_checks_of_decoding_can_fail(
+    part: Any, factors: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if part.__name__.endswith("hard_to_screen") and len(set(factors)) == 1:
+        pytest.skip("it compares the kernels with each other")
+    right = kernels.decode_tokens
+
+    def wrong(*arguments: Any) -> list[Tensor]:
+        return [z * factor for z, factor in zip(right(*arguments), factors, strict=True)]
+
+    monkeypatch.setattr(kernels, "decode_tokens", wrong)
+    with pytest.raises(AssertionError):
         part(dry_context())
 
 
