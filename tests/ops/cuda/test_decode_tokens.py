@@ -195,19 +195,32 @@ def test_a_tokens_activations_do_not_depend_on_the_others() -> None:
         assert torch.equal(dense_values(alone, 1, 90)[0], row)
 
 
-def test_rows_that_cannot_matter_are_not_read() -> None:
-    """They hold NaN, and z has the same bits."""
+@pytest.mark.parametrize("screens", [False, True])
+def test_each_row_that_can_matter_is_read_once_and_no_other(screens: bool) -> None:
     torch.manual_seed(0)
-    block = block_of(3, 64, 90, 0.1, gated=True)
+    tokens, width, units = 3, 64, 90
+    block = block_of(tokens, width, units, 0.1, gated=True)
     x, weight, bias, down, _, up, _ = block
-    screen = screen_of(weight, bias)
-    z = launch(*block, screen, (1.0, 0.5), SMALL)
-    inactive = ((x.double() @ weight.double().T + bias.double()) <= 0).all(0)
-    ruled_out = (above(x, weight, bias, 1.05) <= 0).all(0)
-    assert ruled_out.sum() > 0.4 * inactive.sum() > 0
-    down[inactive], up[inactive], weight[ruled_out] = math.nan, math.nan, math.nan
+    screen = screen_of(weight, bias) if screens else None
+    with interpreter.loads() as loads:
+        z = launch(*block, screen, (1.0, 0.5), SMALL)
+    active = ((x.double() @ weight.double().T + bias.double()) > 0).any(0)
+    assert 0 < active.sum() < units // 2
+    for read in (up, down):
+        assert torch.equal(interpreter.entries_read(read, loads), width * active)
+    of_weight = interpreter.entries_read(weight, loads)
+    if screen is None:
+        assert (of_weight == width).all()
+        return
+    assert (interpreter.entries_read(screen.words.view(torch.int8), loads) == width).all()
+    candidate = ~(above(x, weight, bias, 1.05) <= 0).all(0)
+    assert candidate.sum() < active.sum() + 5
+    assert (of_weight[active] == width).all()
+    assert not (of_weight.bool() & ~candidate).any()
+    # So whatever is in the others has no effect.
+    down[~active], up[~active], weight[~candidate] = math.nan, math.nan, math.nan
     assert torch.equal(launch(*block, screen, (1.0, 0.5), SMALL), z)
-    down[(~inactive).nonzero()[0]] = math.nan
+    down[active.nonzero()[0]] = math.nan
     assert launch(*block, screen, (1.0, 0.5), SMALL).isnan().all()
 
 
