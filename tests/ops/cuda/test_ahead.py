@@ -192,6 +192,13 @@ def test_what_adding_rows_needs(
     assert code.count(r"LDG\.E\.128.*") >= rows
 
 
+def loads_before_the_wait(code: ahead.Compiled, architecture: int) -> int:
+    """Those that a kernel makes while the one before it has not ended."""
+    waits = [number for number, opcode in enumerate(code.opcodes) if opcode.startswith("ACQBULK")]
+    assert bool(waits) == (architecture >= 90)
+    return sum(opcode.startswith("LDG") for opcode in code.opcodes[: waits[0]]) if waits else 0
+
+
 @pytest.mark.parametrize(("architecture", "dtype", "width"), OF_TOKENS)
 @pytest.mark.parametrize(("screens", "gated"), [(False, False), (True, False), (True, True)])
 def test_what_finding_the_active_units_of_tokens_needs(
@@ -218,6 +225,7 @@ def test_what_finding_the_active_units_of_tokens_needs(
     assert (code.shared + 1024) * programs <= 1024 * ahead.SHARED_LIMIT[architecture]
     assert code.count(ATOMICS) == 0
     assert code.count(FLUSHED) == 0
+    assert loads_before_the_wait(code, architecture) == 0
     # Rows are copied to shared memory 16 bytes at a time, before the loop and in it.
     a_step = config.rows * config.step * dtype.itemsize // 16 // threads
     of_copy = config.rows * config.bytes // 16 // threads if screens else 0
@@ -251,6 +259,7 @@ def test_what_adding_the_rows_of_tokens_needs(
     rows = config.down_batch * config.down_columns * dtype.itemsize // 16 // threads
     values = config.down_batch * decode_tokens.MOST_TOKENS * 4 // 16 // threads
     assert code.count(r"LDG\.E\.128.*") >= rows + values
+    assert loads_before_the_wait(code, architecture) <= 2  # of the bias
     assert (code.count(r"HMMA\..*TF32.*") > 0) == (dtype.itemsize == 2)
 
 
@@ -271,6 +280,7 @@ def test_what_the_grids_of_tokens_need(
     assert (code.stack, code.count(SPILLS)) == (0, 0)
     assert code.count(ATOMICS) == 0
     assert code.count(FLUSHED) == code.count(r"(FRND|F2I)\.FTZ\.FLOOR.*")
+    assert loads_before_the_wait(code, architecture) == 0
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 `grids_of` puts each token on its grid. `find_active_of_tokens` has the first product of a block,
 p = x Kᵀ + b, and in a gated block x Uᵀ + d of the units that are active for any token.
 `add_rows_of_tokens` has the second product: it reads the rows of V of these units. The products
-are on tensor cores, whose tiles have 16 rows, one for each token.
+are on tensor cores, whose tiles have 16 rows, one for each token. They are compiled once for all
+numbers of tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from steppe.ops.cuda.decode_kernels import grid_of, places_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def grids_of(
     x,  # [T, D]
     grids,  # [2, T, WORDS], the bytes of the integers of x: the upper ones, the lower ones
@@ -107,7 +108,7 @@ def product_of_rows(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def find_active_of_tokens(
     x,  # [T, D]
     grids,  # int8 [2, T, 4 WORDS]; without SCREENS these three and bounds are not used
@@ -187,7 +188,7 @@ def find_active_of_tokens(
     tl.store(counts + program, tl.sum(one, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def add_rows_of_tokens(
     counts,
     units,
