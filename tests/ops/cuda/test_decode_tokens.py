@@ -107,6 +107,15 @@ def test_tokens_have_their_z(
     assert all(one is None or one.is_whole() for one in guarded)
 
 
+@pytest.mark.parametrize("rule", [(0.0, 1.0), (0.5, 0.0), (0.75, 0.5)])
+def test_every_rectifier_has_its_z(rule: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    block = block_of(2, 64, 40, 0.3, gated=True)
+    z = launch(*block, screen_of(block[1], block[2]), rule, SMALL)
+    wanted = expected(block, *rule)
+    assert torch.dist(z.double(), wanted) <= TOLERANCES[torch.float32] * wanted.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1024, 2048])
 def test_the_launches_that_are_shipped_compute_the_same(width: int, dtype: torch.dtype) -> None:
