@@ -128,7 +128,7 @@ test-native-arm: $(STAMP) ## build the kernels for aarch64 and test them under q
 test-gpu-offline: $(TRITON)/.installed ## test the GPU kernels without a GPU (Linux; 190 MB to download)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PYTEST) $(PYTEST_ARGS) \
 	  tests/ops/cuda/test_interpreter.py tests/ops/cuda/test_pack.py tests/ops/cuda/test_packing.py \
-	  tests/ops/cuda/test_decode.py tests/ops/cuda/test_dispatch.py
+	  tests/ops/cuda/test_decode.py tests/ops/cuda/test_decode_tokens.py tests/ops/cuda/test_dispatch.py
 	PYTHONPATH=$(TRITON) $(PYTEST) $(PYTEST_ARGS) tests/ops/cuda/test_ahead.py
 
 # Not into the environment: torch looks for Triton and takes other paths where it finds it, and the

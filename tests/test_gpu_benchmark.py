@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -267,7 +268,31 @@ def dry_context() -> Context:
 
 
 def test_the_checks_of_kernels_pass_on_their_definitions() -> None:
-    for part in kernels.CHECKS["pack"]:
+    for part in itertools.chain(*kernels.CHECKS.values()):
+        part(dry_context())
+
+
+@pytest.mark.parametrize(
+    ("part", "factors"),
+    [
+        (kernels.one_against_float64, (1.02, 1.02, 1.02)),
+        (kernels.one_against_float64, (1.0, 1.0, 1.02)),
+        (kernels.few_against_float64, (1.02, 1.02, 1.02)),
+        (kernels.few_against_float64, (1.0, 1.0, 1.02)),
+        (kernels.one_hard_to_screen, (1.0, 1.0, 1.02)),
+        (kernels.few_hard_to_screen, (1.0, 1.02, 1.0)),
+    ],
+)
+def test_the_checks_of_decoding_can_fail(
+    part: Any, factors: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = kernels.decode_tokens
+
+    def wrong(*arguments: Any) -> list[Tensor]:
+        return [z * factor for z, factor in zip(right(*arguments), factors, strict=True)]
+
+    monkeypatch.setattr(kernels, "decode_tokens", wrong)
+    with pytest.raises(AssertionError):
         part(dry_context())
 
 

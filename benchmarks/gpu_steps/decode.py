@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,46 +23,55 @@ BLOCKS = 8
 DENSITY = 0.05
 DENSITIES = (0.1, 0.03, 0.15, 0.25)  # of one token besides, from which limits can be measured
 _SCREENS = {"unscreened": False, "screened": True}
-WIDTHS, TOKENS = (2048, 768, 1024, 4096), (1, 4, 16, 2, 8)  # what matters most comes first
+WIDTHS, GATED_WIDTHS, TOKENS = (2048, 768, 1024, 4096), (2048, 4096), (1, 4, 16)
+MORE_TOKENS = (2, 8)
+
+
+def cases(is_dry: bool) -> Iterator[tuple[int, int, bool, float]]:
+    """T, D, whether the blocks are gated, and their density; what matters most comes first."""
+    if is_dry:
+        yield from itertools.product((1, 2), (8,), (False, True), (DENSITY,))
+        return
+    yield from itertools.product((1,), WIDTHS, (False,), (DENSITY, *DENSITIES))
+    yield from itertools.product(TOKENS[1:], WIDTHS, (False,), (DENSITY,))
+    yield from itertools.product(TOKENS, GATED_WIDTHS, (True,), (DENSITY,))
+    yield from itertools.product(MORE_TOKENS, WIDTHS, (False,), (DENSITY,))
 
 
 def run(context: Context) -> None:
     """Time them in bfloat16; F is 4 D."""
-    widths, tokens = ((8,), (1, 2)) if context.is_dry else (WIDTHS, TOKENS)
     context.keep(
-        variants="a graph of eager calls, of compiled ones, and, of one token, of steppe's kernels"
-        " without a screen and with it, and of an accelerated model, which chooses; dense and"
-        " accelerated calls without a graph; us of a block",
+        variants="a graph of eager calls, of compiled ones, of steppe's kernels without a screen and"
+        " with it, and of an accelerated model, which chooses; dense and accelerated calls without a"
+        " graph; us of a block",
     )
-    cases = [(number, width, DENSITY) for number, width in itertools.product(tokens, widths)]
-    others = [] if context.is_dry else itertools.product(widths, DENSITIES)
-    cases[len(widths) : len(widths)] = [(1, width, density) for width, density in others]
-    for number, width, density in cases:
+    for case in cases(context.is_dry):
+        tokens, width, gated, density = case
         context.attempt(
-            f"D{width}_T{number}_density{density}",
-            lambda width=width, number=number, density=density: times(
-                context, width, number, density
-            ),
+            f"D{width}_T{tokens}{'_gated' if gated else ''}_density{density}",
+            lambda case=case: times(context, *case),
             needs=4.0,
         )
 
 
-def times(context: Context, width: int, tokens: int, density: float) -> dict[str, Any]:
+def times(context: Context, tokens: int, width: int, gated: bool, density: float) -> dict[str, Any]:
     """Times of a block, and the speed at which weights are read."""
     torch.manual_seed(0)
     with torch.device(context.device):
-        blocks = nn.Sequential(*(Block(width, 4 * width).bfloat16() for _ in range(BLOCKS)))
+        blocks = nn.Sequential(
+            *(Block(width, 4 * width, gated=gated).bfloat16() for _ in range(BLOCKS))
+        )
     blocks.requires_grad_(False).eval()
     x = torch.randn(tokens, width, device=context.device, dtype=torch.bfloat16)
     for block in blocks:
-        p = nn.functional.linear(x, block.up.weight).float()
-        block.up.bias.fill_(-p.quantile(1.0 - density))
+        activated = activated_of(block)
+        p = nn.functional.linear(x, activated.weight).float()
+        activated.bias.fill_(-p.quantile(1.0 - density))
     fast = steppe.accelerate_(copy.deepcopy(blocks), patterns=PATTERNS, weights_are_final=True)
     calls: dict[str, Callable[[], object]] = {"eager": lambda: [block(x) for block in blocks]}
     if context.device == "cuda":
         calls["compiled"] = compiled(blocks, x)
-        if tokens == 1:
-            calls |= {name: kernels(blocks, x, screens) for name, screens in _SCREENS.items()}
+        calls |= {name: kernels(blocks, x, screens) for name, screens in _SCREENS.items()}
     calls["accelerated"] = inferring(fast, x)
     runs = calls
     if context.device == "cuda":
@@ -90,6 +99,11 @@ def inferring(blocks: nn.Sequential, x: Tensor) -> Callable[[], object]:
     return call
 
 
+def activated_of(block: Block) -> nn.Linear:
+    """The layer whose output the activation reads."""
+    return block.up if block.gate is None else block.gate
+
+
 def compiled(blocks: nn.Sequential, x: Tensor) -> Callable[[], object]:
     """The blocks by torch.compile, one graph for each of them."""
     torch.compiler.reset()
@@ -100,11 +114,11 @@ def compiled(blocks: nn.Sequential, x: Tensor) -> Callable[[], object]:
 def kernels(blocks: nn.Sequential, x: Tensor, screens: bool) -> Callable[[], object]:
     """The blocks by `steppe.ops.cuda.decode`."""
     decode = importlib.import_module("steppe.ops.cuda.decode")  # which needs Triton
-    arguments = [
-        (
-            *(block.up.weight, block.up.bias, block.down.weight.T.contiguous(), block.down.bias),
-            decode.screen_of(block.up.weight, block.up.bias) if screens else None,
-        )
-        for block in blocks
-    ]
+    arguments = []
+    for block in blocks:
+        activated = activated_of(block)
+        screen = decode.screen_of(activated.weight, activated.bias) if screens else None
+        weights = (activated.weight, activated.bias, block.down.weight.T.contiguous())
+        up = () if block.gate is None else (block.up.weight, block.up.bias)
+        arguments.append((*weights, block.down.bias, screen, 1.0, 0.0, *up))
     return lambda: [decode.decode_token(x, *one) for one in arguments]

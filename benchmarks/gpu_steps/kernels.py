@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import pkgutil
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ from gpu_steps.timing import graph_of, time_one
 PACKAGE = "steppe.ops.cuda"
 SHAPES = ((1, 32), (1, 8192), (3, 100), (16, 2048), (17, 3073), (257, 768), (256, 4096), (0, 64))
 DECODE_SHAPES = ((64, 256), (2048, 8192), (768, 3072), (131, 77), (4096, 16384))  # D, F
+
+
+class Few(NamedTuple):
+    """Tokens, and whether the block is gated."""
+
+    tokens: int
+    gated: bool
+
+
+ONE, FEW = Few(1, False), (Few(4, False), Few(16, False), Few(1, True), Few(5, True))
 DENSITIES = (0.0, 0.01, 0.05, 0.3, 1.0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One rounding of the result, and what float32 loses before it.
@@ -180,44 +190,66 @@ def times(context: Context) -> dict[str, Any]:
     return found
 
 
-def block_of(width: int, units: int, density: float, dtype: Any, device: str) -> list[Tensor]:
-    """x, K, b, V and c, a share of the units being active."""
-    shapes = (1, width), (units, width), (units, width), (width,)
+def block_of(
+    width: int, units: int, density: float, dtype: Any, device: str, few: Few = ONE
+) -> list[Tensor]:
+    """x, K, b, V and c, and of a gated block U and d; a share of the units being active."""
+    shapes = (few.tokens, width), (units, width), (units, width), (width,)
     x, weight, down, down_bias = (torch.randn(s, device=device).to(dtype) for s in shapes)
-    p = (x.double() @ weight.double().T)[0]
+    p = x[0].double() @ weight.double().T
     bias = -p.quantile(1.0 - density).repeat(units) + (density == 1.0)
-    return [x, weight, bias.to(dtype), down, down_bias]
+    up = [torch.randn(s, device=device).to(dtype) for s in ((units, width), (units,))]
+    return [x, weight, bias.to(dtype), down, down_bias, *(up if few.gated else ())]
 
 
-def dense_token(block: list[Tensor], beta: float) -> Tensor:
+def dense_tokens(block: list[Tensor], beta: float) -> Tensor:
     """`steppe.ops.cuda.decode.decode_token` by its definition, float64."""
-    x, weight, bias, down, down_bias = (part.double() for part in block)
+    x, weight, bias, down, down_bias, *up = (part.double() for part in block)
     r = torch.relu(x @ weight.T + bias)
-    return (r + beta * r * r) @ down + down_bias
+    a = r + beta * r * r
+    if up:
+        a = a * (x @ up[0].T + up[1])
+    return a @ down + down_bias
 
 
 def decode_tokens(context: Context, block: list[Tensor], beta: float = 0.0) -> list[Tensor]:
     """Z by the kernels: screened, and twice by the launch for that, with a screen and without."""
     if context.is_dry:
-        return 3 * [dense_token(block, beta).to(block[0].dtype)]
+        return 3 * [dense_tokens(block, beta).to(block[0].dtype)]
     decode = importlib.import_module(f"{PACKAGE}.decode")
-    screen = decode.screen_of(block[1], block[2])
-    config = decode.config_of(block[1].shape[1], screens=True)
-    again = [decode.launch(*block, one, (1.0, beta), config) for one in (screen, None)]
-    return [decode.decode_token(*block, screen, 1.0, beta), *again]
+    few = importlib.import_module(f"{PACKAGE}.decode_tokens")
+    (x, weight, bias), ungated, up = block[:3], block[:5], block[5:]
+    screen, width = decode.screen_of(weight, bias), weight.shape[1]
+    if len(x) == 1 and not up:
+        config = decode.config_of(width, screens=True)
+        again = [decode.launch(*block, one, (1.0, beta), config) for one in (screen, None)]
+    else:
+        config, of_up = few.config_of(width, x.dtype), up or (None, None)
+        again = [few.launch(*ungated, *of_up, one, (1.0, beta), config) for one in (screen, None)]
+    return [decode.decode_token(*ungated, screen, 1.0, beta, *up), *again]
 
 
-def tokens_against_float64(context: Context) -> dict[str, Any]:
+def one_against_float64(context: Context) -> dict[str, Any]:
+    """The largest distance of z by dtype, of its length; a screen must not change it."""
+    return z_against_float64(context, DECODE_SHAPES, (ONE,))
+
+
+def few_against_float64(context: Context) -> dict[str, Any]:
+    """The same of several tokens, and of gated blocks."""
+    return z_against_float64(context, DECODE_SHAPES[1:4], FEW)
+
+
+def z_against_float64(context: Context, shapes: Any, counts: tuple[Few, ...]) -> dict[str, Any]:
     """The largest distance of z by dtype, of its length; a screen must not change it."""
     torch.manual_seed(0)
     worst = {str(dtype): 0.0 for dtype in DTYPES}
-    shapes = DECODE_SHAPES[:1] if context.is_dry else DECODE_SHAPES
-    for (width, units), density, dtype in itertools.product(shapes, DENSITIES, DTYPES):
-        block = block_of(width, units, density, dtype, context.device)
+    shapes = DECODE_SHAPES[:1] if context.is_dry else shapes
+    for (width, units), density, dtype, few in itertools.product(shapes, DENSITIES, DTYPES, counts):
+        block = block_of(width, units, density, dtype, context.device, few)
         z, *others = decode_tokens(context, block, 0.5)
-        where = f"D {width}, F {units}, density {density}, {dtype}"
+        where = f"D {width}, F {units}, {few}, density {density}, {dtype}"
         assert all(z.equal(other) for other in others), f"{where}: the screen changes z"
-        wanted = dense_token(block, 0.5)
+        wanted = dense_tokens(block, 0.5)
         if wanted.abs().max() < torch.finfo(dtype).max:
             error = ((z.double() - wanted).norm() / wanted.norm()).item()
             worst[str(dtype)] = max(worst[str(dtype)], error)
@@ -225,7 +257,17 @@ def tokens_against_float64(context: Context) -> dict[str, Any]:
     return worst
 
 
-def hard_to_screen(context: Context) -> str:
+def one_hard_to_screen(context: Context) -> str:
+    """Units whose p is zero or the next number, and such as reach the bound: none is missed."""
+    return hard_to_screen(context, ONE)
+
+
+def few_hard_to_screen(context: Context) -> str:
+    """The same of two tokens, of which the second is zero and brings in units with b > 0 only."""
+    return hard_to_screen(context, Few(2, False))
+
+
+def hard_to_screen(context: Context, few: Few) -> str:
     """Units whose p is zero or the next number, and such as reach the bound: none is missed."""
     generator = torch.Generator().manual_seed(0)
     width, units = (64, 32) if context.is_dry else (2048, 8192)
@@ -233,41 +275,55 @@ def hard_to_screen(context: Context) -> str:
     x[:, 0], x[:, 1] = 127.0, 0.0
     on_grid = torch.randint(-120, 121, (units, width), generator=generator).float()
     on_grid[:, 1] = 127.0
+    tokens = torch.cat([x, x.new_zeros(few.tokens - 1, width)])
     for weight in (torch.randn(units, width, generator=generator), on_grid + x / 256):
         zero = -(x.double() * weight.double()).sum(1)
         above = zero + 1e-3 * x.double().square().sum() / 256
         for bias in (zero.float(), zero.float().nextafter(torch.tensor(torch.inf)), above.float()):
-            block = [x, weight, bias, torch.randn(units, width), torch.zeros(width)]
+            block = [tokens, weight, bias, torch.randn(units, width), torch.zeros(width)]
             z, *others = decode_tokens(context, [part.to(context.device) for part in block])
             assert all(z.equal(other) for other in others), "a unit was missed"
         assert z.any(), "none is active, though all are by a thousandth of the bound"
     return "none is missed"
 
 
-def tokens_again(context: Context) -> str:
+def one_again(context: Context) -> str:
+    """Fifty calls give the same bits, and so does a CUDA graph with other inputs."""
+    return again(context, ONE)
+
+
+def few_again(context: Context) -> str:
+    """The same of several tokens and a gated block."""
+    return again(context, FEW[-1])
+
+
+def again(context: Context, few: Few) -> str:
     """Fifty calls give the same bits, and so does a CUDA graph with other inputs."""
     torch.manual_seed(0)
     shape = (64, 32) if context.is_dry else (2048, 8192)
-    block = block_of(*shape, 0.05, torch.bfloat16, context.device)
+    block = block_of(*shape, 0.05, torch.bfloat16, context.device, few)
     first, *_ = decode_tokens(context, block)
     for _ in range(3 if context.is_dry else 50):
         assert decode_tokens(context, block)[0].equal(first)
     if context.device != "cuda":
         return "the same"
     decode = importlib.import_module(f"{PACKAGE}.decode")
-    x, *weights = block
-    screen = decode.screen_of(*weights[:2])
+    x, *weights = block[:5]
+    rest = (decode.screen_of(*weights[:2]), 1.0, 0.0, *block[5:])
     static, outputs = x.clone(), []
-    graph = graph_of(lambda: outputs.append(decode.decode_token(static, *weights, screen)))
+    graph = graph_of(lambda: outputs.append(decode.decode_token(static, *weights, *rest)))
     static.copy_(torch.randn_like(x))
     graph.replay()
-    fresh = decode.decode_token(static, *weights, screen)
+    fresh = decode.decode_token(static, *weights, *rest)
     assert outputs[-1].equal(fresh), "a replayed graph computes something else"
     return "the same, in a CUDA graph too"
 
 
 CHECKS = {
     "pack": (against_float64, odd_values, recomputed, same_bits, times),
-    "decode": (tokens_against_float64, hard_to_screen, tokens_again),
-    "decode_kernels": (),  # which decode launches
+    "decode": (one_against_float64, one_hard_to_screen, one_again),
+    "decode_tokens": (few_against_float64, few_hard_to_screen, few_again),
+    # What these two launch, and what they have in common.
+    **dict.fromkeys(("decode_kernels", "decode_tokens_kernels"), ()),
+    **dict.fromkeys(("decode_launch", "decode_screen"), ()),
 }

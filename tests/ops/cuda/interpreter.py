@@ -22,9 +22,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 import triton
 import triton.language as tl
 from numpy.typing import NDArray
+from torch import Tensor
 from triton.runtime import interpreter
 
 NEEDED = pytest.mark.skipif(
@@ -122,6 +124,7 @@ def patch_tensor(tensor: Any, scope: Any) -> None:
 _binary_op, _unary_op, _ternary_op = Builder.binary_op, Builder.unary_op, Builder.ternary_op
 _cast_impl, _create_fp_to_fp = Builder.cast_impl, Builder.create_fp_to_fp
 _create_fma, _create_dot = Builder.create_fma, Builder.create_dot
+_create_masked_load = Builder.create_masked_load
 _check_tensor = interpreter.ReduceScanOpInterface.check_tensor
 _patch_lang_tensor = interpreter._patch_lang_tensor
 
@@ -136,3 +139,24 @@ def repaired() -> Iterator[None]:
         mock.patch.object(interpreter, "_patch_lang_tensor", patch_tensor),
     ):
         yield
+
+
+@contextmanager
+def loads() -> Iterator[list[NDArray[Any]]]:
+    """The addresses that each load within it reads."""
+    addresses: list[NDArray[Any]] = []
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        addresses.append(np.asarray(pointers.data)[np.asarray(mask.data)])
+        return _create_masked_load(self, pointers, mask, *rest)
+
+    with mock.patch.object(Builder, "create_masked_load", create_masked_load):
+        yield addresses
+
+
+def entries_read(tensor: Tensor, addresses: list[NDArray[Any]]) -> Tensor:
+    """How many entries of each row of a contiguous tensor were read, ``[rows]``."""
+    start, size = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+    places = np.concatenate([one.ravel() for one in addresses]).astype(np.int64) - start
+    rows = places[(places >= 0) & (places < size * len(tensor))] // size
+    return torch.from_numpy(np.bincount(rows, minlength=len(tensor)))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ops.cuda import ahead
-from steppe.ops.cuda import decode, decode_kernels, pack
+from steppe.ops.cuda import decode, decode_kernels, decode_tokens, decode_tokens_kernels, pack
 from steppe.ops.reference import ceil_div
 
 pytestmark = pytest.mark.skipif(
@@ -29,8 +29,12 @@ REGISTERS = {2: 65536 // (9 * 128) // 8 * 8, 4: 65536 // (5 * 128) // 8 * 8}
 DECODING = [(one, torch.bfloat16) for one in ahead.ARCHITECTURES] + [
     (90, dtype) for dtype in (torch.float32, torch.float16)
 ]
-# Of `find_active`, each with 8 KB in flight or more.
+# Of the first product, each with 8 KB in flight or more; an L4 needs one, for a tenth of the speed.
 PROGRAMS = 3
+# On tokens: the wide launch of each, and on an H100 the narrow one.
+OF_TOKENS = [(*one, 4096) for one in DECODING] + [
+    (90, dtype, 768) for dtype in (torch.bfloat16, torch.float32)
+]
 WAITS = r"BAR\.|ACQBULK"
 SPILLS = r"(LDL|STL)(\..*)?"
 FLUSHED = r".*\.FTZ.*"  # subnormal numbers become 0
@@ -186,6 +190,97 @@ def test_what_adding_rows_needs(
     assert code.count(FLUSHED) == 0
     rows = config.down_batch * config.down_columns * dtype.itemsize // 16 // threads
     assert code.count(r"LDG\.E\.128.*") >= rows
+
+
+def loads_before_the_wait(code: ahead.Compiled, architecture: int) -> int:
+    """Those that a kernel makes while the one before it has not ended."""
+    waits = [number for number, opcode in enumerate(code.opcodes) if opcode.startswith("ACQBULK")]
+    assert bool(waits) == (architecture >= 90)
+    return sum(opcode.startswith("LDG") for opcode in code.opcodes[: waits[0]]) if waits else 0
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "width"), OF_TOKENS)
+@pytest.mark.parametrize(("screens", "gated"), [(False, False), (True, False), (True, True)])
+def test_what_finding_the_active_units_of_tokens_needs(
+    screens: bool,
+    gated: bool,
+    architecture: int,
+    dtype: torch.dtype,
+    width: int,
+    tmp_path: Path,
+) -> None:
+    config = decode_tokens.config_of(width, dtype)
+    x, floats = torch.empty(16, dtype=dtype), torch.empty(16)
+    integers, words = torch.empty(16, dtype=torch.int8), torch.empty(16, dtype=torch.int32)
+    up = (x, x) if gated else (None, None)
+    inputs = (x, integers, floats, integers, floats, x, x, *up)
+    arguments = (*inputs, words, words, floats, 4, 4 * width, 1.0, 0.0)
+    constants = decode_tokens.constants_of(width, screens, config, pdl=architecture >= 90)
+    code = ahead.compile_ahead(
+        decode_tokens_kernels.find_active_of_tokens, arguments, architecture, tmp_path, **constants
+    )
+    threads, programs = 32 * config.warps, 1 if architecture == 89 else PROGRAMS
+    assert 16 <= code.registers <= 65536 // threads // programs // 8 * 8
+    assert (code.stack, code.count(SPILLS)) == (0, 0)
+    assert (code.shared + 1024) * programs <= 1024 * ahead.SHARED_LIMIT[architecture]
+    assert code.count(ATOMICS) == 0
+    assert code.count(FLUSHED) == 0
+    assert loads_before_the_wait(code, architecture) == 0
+    # Rows are copied to shared memory 16 bytes at a time, before the loop and in it.
+    a_step = config.rows * config.step * dtype.itemsize // 16 // threads
+    of_copy = config.rows * config.bytes // 16 // threads if screens else 0
+    assert code.count(r"LDGSTS\.E.*128.*") >= 2 * (a_step * (1 + gated) + of_copy)
+    assert code.count(r"LDG\.E\.U8.*") == 0
+    # The bytes of x are multiplied by tensor cores, and 16-bit entries; float32 is not, as TF32.
+    assert (code.count(r"IMMA\.16832\.S8\.S8.*") > 0) == screens
+    assert (code.count(r"HMMA\..*") > 0) == (dtype.itemsize == 2)
+    assert code.count(r"HMMA\..*TF32.*") == 0
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "width"), OF_TOKENS)
+def test_what_adding_the_rows_of_tokens_needs(
+    architecture: int, dtype: torch.dtype, width: int, tmp_path: Path
+) -> None:
+    config = decode_tokens.config_of(width, dtype)
+    lists = ceil_div(4 * width, config.rows)
+    x, floats = torch.empty(16, dtype=dtype), torch.empty(16)
+    words = torch.empty(16, dtype=torch.int32)
+    arguments = (words, words, floats, x, x, x, 4, width, lists)
+    constants = decode_tokens.down_constants_of(lists, config, dtype, pdl=architecture >= 90)
+    code = ahead.compile_ahead(
+        decode_tokens_kernels.add_rows_of_tokens, arguments, architecture, tmp_path, **constants
+    )
+    threads = 32 * config.down_warps
+    assert 16 <= code.registers <= 65536 // threads // 2 // 8 * 8  # two programs on a processor
+    assert (code.stack, code.count(SPILLS)) == (0, 0)
+    assert code.shared <= 48 * 1024
+    assert code.count(r"(ATOM|ATOMG|RED)(\..*)?") == 0  # the histogram's are in shared memory
+    assert code.count(FLUSHED) == 0
+    rows = config.down_batch * config.down_columns * dtype.itemsize // 16 // threads
+    values = config.down_batch * decode_tokens.MOST_TOKENS * 4 // 16 // threads
+    assert code.count(r"LDG\.E\.128.*") >= rows + values
+    assert loads_before_the_wait(code, architecture) <= 2  # of the bias
+    assert (code.count(r"HMMA\..*TF32.*") > 0) == (dtype.itemsize == 2)
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "width"), OF_TOKENS)
+def test_what_the_grids_of_tokens_need(
+    architecture: int, dtype: torch.dtype, width: int, tmp_path: Path
+) -> None:
+    x, words, floats = (
+        torch.empty(16, dtype=dtype),
+        torch.empty(16, dtype=torch.int32),
+        torch.ones(16),
+    )
+    constants = decode_tokens.grids_constants_of(width, pdl=architecture >= 90)
+    code = ahead.compile_ahead(
+        decode_tokens_kernels.grids_of, (x, words, floats, 4), architecture, tmp_path, **constants
+    )
+    assert 16 <= code.registers <= 128
+    assert (code.stack, code.count(SPILLS)) == (0, 0)
+    assert code.count(ATOMICS) == 0
+    assert code.count(FLUSHED) == code.count(r"(FRND|F2I)\.FTZ\.FLOOR.*")
+    assert loads_before_the_wait(code, architecture) == 0
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs, in Triton: to pack activations for training, and to decode a token.
+"""Kernels for NVIDIA GPUs, in Triton: to pack activations for training, and to decode a few tokens.
 
 `steppe.ops.backend` imports those that pack, once they are needed; nothing imports the others yet.
 """

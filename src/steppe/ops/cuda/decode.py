@@ -1,11 +1,13 @@
-"""One token through an MLP block on a GPU, reading only the weights that can matter.
+"""A few tokens through an MLP block on a GPU, reading only the weights that can matter.
 
-Reading the weights from memory is all that takes time. Two kernels in Triton:
+Reading the weights from memory is all that takes time. For one token two kernels in Triton:
 
 - `find_active` has the first product, p = x Kᵀ + b. Of each unit it reads the row of an int8 copy
   of K, half of its bytes, and rules the unit out if the bound of `steppe.ops.screening` allows. It
   reads the unit's row of K only otherwise. It lists the active units with their activations.
 - `add_rows` has the second product: the rows of V of the active units, and no others.
+
+`steppe.ops.cuda.decode_tokens` has those for more tokens and for gated blocks.
 
 Each sum has one order, whichever program comes first, so the bits are the same in each call. What
 is computed of a unit does not depend on the screen: launched in the same way, both give the same
@@ -21,76 +23,22 @@ import triton
 from torch import Tensor
 
 from steppe.errors import KernelError
+from steppe.ops.cuda import decode_tokens
 from steppe.ops.cuda.decode_kernels import add_rows, find_active
+from steppe.ops.cuda.decode_launch import INTERPRETED, Lists, has_pdl, pdl_of
+from steppe.ops.cuda.decode_screen import (
+    Screen,
+    grid_constants_of,
+    most_of,
+    screen_of,
+    words_of,
+)
+from steppe.ops.cuda.decode_tokens import MOST_TOKENS
 from steppe.ops.reference import ceil_div
-from steppe.ops.screening import MOST_OF_BYTES, quantise, slack_of_bias, slack_of_units
+
+__all__ = ["DTYPES", "MOST_TOKENS", "MOST_WIDTH", "Screen", "decode_token", "most_of", "screen_of"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KERNEL = 64 * 2.0**-24  # of the products that the kernel rounds
-_ABOVE = 2.0**-20  # of each part, for the sum of the four
-_TINY = 2.0**-126  # what may be lost to underflow
-
-# Under TRITON_INTERPRET=1 the kernels take tensors of any device.
-INTERPRETED = not isinstance(find_active, triton.JITFunction)
-
-
-class Screen(NamedTuple):
-    """K as int8, and how far x Kᵀ + b may be above what they say.
-
-    Attributes:
-        words: int32 ``[F, WORDS]``, four integers each: column c is byte ``c // WORDS`` of word
-            ``c % WORDS``, so that x is read in order.
-        bounds: float32 ``[4, F]``: the scale of each row; the coefficients of ‖x‖ and of ‖x − x̃‖;
-            b and what is added besides.
-    """
-
-    words: Tensor
-    bounds: Tensor
-
-
-def words_of(width: int) -> int:
-    """Words of a row of D integers; rows are of whole 16 bytes."""
-    return 4 * ceil_div(width, 16)
-
-
-def most_of(width: int) -> int:
-    """The largest integer on the grid of x: two bytes, and a product with int8 fits into int32."""
-    return min(MOST_OF_BYTES[1], (2**31 - 1) // (127 * 4 * words_of(width)))
-
-
-def screen_of(weight: Tensor, bias: Tensor, rows: int = 2048) -> Screen:
-    """K and b as `decode_token` screens with them; waits for the device.
-
-    Args:
-        weight: K, ``[F, D]``, of one of `DTYPES`.
-        bias: b, ``[F]``.
-        rows: how many of K are in float64 at a time.
-    """
-    parts = [
-        _part_of_screen(*part) for part in zip(weight.split(rows), bias.split(rows), strict=True)
-    ]
-    words, bounds = (list(same) for same in zip(*parts, strict=True))
-    screen = Screen(torch.cat(words), torch.cat(bounds, 1))
-    if weight.is_cuda:
-        # `find_active` reads the words before it waits for the kernels that came before it.
-        torch.cuda.current_stream(weight.device).synchronize()
-    return screen
-
-
-def _part_of_screen(weight: Tensor, bias: Tensor) -> Screen:
-    rows, width = weight.shape
-    grid = quantise(weight, rotates=False)
-    integers = torch.zeros(rows, 4 * words_of(width), dtype=torch.int8, device=weight.device)
-    integers[:, :width] = grid.integers
-    words = integers.view(rows, 4, -1).transpose(1, 2).contiguous().view(torch.int32).squeeze(2)
-
-    of_norm, of_residual, constant = slack_of_units(grid)
-    # The kernel's own rounding, see docs/screening.md.
-    of_norm = of_norm + _KERNEL * of_residual + _TINY * width**0.5
-    b = bias.double()
-    constant = b + constant + slack_of_bias(bias, width) + _KERNEL * b.abs() + 16 * _TINY
-    above = torch.stack([of_norm, of_residual, constant])
-    return Screen(words, torch.cat([grid.scale[None], above + _ABOVE * above.abs()]).float())
 
 
 class Config(NamedTuple):
@@ -134,36 +82,18 @@ def config_of(width: int, screens: bool) -> Config:
     return next(configs[screens] for most, *configs in _CONFIGS if width <= most)
 
 
-class Lists(NamedTuple):
-    """The active units, in a list for each program of `find_active`.
-
-    Attributes:
-        counts: int32 ``[lists]``.
-        units: int32 ``[lists, rows]``, ascending.
-        values: float32 ``[lists, rows]``, σ(p).
-    """
-
-    counts: Tensor
-    units: Tensor
-    values: Tensor
-
-
 def constants_of(width: int, screens: bool, config: Config, pdl: bool) -> dict[str, Any]:
     """The constants of `find_active`, and what else its launch takes."""
     return {
-        "D": width,
-        "WORDS": words_of(width),
-        "MOST": most_of(width),
-        "LONGER": 1.0 + (width + 64) * 2.0**-24 + 2.0**-18,
+        **grid_constants_of(width),
         "SCREENS": screens,
         "DP4A": not INTERPRETED,
         "ROWS": config.rows,
         "GROUP": config.group,
         "BATCH": config.batch,
         "STEP": config.step,
-        "WIDE": triton.next_power_of_2(words_of(width)),
         "num_warps": config.warps,
-        **_pdl_of(pdl),
+        **pdl_of(pdl),
     }
 
 
@@ -175,17 +105,8 @@ def down_constants_of(lists: int, config: Config, pdl: bool) -> dict[str, Any]:
         "BATCH": config.down_batch,
         "COLUMNS": config.down_columns,
         "num_warps": config.down_warps,
-        **_pdl_of(pdl),
+        **pdl_of(pdl),
     }
-
-
-def _pdl_of(pdl: bool) -> dict[str, Any]:
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
-
-
-def _has_pdl(device: torch.device) -> bool:
-    """Whether a kernel can start while the one before it ends: programmatic dependent launch."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def launch_find(
@@ -214,7 +135,7 @@ def launch_find(
         *lists,
         units,
         *coefficients,
-        **constants_of(width, screen is not None, config, _has_pdl(x.device)),
+        **constants_of(width, screen is not None, config, has_pdl(x.device)),
     )
     return lists
 
@@ -240,7 +161,7 @@ def launch(
         z,
         width,
         number,
-        **down_constants_of(number, config, _has_pdl(x.device)),
+        **down_constants_of(number, config, has_pdl(x.device)),
     )
     return z
 
@@ -248,7 +169,8 @@ def launch(
 torch.library.define(
     "steppe::decode_token",
     "(Tensor x, Tensor weight, Tensor bias, Tensor down, Tensor down_bias,"
-    " Tensor? words, Tensor? bounds, float alpha, float beta) -> Tensor",
+    " Tensor? words, Tensor? bounds, float alpha, float beta,"
+    " Tensor? up=None, Tensor? up_bias=None) -> Tensor",
 )
 
 
@@ -263,12 +185,19 @@ def _decode_token(
     bounds: Tensor | None,
     alpha: float,
     beta: float,
+    up: Tensor | None = None,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
     screen = None if words is None or bounds is None else Screen(words, bounds)
-    _check(x, weight, bias, down, down_bias, screen)
-    config = config_of(weight.shape[1], screen is not None)
+    _check(x, weight, bias, down, down_bias, screen, up, up_bias)
+    block = x, weight, bias, down, down_bias
+    width = weight.shape[1]
     with torch.cuda.device_of(x):
-        return launch(x, weight, bias, down, down_bias, screen, (alpha, beta), config)
+        if len(x) == 1 and up is None:
+            return launch(*block, screen, (alpha, beta), config_of(width, screen is not None))
+        return decode_tokens.launch(
+            *block, up, up_bias, screen, (alpha, beta), decode_tokens.config_of(width, x.dtype)
+        )
 
 
 @torch.library.register_fake("steppe::decode_token")
@@ -285,14 +214,20 @@ def decode_token(
     screen: Screen | None,
     alpha: float = 1.0,
     beta: float = 0.0,
+    up: Tensor | None = None,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
-    """An MLP block, z = σ(x Kᵀ + b) V + c with σ(p) = α r + β r² and r = max(p, 0), on one token.
+    """An MLP block on a few tokens: z = a V + c with a = σ(x Kᵀ + b).
+
+    σ(p) = α r + β r² with r = max(p, 0). In a gated block a = σ(x Kᵀ + b) ⊙ (x Uᵀ + d), so K is the
+    weight of what is called the gate.
 
     The op ``steppe::decode_token``. Its shapes are static and nothing waits for the device, so a
     CUDA graph can capture it. It has no gradient.
 
     Args:
-        x: ``[1, D]``, of one of `DTYPES`; D at most `MOST_WIDTH`. Contiguous, like all others.
+        x: ``[T, D]``, of one of `DTYPES`; T at most `MOST_TOKENS` and D at most `MOST_WIDTH`.
+            Contiguous, like all others.
         weight: K, ``[F, D]``, in x's dtype like the next three.
         bias: b, ``[F]``.
         down: V, ``[F, D]``; an ``nn.Linear`` holds its transpose.
@@ -300,22 +235,33 @@ def decode_token(
         screen: of K and b as they are now, by `screen_of`; None to read all of K.
         alpha: α.
         beta: β.
+        up: U of a gated block, ``[F, D]``, in x's dtype; its rows are read of units that are active
+            for any token.
+        up_bias: d, ``[F]``; None for zero.
 
     Returns:
-        z, ``[1, D]``, summed in float32 and rounded once; the same bits in each call.
+        z, ``[T, D]``, summed in float32 and rounded once; the same bits in each call. Its last bits
+        depend on whether T is 1.
 
     Raises:
         KernelError: shapes, dtypes, devices or layouts are others.
     """
     words, bounds = (None, None) if screen is None else screen
     z: Tensor = torch.ops.steppe.decode_token(
-        x, weight, bias, down, down_bias, words, bounds, alpha, beta
+        x, weight, bias, down, down_bias, words, bounds, alpha, beta, up, up_bias
     )
     return z
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, down_bias: Tensor, screen: Screen | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    screen: Screen | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
 ) -> None:
     if not (x.is_cuda or INTERPRETED):
         raise KernelError(f"decode_token: expected tensors on a CUDA device, got {x.device}")
@@ -327,8 +273,15 @@ def _check(
             f" {list(weight.shape)}"
         )
     units, width = weight.shape
+    if x.dim() != 2 or not 1 <= len(x) <= MOST_TOKENS:
+        raise KernelError(
+            f"decode_token: x: expected [T, {width}] with T from 1 to {MOST_TOKENS}; got"
+            f" {list(x.shape)}"
+        )
+    if up is None and up_bias is not None:
+        raise KernelError("decode_token: up_bias: expected None, as up is None")
     expected = [
-        ("x", x, (1, width), x.dtype),
+        ("x", x, (len(x), width), x.dtype),
         ("weight", weight, (units, width), x.dtype),
         ("bias", bias, (units,), x.dtype),
         ("down", down, (units, width), x.dtype),
@@ -339,6 +292,10 @@ def _check(
             ("words", screen.words, (units, words_of(width)), torch.int32),
             ("bounds", screen.bounds, (4, units), torch.float32),
         ]
+    if up is not None:
+        expected.append(("up", up, (units, width), x.dtype))
+    if up_bias is not None:
+        expected.append(("up_bias", up_bias, (units,), x.dtype))
     for name, tensor, shape, dtype in expected:
         got = tensor.shape, tensor.dtype, tensor.device
         if got != (shape, dtype, x.device) or not tensor.is_contiguous():
