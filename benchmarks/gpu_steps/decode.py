@@ -25,6 +25,7 @@ DENSITIES = (0.1, 0.03, 0.15, 0.25)  # of one token besides, from which limits c
 _SCREENS = {"unscreened": False, "screened": True}
 WIDTHS, GATED_WIDTHS, TOKENS = (2048, 768, 1024, 4096), (2048, 4096), (1, 4, 16)
 MORE_TOKENS = (2, 8)
+FEWER = 0.02  # active units of each of several tokens
 
 
 def cases(is_dry: bool) -> Iterator[tuple[int, int, bool, float]]:
@@ -36,14 +37,16 @@ def cases(is_dry: bool) -> Iterator[tuple[int, int, bool, float]]:
     yield from itertools.product(TOKENS[1:], WIDTHS, (False,), (DENSITY,))
     yield from itertools.product(TOKENS, GATED_WIDTHS, (True,), (DENSITY,))
     yield from itertools.product(MORE_TOKENS, WIDTHS, (False,), (DENSITY,))
+    yield from itertools.product(TOKENS[1:], GATED_WIDTHS, (False, True), (FEWER,))
 
 
 def run(context: Context) -> None:
     """Time them in bfloat16; F is 4 D."""
     context.keep(
-        variants="a graph of eager calls, of compiled ones, of steppe's kernels without a screen and"
-        " with it, and of an accelerated model, which chooses; dense and accelerated calls without a"
-        " graph; us of a block",
+        variants="a graph of eager calls, of compiled ones, of steppe's kernels without a screen"
+        " and with it, and of an accelerated model, which chooses for one token without a gate, and"
+        " else is given a max_density of 1; dense and accelerated calls without a graph; us of a"
+        " block",
     )
     for case in cases(context.is_dry):
         tokens, width, gated, density = case
@@ -67,7 +70,13 @@ def times(context: Context, tokens: int, width: int, gated: bool, density: float
         activated = activated_of(block)
         p = nn.functional.linear(x, activated.weight).float()
         activated.bias.fill_(-p.quantile(1.0 - density))
-    fast = steppe.accelerate_(copy.deepcopy(blocks), patterns=PATTERNS, weights_are_final=True)
+    has_limits = tokens == 1 and not gated
+    fast = steppe.accelerate_(
+        copy.deepcopy(blocks),
+        patterns=PATTERNS,
+        max_density=None if has_limits else 1.0,
+        weights_are_final=True,
+    )
     calls: dict[str, Callable[[], object]] = {"eager": lambda: [block(x) for block in blocks]}
     if context.device == "cuda":
         calls["compiled"] = compiled(blocks, x)
@@ -85,6 +94,7 @@ def times(context: Context, tokens: int, width: int, gated: bool, density: float
         row["quartiles"] = [one / BLOCKS for one in row["quartiles"]]
     explained = steppe.explain(fast).blocks
     found["accelerated"]["in_graphs"] = sorted({block.in_graphs for block in explained})
+    found["accelerated"]["active"] = [block.density for block in explained]
     found["accelerated"]["candidates"] = [block.candidates for block in explained]
     return found
 

@@ -35,9 +35,9 @@ def block_of(device: str, dtype: torch.dtype, width: int = 1024) -> nn.Sequentia
     return block.eval().to(device, dtype)
 
 
-def token(device: str, dtype: torch.dtype, seed: int = 1, width: int = 1024) -> Tensor:
+def token(device: str, dtype: torch.dtype, seed: int = 1, rows: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, width, generator=generator).to(device, dtype)
+    return torch.randn(rows, 1024, generator=generator).to(device, dtype)
 
 
 def accelerated(model: nn.Module, **settings: Any) -> nn.Module:
@@ -77,27 +77,28 @@ def is_close(z: Tensor, expected: Tensor) -> bool:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("screens", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 16])
 def test_a_graph_replays_the_kernels_with_other_inputs(
-    device: str, dtype: torch.dtype, screens: bool
+    device: str, dtype: torch.dtype, screens: bool, rows: int
 ) -> None:
     dense = block_of(device, dtype)
-    fast = accelerated(dense, max_density=0.5, max_candidates=0.5 * screens)
-    x = token(device, dtype)
+    fast = accelerated(dense, max_density=1.0, max_candidates=1.0 * screens)
+    x = token(device, dtype, rows=rows)
     replay, z = captured(fast, x, device)
     if device == "cuda":
         (row,) = steppe.explain(fast).blocks
         assert row.in_graphs == row.how == (SCREENED if screens else SPARSE)
-        assert 0.01 < row.density < 0.1
-        assert not screens or row.density < row.candidates < 0.3
+        assert 0.01 < row.density < {1: 0.1, 2: 0.2, 16: 0.8}[rows]
+        assert not screens or row.density <= row.candidates <= 1.0
     for seed in range(5):
-        x.copy_(token(device, dtype, seed))
+        x.copy_(token(device, dtype, seed, rows))
         replay()
         assert is_close(z, exact(dense, x))
     bits = z.clone()
     for _ in range(REPEATS):
         replay()
         assert torch.equal(z, bits)
-    x.copy_(token(device, dtype, 9))
+    x.copy_(token(device, dtype, 9, rows))
     replay()
     assert not torch.equal(z, bits)
 
@@ -114,6 +115,21 @@ def test_the_limits_that_are_shipped_choose_the_kernels(device: str) -> None:
         assert steppe.explain(fast).blocks[0].in_graphs == SPARSE  # no screen at that width
     replay()
     assert is_close(z, exact(dense, x))
+
+
+@torch.no_grad()
+def test_several_tokens_were_not_measured(device: str) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float64
+    dense = block_of(device, dtype)
+    fast = accelerated(dense)
+    x = token(device, dtype, rows=4)
+    own, expected = captured(dense, x, device)
+    replay, z = captured(fast, x, device)
+    own()
+    replay()
+    assert torch.equal(z, expected)
+    if device == "cuda":
+        assert "for 4 tokens: give max_density" in steppe.explain(fast).blocks[0].in_graphs
 
 
 @torch.no_grad()
@@ -172,16 +188,19 @@ def test_a_graph_outlives_the_acceleration(device: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the compiler
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled_code_takes_the_kernels_where_it_makes_graphs(device: str, mode: str) -> None:
+@pytest.mark.parametrize("rows", [1, 16])
+def test_compiled_code_takes_the_kernels_where_it_makes_graphs(
+    device: str, mode: str, rows: int
+) -> None:
     if device == "cpu":
         pytest.skip("CUDA graphs")
     dense = block_of(device, torch.bfloat16)
-    fast = accelerated(dense, max_density=0.5, max_candidates=0.5)
+    fast = accelerated(dense, max_density=1.0, max_candidates=1.0)
     torch.compiler.reset()
     with torch.no_grad():
         call = torch.compile(fast, mode=mode, fullgraph=True)
         for seed in range(6):
-            x = token(device, torch.bfloat16, seed)
+            x = token(device, torch.bfloat16, seed, rows)
             torch.compiler.cudagraph_mark_step_begin()
             assert is_close(call(x), exact(dense, x))
             torch.cuda.synchronize()

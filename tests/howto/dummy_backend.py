@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steppe.ops import reference
 from steppe.ops.outcome import SPARSE, Outcome, note
-from steppe.ops.plan import BlockSource, Coefficients, Limits, Plan
+from steppe.ops.plan import BlockSource, Coefficients, Limits, Plan, Shape
 from steppe.ops.reference import Rule, Weights
 
 
@@ -85,11 +85,11 @@ class PlainBackend:
     def reason(self) -> str:
         return ""
 
-    def block(self, shape: tuple[int, int], limits: Limits) -> PlainBlock:
+    def block(self, shape: Shape, limits: Limits) -> PlainBlock:
         self.blocks.append(PlainBlock())
         return self.blocks[-1]
 
-    def too_little(self, rows: int, shape: tuple[int, int], asked: Limits) -> str:
+    def too_little(self, rows: int, shape: Shape, asked: Limits) -> str:
         return ""
 
     def prepare(self, dtype: torch.dtype) -> None:
@@ -102,7 +102,7 @@ class PlainBackend:
         pass
 
     def limits(
-        self, rows: int, width: int, dtype: torch.dtype, trains: bool, asked: Limits
+        self, rows: int, shape: Shape, dtype: torch.dtype, trains: bool, asked: Limits
     ) -> Plan:
         return Plan(max_density=1.0)
 

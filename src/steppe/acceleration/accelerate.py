@@ -113,7 +113,8 @@ def accelerate_(
     compute something else: while a hook that is not steppe's is on one of its modules, a module or
     its ``forward`` has been replaced, or torch.func transforms the call. The same holds for dtypes
     other than float32 and bfloat16 and for devices other than the CPU, with two exceptions for CUDA
-    devices: `pack`, and decoding one token in a CUDA graph, with `weights_are_final` (docs/gpu.md).
+    devices: `pack`, and decoding 1 to 16 tokens in a CUDA graph, with `weights_are_final`, and of
+    several tokens `max_density` (docs/gpu.md).
     `explain` says how each block ran last, and why. `watch` and `measure` go on working.
 
     In inference the kernels read copies of some weights in another layout. A copy is used only
@@ -126,7 +127,8 @@ def accelerate_(
         where: which blocks; all by default.
         patterns: patterns of your own for `find_blocks`, which are noted with the model.
         max_density: highest density at which a block runs sparse, in [0, 1], however little there
-            is to do; by default the limit that `steppe calibrate` has measured on this machine,
+            is to do; in a CUDA graph of several tokens the share of units that are active for any
+            of them. By default the limit that `steppe calibrate` has measured on this machine,
             else that of a built-in table.
         max_candidates: highest share of candidates, the entries that the int8 product cannot rule
             out, at which the first product is screened, in [0, 1], 0 for never; by default as

@@ -19,7 +19,7 @@ from steppe.ops.decoding import decode_block
 from steppe.ops.mlp import mlp, support
 from steppe.ops.outcome import PACKED, Outcome, noted
 from steppe.ops.packing import packed_mlp
-from steppe.ops.plan import BlockKernels, Limits, Plan
+from steppe.ops.plan import BlockKernels, Limits, Plan, Shape
 from steppe.ops.reference import Weights
 from steppe.ops.room import NO_ROOM, Room
 from steppe.plugins.base import effective_bias, l1_readers, needs_hidden, shifts_of
@@ -64,6 +64,8 @@ class Computation:
         weights_are_final: as `accelerate_` takes it.
 
     Attributes:
+        shape: of the block.
+        limits: that were asked for.
         is_again: whether a call is a decoding step like the last one, apart from foreign hooks,
             which the route checks.
         run_again: the output of such a call; None where it did not end as the last one.
@@ -87,7 +89,7 @@ class Computation:
         self.run_again: Callable[[Tensor], Tensor | None] = _nothing
         self._sigma = sigma_of(block)
         self._is_transposed = [is_conv1d(layer) for layer in block.layers]
-        self._shape = block.d_model, block.d_hidden
+        self.shape = Shape(block.d_model, block.d_hidden, block.gate is not None)
         self._held = [held_by(layer) for layer in block.layers]
         self._places = [place for held in self._held for place in held]
         self._kernels: BlockKernels | None = None
@@ -114,7 +116,7 @@ class Computation:
             reason = self._why_not_decoded()
             if reason:
                 return reason
-        return backend.too_little(x.numel() // self._shape[0], self._shape, self.limits)
+        return backend.too_little(x.numel() // self.shape.width, self.shape, self.limits)
 
     def plan_and_count(self, route: Route, x: Tensor, traced: bool) -> Plan:
         """The plan of a call, which is counted; a compiled op decides later, when it is called."""
@@ -184,18 +186,24 @@ class Computation:
         assert kernels is not None
         return kernels.prepare(self, self._number)
 
-    def in_graphs(self) -> str:
-        """How the block runs in a captured CUDA graph, in words; empty off such devices."""
+    def in_graphs(self, rows: int) -> str:
+        """How the block runs in a captured CUDA graph, in words; empty off such devices.
+
+        Args:
+            rows: number of tokens of the last call.
+        """
         weight = linear_weight(self.block.down)
         backend = backend_of(weight)
         if backend is None or not backend.only_decodes:
             return ""
+        captured = "" if self._kernels is None else self._kernels.in_graphs()
+        if captured or rows > backend.decode_rows:
+            rows = 1
         with torch.no_grad():
-            reason = self._why_not_decoded() or backend.too_little(1, self._shape, self.limits)
+            reason = self._why_not_decoded()
+        reason = reason or backend.too_little(max(rows, 1), self.shape, self.limits)
         reason = reason or backend.reason()
-        if reason or self._kernels is None:
-            return f"dense: {reason}" if reason else "not captured yet"
-        return self._kernels.in_graphs()
+        return f"dense: {reason}" if reason else captured or "not captured yet"
 
     def trial(self, x: Tensor) -> Plan:
         """The plan of a call in a trial: packed if it may be, else sparse at any density."""
@@ -206,7 +214,7 @@ class Computation:
         rows = x.numel() // self.block.d_model
         asked = self.limits._replace(max_density=1.0)
         trains = torch.is_grad_enabled()
-        return backend.limits(rows, self.block.d_model, x.dtype, trains, asked)
+        return backend.limits(rows, self.shape, x.dtype, trains, asked)
 
     def unfit(self) -> str:
         """Why there are no kernels for the block now, whatever its input; empty if there are."""
@@ -277,7 +285,7 @@ class Computation:
             self._kernels = None
             self.is_again, self.run_again = _never, _nothing
             if backend is not None:
-                self._kernels = backend.block(self._shape, self.limits)
+                self._kernels = backend.block(self.shape, self.limits)
                 self.is_again, self.run_again = self._kernels.is_again, self._kernels.run_again
         return self._kernels
 

@@ -42,7 +42,8 @@ class BlockExplanation:
         trains: whether a backward pass could follow.
         tokens: number of tokens of the call.
         density: share of the hidden entries that were active; NaN where they were not counted. Of
-            a packed block on a GPU that of an earlier call, as nothing waits for it.
+            a packed block on a GPU that of an earlier call, as nothing waits for it. In a CUDA
+            graph the share of units that were active for any token.
         candidates: share that the int8 product could not rule out; NaN where it was not used.
         max_density: highest density at which a call like the last one runs sparse.
         max_candidates: highest share of candidates at which its first product is screened.
@@ -51,7 +52,7 @@ class BlockExplanation:
         unpacked: why calls that train do not pack its activations; empty if they do.
         in_graphs: how it runs in a captured CUDA graph: ``sparse``, ``screened``, ``dense: `` and
             why, ``not captured yet``; empty off CUDA devices. Of the last capture, also of one in
-            compiled code.
+            compiled code; by number of tokens where they differ.
     """
 
     name: str
@@ -180,11 +181,11 @@ def _explain(route: Route) -> BlockExplanation:
     computation = route.computation
     assert isinstance(computation, Computation)
     asked = computation.limits
-    dtype, width = linear_weight(block.down).dtype, block.d_model
+    dtype = linear_weight(block.down).dtype
     backend = backend_of(linear_weight(block.down))
     limits = Plan()
     if backend is not None:
-        limits = backend.limits(last.rows, width, dtype, last.trains, asked)
+        limits = backend.limits(last.rows, computation.shape, dtype, last.trains, asked)
     has_limits = last.how not in (NEVER, PACKED)
     sources = [_ASKED] if asked[0] is not None else []
     if None in asked and backend is not None:
@@ -203,7 +204,7 @@ def _explain(route: Route) -> BlockExplanation:
         source=", ".join(sources),
         reason=last.reason,
         unpacked=computation.why_not_packed(linear_weight(block.down)),
-        in_graphs=computation.in_graphs(),
+        in_graphs=computation.in_graphs(last.rows),
     )
 
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from steppe.ops.plan import Coefficients
 from steppe.ops.reference import Rule, Weights, linear
 
+MOST_TOKENS = 16  # of a call of the GPU's kernels: the rows of a tile of tensor cores
+
 _SCHEMA = (
     "(Tensor x, Tensor activated, Tensor? activated_bias, Tensor down, Tensor? down_bias,"
     " float alpha, float beta, int number) -> Tensor"

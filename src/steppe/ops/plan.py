@@ -30,6 +30,20 @@ class Limits(NamedTuple):
     max_candidates: float | None = None
 
 
+class Shape(NamedTuple):
+    """What a block computes with, apart from its numbers.
+
+    Attributes:
+        width: D.
+        hidden: F.
+        is_gated: whether the activation's output is multiplied by a second product.
+    """
+
+    width: int
+    hidden: int
+    is_gated: bool
+
+
 class Plan(NamedTuple):
     """How one call of a block runs; decided once, by the first of its modules that is called.
 
@@ -129,7 +143,7 @@ class BlockKernels(Protocol):
         """
 
     def in_graphs(self) -> str:
-        """How the block runs in a captured CUDA graph, in words; empty without such kernels."""
+        """How the block runs in captured CUDA graphs, in words; empty if none was captured."""
 
 
 class Packer(Protocol):
@@ -183,20 +197,20 @@ class Backend(Protocol):
     def reason(self) -> str:
         """Why there are no kernels; empty if there are."""
 
-    def block(self, shape: tuple[int, int], limits: Limits) -> BlockKernels:
+    def block(self, shape: Shape, limits: Limits) -> BlockKernels:
         """The kernels of a block.
 
         Args:
-            shape: D and F.
+            shape: of the block.
             limits: of all its calls.
         """
 
-    def too_little(self, rows: int, shape: tuple[int, int], asked: Limits) -> str:
+    def too_little(self, rows: int, shape: Shape, asked: Limits) -> str:
         """Why a call has not the work for which the kernels pay; empty if it has, or is forced.
 
         Args:
             rows: number of tokens.
-            shape: D and F.
+            shape: of the block.
             asked: the limits that the user has given.
         """
 
@@ -210,7 +224,7 @@ class Backend(Protocol):
         """Free the cached copies of a weight, which is then no longer final."""
 
     def limits(
-        self, rows: int, width: int, dtype: torch.dtype, trains: bool, asked: Limits
+        self, rows: int, shape: Shape, dtype: torch.dtype, trains: bool, asked: Limits
     ) -> Plan:
         """The limits that hold for such calls; changes nothing and counts nothing."""
 

@@ -24,7 +24,7 @@ from ops.cuda import interpreter
 from steppe.acceleration.accelerate import acceleration_of
 from steppe.ops import backend, decoding
 from steppe.ops.arrival import Arrival
-from steppe.ops.cuda import decode
+from steppe.ops.cuda import decode, decode_tokens
 from steppe.ops.graphs import block as graph_block
 from steppe.ops.graphs import limits
 from steppe.ops.graphs.backend import CUDA
@@ -34,7 +34,8 @@ from steppe.ops.outcome import DENSE, OWN_MODULES, SCREENED, SPARSE
 pytestmark = [interpreter.NEEDED, pytest.mark.usefixtures("poisoned")]
 
 PATTERN = steppe.BlockPattern(family="a block", up="up", act="act", down="down")
-WIDTH, HIDDEN, DENSITY = 48, 80, 0.1
+WIDTH, HIDDEN = 48, 80
+ROWS = [1, 2, 16]
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}
 
 
@@ -97,8 +98,8 @@ def block_of(dtype: torch.dtype = torch.float32, biases: bool = True) -> nn.Sequ
     return block.eval().to(dtype)
 
 
-def token(seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def token(seed: int = 1, dtype: torch.dtype = torch.float32, rows: int = 1) -> Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def accelerated(block: nn.Module, **settings: Any) -> nn.Module:
@@ -139,47 +140,96 @@ def test_outside_of_a_capture_the_bits_are_those_of_the_modules(card: Card) -> N
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("rows", ROWS)
 def test_a_graph_replays_the_kernels_with_other_inputs(
-    card: Card, dtype: torch.dtype, biases: bool
+    card: Card, dtype: torch.dtype, biases: bool, rows: int
 ) -> None:
     dense = block_of(dtype, biases)
-    fast = accelerated(dense, max_density=0.8, max_candidates=0.9)
-    x = token(dtype=dtype)
+    fast = accelerated(dense, max_density=1.0, max_candidates=1.0)
+    x = token(dtype=dtype, rows=rows)
     fast(x)
     with card.capture():
         z = fast(x)
     (row,) = steppe.explain(fast).blocks
     assert (row.how, row.in_graphs, row.is_few) == (SCREENED, SCREENED, True)
-    active = (dense.up(x) > 0).double().mean().item()
+    active = (dense.up(x) > 0).any(0).double().mean().item()
     assert row.density == pytest.approx(active)
-    assert 0 < row.density <= row.candidates < 0.9
+    assert 0 < row.density <= row.candidates <= 1.0
     assert len(card.calls) == 1
     assert is_close(z, exact(dense, x))
     for seed in (2, 3):
-        x.copy_(token(seed, dtype))
+        x.copy_(token(seed, dtype, rows))
         card.replay()
         assert is_close(z, exact(dense, x))
-    assert not is_close(z, exact(dense, token(dtype=dtype)))
+    assert not is_close(z, exact(dense, token(dtype=dtype, rows=rows)))
 
 
 @torch.no_grad()
-def test_candidates_are_counted_as_the_kernel_finds_them(card: Card) -> None:
+@pytest.mark.parametrize("rows", ROWS)
+def test_candidates_are_counted_as_the_kernel_finds_them(card: Card, rows: int) -> None:
     dense = block_of()
     fast = accelerated(dense)
-    x = token()
+    x = token(rows=rows)
     fast(x)
     (row,) = steppe.explain(fast).blocks
-    fast.up.bias.data.fill_(float("inf"))
-    screen = decode.screen_of(dense.up.weight, dense.up.bias)
-    arguments = x, dense.up.weight, fast.up.bias, screen, (1.0, 0.0), decode.config_of(WIDTH, True)
-    assert row.candidates == pytest.approx(decode.launch_find(*arguments).counts.sum() / HIDDEN)
+    weight, bias = dense.up.weight, torch.full_like(dense.up.bias, float("inf"))
+    screen, coefficients = decode.screen_of(weight, dense.up.bias), (1.0, 0.0)
+    if rows == 1:
+        config = decode.config_of(WIDTH, True)
+        lists = decode.launch_find(x, weight, bias, screen, coefficients, config)
+    else:
+        of_tokens = decode_tokens.config_of(WIDTH, x.dtype)
+        lists = decode_tokens.launch_find(
+            x, weight, bias, None, None, screen, coefficients, of_tokens
+        )
+    assert row.candidates == pytest.approx(lists.counts.sum() / HIDDEN)
+    assert row.density <= row.candidates
+
+
+@torch.no_grad()
+def test_each_number_of_tokens_goes_by_its_own_numbers(card: Card) -> None:
+    dense = block_of()
+    fast = accelerated(dense, max_density=0.3, max_candidates=0.0)
+    one, many = token(), token(rows=16)
+    fast(one)
+    with card.capture():
+        assert torch.equal(fast(many), dense(many))
+    assert "no call of 16 tokens" in in_graphs(fast)
+    fast(many)
+    with card.capture():
+        z = fast(one)
+        assert torch.equal(fast(many), dense(many))
+    assert is_close(z, exact(dense, one))
+    assert len(card.calls) == 1
+    told = in_graphs(fast)
+    share = (dense.up(many) > 0).any(0).double().mean().item()
+    assert share > 0.3 > (dense.up(one) > 0).double().mean()
+    assert told.startswith("1 token: sparse; 16 tokens: dense: ")
+    assert f"{share:.1%} of the units are active for any of 16 tokens" in told
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", ROWS[1:])
+def test_the_screens_limit_was_measured_for_one_token(
+    card: Card, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(limits, "TABLE", [limits.TABLE[-1]._replace(width=WIDTH)])
+    monkeypatch.setattr(limits, "DTYPES", (torch.float32,))
+    dense = block_of()
+    nn.init.constant_(dense.up.bias, -10.0)  # no candidates
+    fast = accelerated(dense, max_density=1.0, max_candidates=None)
+    for x in (token(), token(rows=rows)):
+        fast(x)
+        with card.capture():
+            assert is_close(fast(x), exact(dense, x))
+    assert in_graphs(fast) == f"1 token: screened; {rows} tokens: sparse"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("settings", "way", "reason"),
     [
-        ({"max_density": 0.01}, DENSE, r"of the entries are active, and it pays up to 1\.0%"),
+        ({"max_density": 0.01}, DENSE, r"of the units are active, and it pays up to 1\.0%"),
         ({"max_candidates": 0.01}, SPARSE, ""),
         ({"max_candidates": 0.0}, SPARSE, ""),
         ({"weights_are_final": False}, DENSE, "weights_are_final=True"),
@@ -343,16 +393,44 @@ def test_blocks_that_do_something_else_are_not_copied(
     assert reason in f"{row.reason} {row.in_graphs}"
 
 
-@pytest.mark.parametrize("rows", [0, 2, 5])
+@pytest.mark.parametrize("rows", [0, 17])
 def test_more_tokens_run_their_own_modules(card: Card, rows: int) -> None:
     dense = block_of()
     fast = accelerated(dense)
     x = torch.randn(rows, WIDTH)
-    with torch.no_grad(), card.capture():
-        assert torch.equal(fast(x), dense(x))
+    with torch.no_grad():
+        fast(x)
+        with card.capture():
+            assert torch.equal(fast(x), dense(x))
     (row,) = steppe.explain(fast).blocks
     assert row.how == OWN_MODULES
-    assert "1 token at most" in row.reason
+    assert "calls of 1 to 16 tokens" in row.reason
+
+
+@pytest.mark.parametrize("rows", ROWS[1:])
+def test_several_tokens_need_a_density_as_none_was_measured(
+    card: Card, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(limits, "TABLE", [limits.TABLE[-1]._replace(width=WIDTH)])
+    monkeypatch.setattr(limits, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(limits, "LEAST_HIDDEN", 1)
+    dense = block_of()
+    nn.init.constant_(dense.up.bias, -10.0)  # none active
+    fast = accelerated(dense, max_density=None, max_candidates=None)
+    x = token(rows=rows)
+    reason = f"on a GPU it was not measured for {rows} tokens: give max_density"
+    with torch.no_grad():
+        fast(x)
+        with card.capture():
+            assert torch.equal(fast(x), dense(x))
+        (row,) = steppe.explain(fast).blocks
+        assert (row.how, row.reason, row.in_graphs) == (OWN_MODULES, reason, f"dense: {reason}")
+        assert "for one token" in row.source
+        assert not card.calls
+        fast(x[:1])
+        with card.capture():
+            fast(x[:1])
+    assert len(card.calls) == 1
 
 
 def test_gradients_and_watches_run_its_own_modules(card: Card) -> None:
@@ -462,14 +540,15 @@ class Ops:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the compiler
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("rows", ROWS)
 def test_compiled_code_decides_when_it_runs(
-    card: Card, monkeypatch: pytest.MonkeyPatch, mode: Callable[[], Any]
+    card: Card, monkeypatch: pytest.MonkeyPatch, mode: Callable[[], Any], rows: int
 ) -> None:
     monkeypatch.setattr(decoding, "makes_cuda_graphs", lambda: True)
     dense = block_of()
-    fast = accelerated(dense)
+    fast = accelerated(dense, max_density=1.0, max_candidates=1.0)
     ops = Ops()
-    x = token()
+    x = token(rows=rows)
     with mode(), compiled(fast, ops) as call:
         assert torch.equal(call(x), dense(x))  # the warm-up
         assert {name for name in ops.names if "steppe" in name} == {
@@ -480,7 +559,7 @@ def test_compiled_code_decides_when_it_runs(
         assert in_graphs(fast) == SCREENED
         assert len(card.calls) == 1
         assert is_close(z, exact(dense, x))
-        x.copy_(token(2))
+        x.copy_(token(2, rows=rows))
         card.replay()
         assert is_close(card.calls[0][1], exact(dense, x))
         if mode is torch.no_grad:
@@ -527,10 +606,11 @@ def test_generate_with_a_static_cache_takes_the_kernels(card: Card) -> None:
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the compiler
-def test_the_compilers_mode_tells_that_it_makes_graphs(card: Card) -> None:
+@pytest.mark.parametrize("rows", ROWS[::2])
+def test_the_compilers_mode_tells_that_it_makes_graphs(card: Card, rows: int) -> None:
     dense = block_of()
-    fast = accelerated(dense)
-    x = token()
+    fast = accelerated(dense, max_density=1.0)
+    x = token(rows=rows)
     torch.compiler.reset()
     call = torch.compile(fast, mode="reduce-overhead", fullgraph=True)
     assert torch.equal(call(x), dense(x))
@@ -551,6 +631,28 @@ def test_compiled_code_without_graphs_is_dense_and_has_no_op_of_steppe(card: Car
         assert torch.equal(call(token()), dense(token()))
     assert ops.names
     assert not [name for name in ops.names if "steppe" in name]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the compiler
+@pytest.mark.parametrize("most", [None, 1.0])
+def test_code_compiled_for_any_number_of_tokens(
+    card: Card, monkeypatch: pytest.MonkeyPatch, most: float | None
+) -> None:
+    monkeypatch.setattr(decoding, "makes_cuda_graphs", lambda: True)
+    dense = block_of()
+    fast = accelerated(dense, max_density=most)
+    fast(token())
+    torch.compiler.reset()
+    call = torch.compile(fast, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (5, 16, 17):
+        x = token(rows=rows)
+        assert torch.equal(call(x), dense(x))
+        with card.capture():
+            z = call(x)
+        assert len(card.calls) == (most is not None and rows <= 16)
+        assert is_close(z, exact(dense, x))
+    torch.compiler.reset()
 
 
 @torch.no_grad()

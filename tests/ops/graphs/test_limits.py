@@ -20,10 +20,15 @@ from steppe.ops.graphs.limits import (
     limits_for,
     too_little,
 )
-from steppe.ops.plan import Limits
+from steppe.ops.plan import Limits, Shape
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "gpu-h200-decode.json"
 NOTHING_ASKED = Limits()
+
+
+def of_width(width: int) -> Shape:
+    """A block as those that were measured."""
+    return Shape(width, 4 * width, False)
 
 
 def shipped(rows: list[dict[str, object]], width: int, screened: bool) -> dict[str, object]:
@@ -95,28 +100,35 @@ def test_what_was_measured_at_another_density_is_within_the_bound() -> None:
 def test_between_two_widths_the_smaller_limits_hold() -> None:
     dtype = torch.bfloat16
     for low, high in itertools.pairwise(TABLE):
-        between = limits_for((low.width + high.width) // 2, dtype, CARD, NOTHING_ASKED)
+        between = limits_for(1, of_width((low.width + high.width) // 2), dtype, CARD, NOTHING_ASKED)
         assert not between.reason
         assert between.max_density == min(low.max_density, high.max_density)
         assert between.max_candidates == min(low.max_candidates, high.max_candidates)
     for row in TABLE:
-        own = limits_for(row.width, dtype, CARD, NOTHING_ASKED)
+        own = limits_for(1, of_width(row.width), dtype, CARD, NOTHING_ASKED)
         assert (own.max_density, own.max_candidates) == (row.max_density, row.max_candidates)
 
 
 def test_what_was_not_measured_is_dense_unless_a_density_is_given() -> None:
-    assert "float32" in limits_for(2048, torch.float32, CARD, NOTHING_ASKED).reason
+    assert "float32" in limits_for(1, of_width(2048), torch.float32, CARD, NOTHING_ASKED).reason
     for other in (Card((8, 0), 132), Card((10, 0), 148), Card((9, 0), 78)):
-        assert "H200" in limits_for(2048, torch.bfloat16, other, NOTHING_ASKED).reason
-        asked = limits_for(2048, torch.bfloat16, other, Limits(0.3))
+        assert "H200" in limits_for(1, of_width(2048), torch.bfloat16, other, NOTHING_ASKED).reason
+        asked = limits_for(1, of_width(2048), torch.bfloat16, other, Limits(0.3))
         assert (asked.reason, asked.max_density, asked.max_candidates) == ("", 0.3, 0.0)
-    asked = limits_for(64, torch.float32, CARD, Limits(0.3))
+    asked = limits_for(1, of_width(64), torch.float32, CARD, Limits(0.3))
     assert (asked.reason, asked.max_density, asked.max_candidates) == ("", 0.3, 0.0)
-    asked = limits_for(2048, torch.bfloat16, CARD, Limits(0.3, 0.4))
+    asked = limits_for(1, of_width(2048), torch.bfloat16, CARD, Limits(0.3, 0.4))
     assert (asked.max_density, asked.max_candidates) == (0.3, 0.4)
-    assert "768" in too_little((512, 2048), NOTHING_ASKED)
-    assert "F / D" in too_little((1024, 2048), NOTHING_ASKED)
-    assert not too_little((768, 3072), NOTHING_ASKED)
-    assert not too_little((512, 1024), Limits(0.3))
-    assert "4096" in too_little((5120, 20480), Limits(0.3))
+    assert "768" in too_little(1, Shape(512, 2048, False), NOTHING_ASKED)
+    assert "F / D" in too_little(1, Shape(1024, 2048, False), NOTHING_ASKED)
+    assert not too_little(1, of_width(768), NOTHING_ASKED)
+    assert not too_little(1, Shape(512, 1024, False), Limits(0.3))
+    assert "4096" in too_little(1, of_width(5120), Limits(0.3))
+    for rows in (2, 16):
+        assert f"for {rows} tokens" in too_little(rows, of_width(2048), NOTHING_ASKED)
+        assert not too_little(rows, of_width(2048), Limits(0.3))
+        asked = limits_for(rows, of_width(2048), torch.bfloat16, CARD, Limits(0.3))
+        assert (asked.reason, asked.max_density, asked.max_candidates) == ("", 0.3, 0.0)
+        asked = limits_for(rows, of_width(2048), torch.bfloat16, CARD, Limits(0.3, 0.4))
+        assert (asked.max_density, asked.max_candidates) == (0.3, 0.4)
     assert all(map(math.isfinite, (row.max_density for row in TABLE)))

@@ -11,7 +11,7 @@ from steppe.ops.cpu.calibration import use_remembered
 from steppe.ops.cpu.calls import DECODE_ROWS, DTYPES
 from steppe.ops.cpu.library import kernels
 from steppe.ops.cpu.native_ops import plan_for
-from steppe.ops.plan import Limits, Plan
+from steppe.ops.plan import Limits, Plan, Shape
 
 _TOO_LITTLE = "these are too few tokens for so small a block"
 
@@ -28,13 +28,13 @@ class CpuBackend:
         """Why there are no kernels; empty if there are."""
         return kernels().reason
 
-    def block(self, shape: tuple[int, int], limits: Limits) -> CpuBlock:
+    def block(self, shape: Shape, limits: Limits) -> CpuBlock:
         """The kernels of a block."""
         return CpuBlock(shape, limits)
 
-    def too_little(self, rows: int, shape: tuple[int, int], asked: Limits) -> str:
+    def too_little(self, rows: int, shape: Shape, asked: Limits) -> str:
         """Why a call has not the work for which the kernels pay; empty if it has, or is forced."""
-        if asked.max_density is not None or dispatch.pays(rows, *shape):
+        if asked.max_density is not None or dispatch.pays(rows, shape.width, shape.hidden):
             return ""
         return _TOO_LITTLE
 
@@ -51,10 +51,10 @@ class CpuBackend:
         copies.forget(weight)
 
     def limits(
-        self, rows: int, width: int, dtype: torch.dtype, trains: bool, asked: Limits
+        self, rows: int, shape: Shape, dtype: torch.dtype, trains: bool, asked: Limits
     ) -> Plan:
         """The limits that hold for such calls."""
-        return plan_for(rows, width, dtype, trains, asked)
+        return plan_for(rows, shape.width, dtype, trains, asked)
 
     def source(self, dtype: torch.dtype) -> str:
         """Whether the thresholds are built in or measured, and the file."""

@@ -29,7 +29,7 @@ from steppe.ops.cpu.product_kernels import runs
 from steppe.ops.cpu.scalar import read_scalar
 from steppe.ops.cpu.team import threads
 from steppe.ops.outcome import Outcome, noted
-from steppe.ops.plan import BlockSource, Coefficients, Limits, Plan
+from steppe.ops.plan import BlockSource, Coefficients, Limits, Plan, Shape
 from steppe.ops.reference import Rule, Weights, mlp_from
 
 
@@ -48,11 +48,11 @@ class CpuBlock:
     """See `steppe.ops.plan.BlockKernels`.
 
     Args:
-        shape: D and F.
+        shape: of the block.
         limits: of all calls.
     """
 
-    def __init__(self, shape: tuple[int, int], limits: Limits) -> None:
+    def __init__(self, shape: Shape, limits: Limits) -> None:
         self._shape, self._limits = shape, limits
         self._few: DecodeBlock | None = None
         self._last: _Step | None = None
@@ -118,7 +118,7 @@ class CpuBlock:
 
     def plan_and_count(self, rows: int, dtype: torch.dtype, trains: bool) -> Plan:
         """The plan of a call, which counts in the back-off: a block that was too dense waits."""
-        plan = native_ops.plan_for(rows, self._shape[0], dtype, trains, self._limits)
+        plan = native_ops.plan_for(rows, self._shape.width, dtype, trains, self._limits)
         if not plan.is_measured:
             return plan
         is_decoding = rows <= DECODE_ROWS and not trains
@@ -146,7 +146,7 @@ class CpuBlock:
             few = self._few = self._lay_out(x, source)
         if few is None or x.dtype != few.weights.down.dtype or plan.max_density <= 0.0:
             return None
-        width, hidden = self._shape
+        width, hidden, _ = self._shape
         rows = x.numel() // width
         alpha, beta, mix = coefficients
         if mix is not None:
@@ -234,7 +234,7 @@ class CpuBlock:
         ):
             return None
         asked = self._limits.max_candidates
-        limit = native_ops.screen_limit(DECODE_ROWS, self._shape[0], x.dtype, False, asked)
+        limit = native_ops.screen_limit(DECODE_ROWS, self._shape.width, x.dtype, False, asked)
         self._unkept = why_not_laid_out(weights)
         if self._unkept:
             return None

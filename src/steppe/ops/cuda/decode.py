@@ -16,6 +16,7 @@ bits. docs/screening.md has the bound and its proof, and docs/gpu.md has the mea
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from steppe.ops.cuda.decode_screen import (
     screen_of,
     words_of,
 )
-from steppe.ops.cuda.decode_tokens import MOST_TOKENS
+from steppe.ops.decoding import MOST_TOKENS
 from steppe.ops.reference import ceil_div
 
 __all__ = ["DTYPES", "MOST_TOKENS", "MOST_WIDTH", "Screen", "decode_token", "most_of", "screen_of"]
@@ -109,6 +110,11 @@ def down_constants_of(lists: int, config: Config, pdl: bool) -> dict[str, Any]:
     }
 
 
+def takes_one(x: Tensor, up: Tensor | None) -> bool:
+    """Whether the kernels of one token run: one token, in a block without a gate."""
+    return len(x) == 1 and up is None
+
+
 def launch_find(
     x: Tensor,
     weight: Tensor,
@@ -166,6 +172,26 @@ def launch(
     return z
 
 
+def candidates_of(
+    x: Tensor, weight: Tensor, bias: Tensor, screen: Screen, up: Tensor | None
+) -> Tensor:
+    """The share of units that the screen leaves for any token, 0-dim float32.
+
+    Arguments as of `decode_token`. With an infinite bias all that it leaves are active.
+    """
+    bias = torch.full_like(bias, math.inf)
+    units, width = weight.shape
+    with torch.cuda.device_of(x):
+        if takes_one(x, up):
+            lists = launch_find(x, weight, bias, screen, (1.0, 0.0), config_of(width, True))
+        else:
+            config = decode_tokens.config_of(width, x.dtype)
+            lists = decode_tokens.launch_find(
+                x, weight, bias, None, None, screen, (1.0, 0.0), config
+            )
+    return lists.counts.sum() / units
+
+
 torch.library.define(
     "steppe::decode_token",
     "(Tensor x, Tensor weight, Tensor bias, Tensor down, Tensor down_bias,"
@@ -193,7 +219,7 @@ def _decode_token(
     block = x, weight, bias, down, down_bias
     width = weight.shape[1]
     with torch.cuda.device_of(x):
-        if len(x) == 1 and up is None:
+        if takes_one(x, up):
             return launch(*block, screen, (alpha, beta), config_of(width, screen is not None))
         return decode_tokens.launch(
             *block, up, up_bias, screen, (alpha, beta), decode_tokens.config_of(width, x.dtype)

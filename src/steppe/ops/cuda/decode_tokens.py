@@ -29,9 +29,8 @@ from steppe.ops.cuda.decode_tokens_kernels import (
     find_active_of_tokens,
     grids_of,
 )
+from steppe.ops.decoding import MOST_TOKENS
 from steppe.ops.reference import ceil_div
-
-MOST_TOKENS = 16  # rows of a tile of tensor cores
 
 
 class Config(NamedTuple):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steppe.ops.decoding import MOST_TOKENS
 from steppe.ops.graphs import limits
 from steppe.ops.graphs.block import GraphBlock
 from steppe.ops.graphs.device import has_triton
-from steppe.ops.plan import Limits, Plan
-
-DECODE_ROWS = 1  # the most tokens that `steppe.ops.cuda.decode` takes
+from steppe.ops.plan import Limits, Plan, Shape
 
 
 class CudaBackend:
@@ -18,22 +17,22 @@ class CudaBackend:
 
     name = "cuda"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    decode_rows = DECODE_ROWS
+    decode_rows = MOST_TOKENS
     only_decodes = True
 
     def reason(self) -> str:
         """Why there are no kernels; empty if there are."""
         return "" if has_triton() else "decoding on a GPU needs Triton, which is not installed"
 
-    def block(self, shape: tuple[int, int], limits: Limits) -> GraphBlock:
+    def block(self, shape: Shape, limits: Limits) -> GraphBlock:
         """The kernels of a block."""
         return GraphBlock(shape, limits)
 
-    def too_little(self, rows: int, shape: tuple[int, int], asked: Limits) -> str:
+    def too_little(self, rows: int, shape: Shape, asked: Limits) -> str:
         """Why a call has not the work for which the kernels are; empty if it has."""
-        if not 0 < rows <= DECODE_ROWS:
-            return f"on a GPU the kernels take calls of {DECODE_ROWS} token at most"
-        return limits.too_little(shape, asked)
+        if not 0 < rows <= MOST_TOKENS:
+            return f"on a GPU the kernels take calls of 1 to {MOST_TOKENS} tokens"
+        return limits.too_little(rows, shape, asked)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Nothing: the limits come with steppe."""
@@ -45,14 +44,14 @@ class CudaBackend:
         """Nothing: copies belong to a block."""
 
     def limits(
-        self, rows: int, width: int, dtype: torch.dtype, trains: bool, asked: Limits
+        self, rows: int, shape: Shape, dtype: torch.dtype, trains: bool, asked: Limits
     ) -> Plan:
         """The limits that hold for such calls, on a card like the one that was measured."""
-        return limits.limits_for(width, dtype, limits.CARD, asked)
+        return limits.limits_for(rows, shape, dtype, limits.CARD, asked)
 
     def source(self, dtype: torch.dtype) -> str:
         """Where the limits come from."""
-        return "those of an H200, for captured CUDA graphs"
+        return "those of an H200, for one token in captured CUDA graphs"
 
 
 CUDA = CudaBackend()

@@ -1,18 +1,21 @@
 """The calls of one block on a CUDA device, and the choice of their way.
 
 Outside of a capture a call runs dense. The first ones, and one in `EVERY` after that, also count:
-how many entries are active, and how many the screen would leave. The numbers come by themselves
-(`steppe.ops.arrival`), so no call waits. In eager Python the other calls run the block's own
-modules; such calls are looked at no further than to see that no weight has changed.
+how many units are active for any token, and how many the screen would leave. The numbers come by
+themselves (`steppe.ops.arrival`), so no call waits. In eager Python the other calls run the block's
+own modules; such calls are looked at no further than to see that no weight has changed.
 
 While a graph is captured, the numbers that have arrived decide, once for all replays: dense, the
-kernels without a screen, or with it.
+kernels without a screen, or with it. Calls of another number of tokens have numbers of their own,
+as more tokens have more units active.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,34 +25,51 @@ from steppe.ops.arrival import Arrival
 from steppe.ops.decoding import dense, dense_from, register
 from steppe.ops.graphs.copies import Copies, State, copies_of, mixed
 from steppe.ops.graphs.device import card_of, is_capturing, kernels
-from steppe.ops.graphs.limits import limits_for
+from steppe.ops.graphs.limits import CARD, limits_for
 from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
-from steppe.ops.plan import BlockSource, Coefficients, Limits, Plan
+from steppe.ops.plan import BlockSource, Coefficients, Limits, Plan, Shape
 from steppe.ops.reference import Rule, Weights, linear
 
 EVERY = 64  # calls
 OUTSIDE = "the call is not in a CUDA graph that is captured: its launches would take longer"
 
 
+@dataclass
+class Counted:
+    """What is known of the calls of one number of tokens.
+
+    Attributes:
+        active: the share of units that were active for any token.
+        candidates: the share that the screen would leave.
+        calls: their number.
+        tried: the dtypes that the kernels are compiled for.
+        captured: how the last captured one ran, in words; empty for none.
+    """
+
+    active: Arrival = field(default_factory=Arrival)
+    candidates: Arrival = field(default_factory=Arrival)
+    calls: int = 0
+    tried: set[torch.dtype] = field(default_factory=set)
+    captured: str = ""
+
+
 class GraphBlock:
     """See `steppe.ops.plan.BlockKernels`, and `steppe.ops.decoding.Decoder`.
 
     Args:
-        shape: D and F.
+        shape: of the block.
         limits: of all calls.
     """
 
-    def __init__(self, shape: tuple[int, int], limits: Limits) -> None:
+    def __init__(self, shape: Shape, limits: Limits) -> None:
         self._shape, self._asked = shape, limits
         self._state: State | None = None
         self._copies: Copies | None = None
         self._unkept = ""  # why there are no copies
         self._is_kept = False  # whether a graph was captured with the copies
-        self._limits = Plan()
-        self._active, self._candidates = Arrival(), Arrival()
-        self._tried: set[tuple[int, torch.dtype]] = set()  # calls that the kernels are compiled for
-        self._calls = 0
-        self._captured = ""  # how the last captured call ran
+        self._card = CARD
+        # By number of tokens, `MOST_TOKENS` at most.
+        self._counted: defaultdict[int, Counted] = defaultdict(Counted)
 
     def is_again(self, x: Tensor) -> bool:
         """No call is repeated without a look at what it depends on."""
@@ -78,15 +98,16 @@ class GraphBlock:
         may_repeat: bool,
     ) -> Tensor | None:
         """The output of such a call: by the kernels in a capture, else dense and counted."""
-        flat = x.view(-1, self._shape[0])
+        flat = x.view(-1, self._shape.width)
         if is_capturing():
             z = self._run_kernels(flat, coefficients)
-            how, reason = self._captured, ""
+            how, reason = self._counted[len(flat)].captured, ""
         else:
             self._lay_out(source)
             z = self._count(flat, source.weights(), coefficients)
             how, reason = DENSE, self._unkept or OUTSIDE
-        shares = self._active.read(), self._candidates.read()
+        counted = self._counted[len(flat)]
+        shares = counted.active.read(), counted.candidates.read()
         note(Outcome(how, len(flat), *shares, is_few=True, reason=reason))
         return z.view_as(x)
 
@@ -136,26 +157,34 @@ class GraphBlock:
     def forget(self) -> None:
         """Free the copies; those that a graph was captured with stay as long as the weights."""
         self._state = self._copies = None
-        self._tried.clear()
+        for counted in self._counted.values():
+            counted.tried.clear()
 
     def in_graphs(self) -> str:
         """How the block runs in a captured graph, in words."""
-        if self._captured:
-            return self._captured
-        return f"dense: {self._unkept}" if self._unkept else "not captured yet"
+        captured = {rows: one.captured for rows, one in self._counted.items() if one.captured}
+        if not captured:
+            return f"dense: {self._unkept}" if self._unkept else ""
+        ways = set(captured.values())
+        if len(ways) == 1:
+            return ways.pop()
+        return "; ".join(
+            f"{rows} token{'s' * (rows > 1)}: {way}" for rows, way in sorted(captured.items())
+        )
 
     def _holds(self) -> bool:
         return self._state is not None and self._state.holds()
 
     def _counts(self, rows: int, dtype: torch.dtype) -> bool:
         """Whether a call counts its entries, which also makes the copies and tries the kernels."""
-        self._calls += 1
+        counted = self._counted[rows]
+        counted.calls += 1
         if not self._holds():
             return True
         return not self._unkept and (
-            math.isnan(self._active.read())
-            or (rows, dtype) not in self._tried
-            or self._calls % EVERY == 0
+            math.isnan(counted.active.read())
+            or dtype not in counted.tried
+            or counted.calls % EVERY == 0
         )
 
     def _lay_out(self, source: BlockSource) -> None:
@@ -169,53 +198,64 @@ class GraphBlock:
         dtype, device = weights.activated.dtype, weights.activated.device
         self._unkept = self._state.unfit() or mixed(weights)
         if not self._unkept:
-            self._limits = limits_for(self._shape[0], dtype, card_of(device), self._asked)
-            self._unkept = self._limits.reason
+            self._card = card_of(device)
+            limits = self._limits(1, dtype)  # which screen if any do
+            self._unkept = limits.reason
         if not self._unkept:
-            self._copies = copies_of(weights, self._limits.max_candidates > 0.0)
+            self._copies = copies_of(weights, limits.max_candidates > 0.0)
+
+    def _limits(self, rows: int, dtype: torch.dtype) -> Plan:
+        """Those of calls on the card that the block is on."""
+        return limits_for(rows, self._shape, dtype, self._card, self._asked)
 
     def _count(self, x: Tensor, weights: Weights, coefficients: Coefficients) -> Tensor:
         """The output, dense; the numbers of active entries and of candidates go on their way."""
+        counted = self._counted[len(x)]
         p = linear(x, weights.activated, weights.activated_bias)
-        self._active.send((~(p <= 0.0)).any(0).sum() / p.shape[1])
+        counted.active.send((~(p <= 0.0)).any(0).sum() / p.shape[1])
         copies = self._copies
         if copies is not None and copies.weight.dtype == x.dtype:
             x = aligned(x)
-            if (len(x), x.dtype) not in self._tried:
+            if x.dtype not in counted.tried:
                 # What a kernel needs is compiled when it runs first, which no capture allows.
                 alpha, beta, _ = coefficients
                 for screen in {None: None, id(copies.screen): copies.screen}.values():
                     kernels().decode_token(x, *copies[:4], screen, alpha, beta)
-                self._tried.add((len(x), x.dtype))
+                counted.tried.add(x.dtype)
             if copies.screen is not None:
-                self._candidates.send(candidates_of(x, copies))
+                share = kernels().candidates_of(x, copies.weight, copies.bias, copies.screen, None)
+                counted.candidates.send(share)
         return dense_from(p, weights, coefficients)
 
     def _why_dense(self, rows: int, dtype: torch.dtype) -> str:
         """Why a call that is captured runs dense, which is noted; empty if it may not."""
         reason = self._unkept or self._unready(rows, dtype)
         if not reason:
-            density, most = self._active.read(), self._limits.max_density
+            density = self._counted[rows].active.read()
+            most = self._limits(rows, dtype).max_density
             if density > most:
-                reason = f"{density:.1%} of the entries are active, and it pays up to {most:.1%}"
+                which = "" if rows == 1 else f" for any of {rows} tokens"
+                reason = (
+                    f"{density:.1%} of the units are active{which}, and it pays up to {most:.1%}"
+                )
             elif math.isnan(density) and most < 1.0:
-                reason = "the number of active entries had not arrived: capture it once more"
+                reason = "the number of active units had not arrived: capture it once more"
         if reason:
-            self._captured = f"dense: {reason}"
+            self._counted[rows].captured = f"dense: {reason}"
         return reason
 
     def _unready(self, rows: int, dtype: torch.dtype) -> str:
         if not self._holds():
             return "no call came before the capture, or a weight has changed since"
-        if (rows, dtype) not in self._tried:
+        if dtype not in self._counted[rows].tried:
             return f"no call of {rows} tokens in {dtype} came before the capture"
         return ""
 
-    @property
-    def _way(self) -> str:
+    def _way(self, rows: int, dtype: torch.dtype) -> str:
         """How the kernels run."""
-        has_screen = self._copies is not None and self._copies.screen is not None
-        few = self._candidates.read() <= self._limits.max_candidates
+        most = self._limits(rows, dtype).max_candidates
+        has_screen = self._copies is not None and self._copies.screen is not None and most > 0.0
+        few = self._counted[rows].candidates.read() <= most
         return SCREENED if has_screen and few else SPARSE
 
     def _run_kernels(self, x: Tensor, coefficients: Coefficients) -> Tensor:
@@ -227,8 +267,8 @@ class GraphBlock:
             self._is_kept = True
             state.keep(copies)
         alpha, beta, _ = coefficients
-        self._captured = self._way
-        screen = copies.screen if self._captured == SCREENED else None
+        self._counted[len(x)].captured = way = self._way(len(x), x.dtype)
+        screen = copies.screen if way == SCREENED else None
         z: Tensor = kernels().decode_token(aligned(x), *copies[:4], screen, alpha, beta)
         return z
 
@@ -240,14 +280,3 @@ def aligned(x: Tensor) -> Tensor:
     """
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
-
-
-def candidates_of(x: Tensor, copies: Copies) -> Tensor:
-    """The share of units that the screen leaves, 0-dim: with an infinite bias all are active."""
-    decode = kernels()
-    bias = torch.full_like(copies.bias, math.inf)
-    config = decode.config_of(x.shape[1], True)
-    with torch.cuda.device_of(x):
-        lists = decode.launch_find(x, copies.weight, bias, copies.screen, (1.0, 0.0), config)
-    share: Tensor = lists.counts.sum() / len(bias)
-    return share

@@ -1,7 +1,7 @@
 """Up to which density the kernels pay in a captured graph, from what one card has measured.
 
-An H200 has run blocks of four widths at 5 % active entries and no other density. So the limits are
-bounds, from bytes and these times alone:
+An H200 has run blocks of four widths on one token, at 5 % active entries and no other density. So
+the limits are bounds, from bytes and these times alone:
 
 - All bytes of K are read whatever the density is, and nothing reads faster than `SPEED`. What is
   left of a block's time is at most what grows with the density, in proportion at worst. So at a
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from steppe.ops.graphs.device import Card
-from steppe.ops.plan import Limits, Plan
+from steppe.ops.plan import Limits, Plan, Shape
 
 SPEED = 4.2e6  # bytes a µs: copies on that H200, benchmarks/results/gpu-h200.json
 LEAST_SPEEDUP = 0.97
@@ -80,18 +80,27 @@ TABLE = (
 )
 
 
-def too_little(shape: tuple[int, int], asked: Limits) -> str:
-    """Why blocks of a shape run dense; empty if they need not.
+def unmeasured(rows: int) -> str:
+    """What no card has timed of calls of some tokens; empty for nothing."""
+    return f"for {rows} tokens" if rows > 1 else ""
+
+
+def too_little(rows: int, shape: Shape, asked: Limits) -> str:
+    """Why such calls of a block run dense; empty if they need not.
 
     Args:
-        shape: D and F.
+        rows: number of tokens.
+        shape: of the block.
         asked: of `accelerate_`; with a density of the user's own the table is not asked.
     """
-    width, hidden = shape
+    width, hidden, _ = shape
     if width > MOST_WIDTH:
         return f"the kernels take a width of {MOST_WIDTH} at most, and this is {width}"
     if asked.max_density is not None:
         return ""
+    unknown = unmeasured(rows)
+    if unknown:
+        return f"on a GPU it was not measured {unknown}: give max_density"
     if width < TABLE[0].width:
         return f"it is {width} wide, and the narrowest that was measured is {TABLE[0].width}"
     if hidden < LEAST_HIDDEN * width:
@@ -99,11 +108,12 @@ def too_little(shape: tuple[int, int], asked: Limits) -> str:
     return ""
 
 
-def limits_for(width: int, dtype: torch.dtype, card: Card, asked: Limits) -> Plan:
-    """The limits that hold for blocks of a width that has enough.
+def limits_for(rows: int, shape: Shape, dtype: torch.dtype, card: Card, asked: Limits) -> Plan:
+    """The limits that hold for calls that have enough.
 
     Args:
-        width: D, at most `MOST_WIDTH`.
+        rows: number of tokens.
+        shape: of the block; D at most `MOST_WIDTH`.
         dtype: of the block.
         card: that it is on.
         asked: of `accelerate_`; None for the measured ones.
@@ -111,19 +121,19 @@ def limits_for(width: int, dtype: torch.dtype, card: Card, asked: Limits) -> Pla
     Returns:
         A plan with the limits, and the reason why nothing is known of such a card or dtype.
     """
-    most, candidates = asked
+    (most, candidates), width = asked, shape.width
     is_like = card.capability == CARD.capability and card.processors >= CARD.processors
     if most is None and dtype not in DTYPES:
         return Plan(f"on a GPU only 16-bit blocks were measured, and this is of {dtype}")
     if most is None and not is_like:
         return Plan("no card of this kind was measured: only the H200 was")
-    rows = [row for row in TABLE if row.width <= width][-1:]
-    rows += [row for row in TABLE if row.width >= width][:1]
+    near = [row for row in TABLE if row.width <= width][-1:]
+    near += [row for row in TABLE if row.width >= width][:1]
     if most is None:
-        most = min(row.max_density for row in rows)
+        most = min(row.max_density for row in near)
     if candidates is None:
-        is_known = is_like and dtype in DTYPES and width >= TABLE[0].width
-        candidates = min(row.max_candidates for row in rows) if is_known else 0.0
+        is_known = is_like and dtype in DTYPES and width >= TABLE[0].width and not unmeasured(rows)
+        candidates = min(row.max_candidates for row in near) if is_known else 0.0
     return Plan(
         max_density=most,
         max_candidates=candidates,
