@@ -17,16 +17,36 @@ import steppe
 from gpu_models import no_waits
 from steppe.ops.outcome import SCREENED, SPARSE
 
-PATTERN = steppe.BlockPattern(family="a block", up="up", act="act", down="down")
+PATTERNS = (
+    steppe.BlockPattern(family="a gated block", gate="gate", up="up", act="act", down="down"),
+    steppe.BlockPattern(family="a block", up="up", act="act", down="down"),
+)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 REPEATS = 50
 # Of ‖z‖: one rounding of z, and of the sums.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
-def block_of(device: str, dtype: torch.dtype, width: int = 1024) -> nn.Sequential:
+class Gated(nn.Module):
+    """As `block_of`, with a gate."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, 4 * width)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.act = nn.ReLU()
+        self.down = nn.Linear(4 * width, width)
+        nn.init.constant_(self.gate.bias, -1.645 * 3**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def block_of(device: str, dtype: torch.dtype, width: int = 1024, gated: bool = False) -> nn.Module:
     """About a twentieth of its units is active for a standard normal input."""
     torch.manual_seed(0)
+    if gated:
+        return Gated(width).eval().to(device, dtype)
     block = nn.Sequential()
     block.add_module("up", nn.Linear(width, 4 * width))
     block.add_module("act", nn.ReLU())
@@ -42,7 +62,7 @@ def token(device: str, dtype: torch.dtype, seed: int = 1, rows: int = 1) -> Tens
 
 def accelerated(model: nn.Module, **settings: Any) -> nn.Module:
     return steppe.accelerate_(
-        copy.deepcopy(model), patterns=(PATTERN,), weights_are_final=True, **settings
+        copy.deepcopy(model), patterns=PATTERNS, weights_are_final=True, **settings
     )
 
 
@@ -78,10 +98,11 @@ def is_close(z: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("screens", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("gated", [False, True])
 def test_a_graph_replays_the_kernels_with_other_inputs(
-    device: str, dtype: torch.dtype, screens: bool, rows: int
+    device: str, dtype: torch.dtype, screens: bool, rows: int, gated: bool
 ) -> None:
-    dense = block_of(device, dtype)
+    dense = block_of(device, dtype, gated=gated)
     fast = accelerated(dense, max_density=1.0, max_candidates=1.0 * screens)
     x = token(device, dtype, rows=rows)
     replay, z = captured(fast, x, device)
@@ -118,18 +139,24 @@ def test_the_limits_that_are_shipped_choose_the_kernels(device: str) -> None:
 
 
 @torch.no_grad()
-def test_several_tokens_were_not_measured(device: str) -> None:
+@pytest.mark.parametrize(
+    ("rows", "gated", "what"),
+    [(4, False, "for 4 tokens"), (1, True, "with a gate"), (4, True, "for 4 tokens with a gate")],
+)
+def test_several_tokens_and_gates_were_not_measured(
+    device: str, rows: int, gated: bool, what: str
+) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float64
-    dense = block_of(device, dtype)
+    dense = block_of(device, dtype, gated=gated)
     fast = accelerated(dense)
-    x = token(device, dtype, rows=4)
+    x = token(device, dtype, rows=rows)
     own, expected = captured(dense, x, device)
     replay, z = captured(fast, x, device)
     own()
     replay()
     assert torch.equal(z, expected)
     if device == "cuda":
-        assert "for 4 tokens: give max_density" in steppe.explain(fast).blocks[0].in_graphs
+        assert f"{what}: give max_density" in steppe.explain(fast).blocks[0].in_graphs
 
 
 @torch.no_grad()
@@ -141,7 +168,7 @@ def test_where_too_many_are_active_or_nothing_is_promised_the_bits_are_the_modul
     dense = block_of(device, dtype)
     nn.init.zeros_(dense.up.bias)  # half of them
     fast = steppe.accelerate_(
-        copy.deepcopy(dense), patterns=(PATTERN,), max_density=0.3, weights_are_final=promised
+        copy.deepcopy(dense), patterns=PATTERNS, max_density=0.3, weights_are_final=promised
     )
     x = token(device, dtype)
     for _ in range(3):
@@ -159,9 +186,10 @@ def test_where_too_many_are_active_or_nothing_is_promised_the_bits_are_the_modul
 
 
 @torch.no_grad()
-def test_eager_calls_do_not_wait_for_the_device(device: str) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_eager_calls_do_not_wait_for_the_device(device: str, gated: bool) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float64
-    dense = block_of(device, dtype)
+    dense = block_of(device, dtype, gated=gated)
     fast = accelerated(dense, max_density=0.5)
     x = token(device, dtype)
     fast(x)  # makes the copies, and what lasts
@@ -188,13 +216,13 @@ def test_a_graph_outlives_the_acceleration(device: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the compiler
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize(("rows", "gated"), [(1, False), (16, False), (16, True)])
 def test_compiled_code_takes_the_kernels_where_it_makes_graphs(
-    device: str, mode: str, rows: int
+    device: str, mode: str, rows: int, gated: bool
 ) -> None:
     if device == "cpu":
         pytest.skip("CUDA graphs")
-    dense = block_of(device, torch.bfloat16)
+    dense = block_of(device, torch.bfloat16, gated=gated)
     fast = accelerated(dense, max_density=1.0, max_candidates=1.0)
     torch.compiler.reset()
     with torch.no_grad():
@@ -210,16 +238,17 @@ def test_compiled_code_takes_the_kernels_where_it_makes_graphs(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the compiler
-def test_generate_with_a_static_cache_takes_them(device: str) -> None:
+@pytest.mark.parametrize(("kind", "batch"), [("gpt_neox", 1), ("llama", 2)])
+def test_generate_with_a_static_cache_takes_them(device: str, kind: str, batch: int) -> None:
     pytest.importorskip("transformers")
     import models  # which needs transformers
 
     torch.manual_seed(0)
-    dense = models.gpt_neox().eval().to(device)
+    dense = models.LANGUAGE_MODELS[kind]().eval().to(device)
     fast = steppe.accelerate_(
         copy.deepcopy(dense), max_density=1.0, max_candidates=1.0, weights_are_final=True
     )
-    ids = torch.tensor([[2, 7, 9, 4]], device=device)
+    ids = torch.tensor([[2, 7, 9, 4], [5, 8, 3, 6]], device=device)[:batch]
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     torch.compiler.reset()
     expected = dense.generate(ids, **options)

@@ -505,6 +505,47 @@ def test_an_owner_that_uses_its_block_otherwise_later_is_refused(
     assert_same(fast, plain, x)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_owner_of_a_gated_block_that_does_more_later_is_refused(
+    trains: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated = steppe.BlockPattern(family="flagged", gate="gate", up="up", act="act", down="down")
+    fast = Flagged(WIDTH, HIDDEN, gated=True).train(trains)
+    steppe.accelerate_(fast, patterns=(gated,), max_density=1.0)
+    for _ in range(3):
+        fast(x)
+    for use in (
+        lambda m, x: m.down(0.5 * m.act(m.gate(x)) * m.up(x)),
+        lambda m, x: m.down(m.act(m.gate(x)) * (1.0 + m.up(x))),
+        lambda m, x: m.down(m.act(m.gate(x)) + m.up(x)),
+    ):
+        monkeypatch.setattr(Flagged, "use", use)
+        with pytest.raises(AccelerationError, match="last layer"), torch.set_grad_enabled(trains):
+            fast(x)
+
+
+def test_a_product_with_the_one_is_the_other_factor(x: Tensor) -> None:
+    """In both orders, without a kernel; all else is as with a tensor that has a one."""
+    seen: list[Tensor] = []
+
+    class Looking(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            a, up = self.act(self.gate(x)), self.up(x)
+            seen[:] = [a, up]
+            return self.down(torch.mul(up, a) if up.dim() else up * a)
+
+    fast = accelerate(Looking(WIDTH, HIDDEN, gated=True))
+    for _ in range(3):
+        fast(x)
+    a, one = seen
+    assert a is x
+    assert x * one is one * x is torch.mul(x, one) is x.mul(one) is x
+    assert type(one + x) is Tensor
+    assert torch.equal(one + x, 1.0 + x)
+    assert (one.dim(), one.dtype, one.item()) == (0, x.dtype, 1.0)
+    assert torch.equal(one * one, torch.ones(()))
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_block_may_be_handed_a_copy_of_what_it_was_handed(gated: bool, x: Tensor) -> None:
     """As functional dropout with p = 0 does, also where something is NaN."""

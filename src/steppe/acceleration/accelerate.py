@@ -113,8 +113,8 @@ def accelerate_(
     compute something else: while a hook that is not steppe's is on one of its modules, a module or
     its ``forward`` has been replaced, or torch.func transforms the call. The same holds for dtypes
     other than float32 and bfloat16 and for devices other than the CPU, with two exceptions for CUDA
-    devices: `pack`, and decoding 1 to 16 tokens in a CUDA graph, with `weights_are_final`, and of
-    several tokens `max_density` (docs/gpu.md).
+    devices: `pack`, and decoding 1 to 16 tokens in a CUDA graph, with `weights_are_final`, and for
+    several tokens or a gate with `max_density` (docs/gpu.md).
     `explain` says how each block ran last, and why. `watch` and `measure` go on working.
 
     In inference the kernels read copies of some weights in another layout. A copy is used only

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from steppe.acceleration.sigma import sigma_of
 from steppe.blocks.block import MLPBlock
+from steppe.blocks.fused import Half
 from steppe.blocks.linear import PartOfLinear, held_by, is_transposed, linear_weight
 from steppe.ops.backend import backend_of, why_not_packed
 from steppe.ops.bitmask import active_of
@@ -169,8 +170,8 @@ class Computation:
             return "the kernels of this device only decode: torch.no_grad()"
         if not self._weights_are_final:
             return _NOT_FINAL
-        if block.gate is not None:
-            return "the kernels of this device have no gate"
+        if isinstance(block.up, Half):
+            return "its gate and up are one layer, of which the output would have to be read"
         if self._sigma.coefficients()[2] is not None:
             return "its activation changes from step to step"
         return ""

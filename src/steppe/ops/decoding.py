@@ -26,8 +26,8 @@ from steppe.ops.reference import Rule, Weights, linear
 MOST_TOKENS = 16  # of a call of the GPU's kernels: the rows of a tile of tensor cores
 
 _SCHEMA = (
-    "(Tensor x, Tensor activated, Tensor? activated_bias, Tensor down, Tensor? down_bias,"
-    " float alpha, float beta, int number) -> Tensor"
+    "(Tensor x, Tensor activated, Tensor? activated_bias, Tensor? up, Tensor? up_bias, Tensor down,"
+    " Tensor? down_bias, float alpha, float beta, int number) -> Tensor"
 )
 
 
@@ -60,7 +60,7 @@ def makes_cuda_graphs() -> bool:
 
 
 def dense(x: Tensor, weights: Weights, coefficients: Coefficients) -> Tensor:
-    """A block without a gate by its two products, the bits of ``nn.Linear``, σ and ``nn.Linear``.
+    """A block by its products, the bits of its own modules.
 
     Args:
         x: ``[T, D]``.
@@ -71,13 +71,15 @@ def dense(x: Tensor, weights: Weights, coefficients: Coefficients) -> Tensor:
         ``[T, D]``.
     """
     p = linear(x, weights.activated, weights.activated_bias)
-    return dense_from(p, weights, coefficients)
+    return dense_from(p, x, weights, coefficients)
 
 
-def dense_from(p: Tensor, weights: Weights, coefficients: Coefficients) -> Tensor:
+def dense_from(p: Tensor, x: Tensor, weights: Weights, coefficients: Coefficients) -> Tensor:
     """The same from the pre-activations ``[T, F]``."""
     alpha, beta, _ = coefficients
     a = Rule(alpha, beta, 0.0).activation(torch.relu(p))
+    if weights.up is not None:
+        a = a * linear(x, weights.up, weights.up_bias)
     return linear(a, weights.down.T, weights.down_bias)
 
 
@@ -86,7 +88,7 @@ def decode_block(x: Tensor, weights: Weights, coefficients: Coefficients, number
 
     Args:
         x: ``[T, D]``.
-        weights: of the block, without a gate.
+        weights: of the block.
         coefficients: of the activation, numbers.
         number: that its decoder was registered with.
 
@@ -94,16 +96,7 @@ def decode_block(x: Tensor, weights: Weights, coefficients: Coefficients, number
         ``[T, D]``.
     """
     alpha, beta, _ = coefficients
-    z: Tensor = torch.ops.steppe.decode_block(
-        x,
-        weights.activated,
-        weights.activated_bias,
-        weights.down,
-        weights.down_bias,
-        alpha,
-        beta,
-        number,
-    )
+    z: Tensor = torch.ops.steppe.decode_block(x, *weights, alpha, beta, number)
     return z
 
 
@@ -116,18 +109,18 @@ def _decode_block(
     x: Tensor,
     activated: Tensor,
     activated_bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
     alpha: float,
     beta: float,
     number: int,
 ) -> Tensor:
-    weights = Weights(activated, activated_bias, None, None, down, down_bias)
+    weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     if not makes_cuda_graphs():
         return dense(x, weights, (alpha, beta, None))
-    z: Tensor = torch.ops.steppe.decode_in_graph(
-        x, activated, activated_bias, down, down_bias, alpha, beta, number
-    )
+    z: Tensor = torch.ops.steppe.decode_in_graph(x, *weights, alpha, beta, number)
     return z
 
 
@@ -136,13 +129,15 @@ def _decode_in_graph(
     x: Tensor,
     activated: Tensor,
     activated_bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
     alpha: float,
     beta: float,
     number: int,
 ) -> Tensor:
-    weights = Weights(activated, activated_bias, None, None, down, down_bias)
+    weights = Weights(activated, activated_bias, up, up_bias, down, down_bias)
     decoder = _decoders.get(number)
     run = dense if decoder is None else decoder.run
     return run(x, weights, (alpha, beta, None))

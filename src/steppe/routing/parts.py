@@ -12,11 +12,12 @@ not the hidden one. Dynamo's guards on the modules keep the answers of one graph
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from steppe.routing.calls import Call, call_with, thread
 from steppe.routing.route import ROUTES, routes_of
@@ -64,15 +65,56 @@ class Entering(nn.Module):
         return p
 
 
+class One(Tensor):
+    """One, ``[]``: a product with it is the other factor, the tensor itself.
+
+    Nothing is computed, and `Arriving` sees without a look at numbers that it gets the block's
+    input. To read them would wait for a GPU, and end a capture.
+    """
+
+    x: Tensor  # whose dtype and device it has
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """The other factor of a product; what a tensor with a one does, in all else."""
+        if function in _PRODUCTS and len(args) == 2 and not kwargs:
+            others = [factor for factor in args if not isinstance(factor, One)]
+            if len(others) == 1 and isinstance(others[0], Tensor):
+                return others[0]
+        arguments = args, kwargs or {}
+        args, kwargs = tree_map_only(One, lambda one: one.x.new_ones(()), arguments)
+        return function(*args, **kwargs)
+
+
+_PRODUCTS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply}
+
+
+def _one_for(x: Tensor) -> Tensor:
+    """One beside a block's input."""
+    is_plain = type(x) is Tensor and not torch.compiler.is_compiling()
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined]  # it is documented
+    if torch.is_grad_enabled() or is_traced or not is_plain:
+        return x.new_ones(())
+    one = torch.empty((), device="cpu").as_subclass(One)
+    one.x = x
+    return one
+
+
 class Multiplying(nn.Module):
-    """A gated `up`: returns one, by which the owner multiplies."""
+    """A gated `up`: returns one, by which the owner multiplies; see `One`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``[]`` if routed, else ``[*, F]``."""
         call = call_with(self)
         x = _only(args, kwargs) if call is not None or torch.compiler.is_compiling() else None
         if x is not None and _begins(self, x, call):
-            return x.new_ones(())
+            return _one_for(x)
         up: Tensor = super().forward(*args, **kwargs)
         if call is not None and call.witness is not None:
             call.witness.see_up(up)
@@ -116,7 +158,7 @@ class Arriving(nn.Module):
                 route = routes_of(self)[0]
                 return route.computation(route, x, None)
             route = call.route
-            if x is not call.x:  # of a gated block always, multiplied by one
+            if x is not call.x:  # of a gated block with gradients always, multiplied by one
                 call.require_input(x, "its last layer")
             if not call.passed:
                 raise route.misuse("its activation is not called")

@@ -131,4 +131,9 @@ def test_what_was_not_measured_is_dense_unless_a_density_is_given() -> None:
         assert (asked.reason, asked.max_density, asked.max_candidates) == ("", 0.3, 0.0)
         asked = limits_for(rows, of_width(2048), torch.bfloat16, CARD, Limits(0.3, 0.4))
         assert (asked.max_density, asked.max_candidates) == (0.3, 0.4)
+    gated = of_width(2048)._replace(is_gated=True)
+    assert "measured with a gate" in too_little(1, gated, NOTHING_ASKED)
+    assert "for 4 tokens with a gate" in too_little(4, gated, NOTHING_ASKED)
+    assert not too_little(4, gated, Limits(0.3))
+    assert limits_for(1, gated, torch.bfloat16, CARD, Limits(0.3)).max_candidates == 0.0
     assert all(map(math.isfinite, (row.max_density for row in TABLE)))

@@ -51,7 +51,7 @@ class CudaBackend:
 
     def source(self, dtype: torch.dtype) -> str:
         """Where the limits come from."""
-        return "those of an H200, for one token in captured CUDA graphs"
+        return "those of an H200, for one token without a gate in captured CUDA graphs"
 
 
 CUDA = CudaBackend()

@@ -24,7 +24,7 @@ from steppe.ops import reference
 from steppe.ops.arrival import Arrival
 from steppe.ops.decoding import dense, dense_from, register
 from steppe.ops.graphs.copies import Copies, State, copies_of, mixed
-from steppe.ops.graphs.device import card_of, is_capturing, kernels
+from steppe.ops.graphs.device import card_of, is_capturing
 from steppe.ops.graphs.limits import CARD, limits_for
 from steppe.ops.outcome import DENSE, SCREENED, SPARSE, Outcome, note
 from steppe.ops.plan import BlockSource, Coefficients, Limits, Plan, Shape
@@ -220,12 +220,11 @@ class GraphBlock:
                 # What a kernel needs is compiled when it runs first, which no capture allows.
                 alpha, beta, _ = coefficients
                 for screen in {None: None, id(copies.screen): copies.screen}.values():
-                    kernels().decode_token(x, *copies[:4], screen, alpha, beta)
+                    copies.run(x, screen, alpha, beta)
                 counted.tried.add(x.dtype)
             if copies.screen is not None:
-                share = kernels().candidates_of(x, copies.weight, copies.bias, copies.screen, None)
-                counted.candidates.send(share)
-        return dense_from(p, weights, coefficients)
+                counted.candidates.send(copies.candidates(x))
+        return dense_from(p, x, weights, coefficients)
 
     def _why_dense(self, rows: int, dtype: torch.dtype) -> str:
         """Why a call that is captured runs dense, which is noted; empty if it may not."""
@@ -269,8 +268,7 @@ class GraphBlock:
         alpha, beta, _ = coefficients
         self._counted[len(x)].captured = way = self._way(len(x), x.dtype)
         screen = copies.screen if way == SCREENED else None
-        z: Tensor = kernels().decode_token(aligned(x), *copies[:4], screen, alpha, beta)
-        return z
+        return copies.run(aligned(x), screen, alpha, beta)
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ _captured: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Copies(NamedTuple):
-    """The weights of a block without a gate, each contiguous; itself where it was.
+    """The weights of a block, each contiguous; itself where it was.
 
     Attributes:
         weight: K, ``[F, D]``.
@@ -28,6 +28,8 @@ class Copies(NamedTuple):
         down: V, ``[F, D]``.
         down_bias: ``[D]``, zeros for none.
         screen: `steppe.ops.cuda.decode.Screen` of K and its bias, or None.
+        up: U of a gated block, ``[F, D]``, else None.
+        up_bias: ``[F]``; None for zeros.
     """
 
     weight: Tensor
@@ -35,11 +37,24 @@ class Copies(NamedTuple):
     down: Tensor
     down_bias: Tensor
     screen: Any
+    up: Tensor | None
+    up_bias: Tensor | None
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        return [*self[:4], *(() if self.screen is None else self.screen)]
+        screen = () if self.screen is None else self.screen
+        return [part for part in (*self[:4], *screen, self.up, self.up_bias) if part is not None]
+
+    def candidates(self, x: Tensor) -> Tensor:
+        """The share of units that the screen leaves for any token, 0-dim."""
+        share: Tensor = kernels().candidates_of(x, self.weight, self.bias, self.screen, self.up)
+        return share
+
+    def run(self, x: Tensor, screen: Any, alpha: float, beta: float) -> Tensor:
+        """The output of the kernels, ``[T, D]``; `screen` is its own or None."""
+        z: Tensor = kernels().decode_token(x, *self[:4], screen, alpha, beta, self.up, self.up_bias)
+        return z
 
 
 def copies_of(weights: Weights, screens: bool) -> Copies:
@@ -57,9 +72,11 @@ def copies_of(weights: Weights, screens: bool) -> Copies:
             like.new_zeros(length) if own is None else own.detach().clone()
             for own, like, length in zip(biases, (weight, down), weight.shape, strict=True)
         )
+        up = None if weights.up is None else weights.up.detach().contiguous()
+        up_bias = None if weights.up_bias is None else weights.up_bias.detach().clone()
         screen = kernels().screen_of(weight, bias) if screens else None
     wait_for(weight.device)  # a graph may be captured and replayed on other streams
-    return Copies(weight, bias, down, down_bias, screen)
+    return Copies(weight, bias, down, down_bias, screen, up, up_bias)
 
 
 class State:

@@ -1,7 +1,7 @@
 """Up to which density the kernels pay in a captured graph, from what one card has measured.
 
-An H200 has run blocks of four widths on one token, at 5 % active entries and no other density. So
-the limits are bounds, from bytes and these times alone:
+An H200 has run blocks of four widths without a gate, on one token, at 5 % active entries and no
+other density. So the limits are bounds, from bytes and these times alone:
 
 - All bytes of K are read whatever the density is, and nothing reads faster than `SPEED`. What is
   left of a block's time is at most what grows with the density, in proportion at worst. So at a
@@ -80,9 +80,10 @@ TABLE = (
 )
 
 
-def unmeasured(rows: int) -> str:
-    """What no card has timed of calls of some tokens; empty for nothing."""
-    return f"for {rows} tokens" if rows > 1 else ""
+def unmeasured(rows: int, is_gated: bool) -> str:
+    """What no card has timed of such calls; empty for nothing."""
+    tokens = f"for {rows} tokens" if rows > 1 else ""
+    return f"{tokens} with a gate".strip() if is_gated else tokens
 
 
 def too_little(rows: int, shape: Shape, asked: Limits) -> str:
@@ -93,12 +94,12 @@ def too_little(rows: int, shape: Shape, asked: Limits) -> str:
         shape: of the block.
         asked: of `accelerate_`; with a density of the user's own the table is not asked.
     """
-    width, hidden, _ = shape
+    width, hidden, is_gated = shape
     if width > MOST_WIDTH:
         return f"the kernels take a width of {MOST_WIDTH} at most, and this is {width}"
     if asked.max_density is not None:
         return ""
-    unknown = unmeasured(rows)
+    unknown = unmeasured(rows, is_gated)
     if unknown:
         return f"on a GPU it was not measured {unknown}: give max_density"
     if width < TABLE[0].width:
@@ -132,7 +133,12 @@ def limits_for(rows: int, shape: Shape, dtype: torch.dtype, card: Card, asked: L
     if most is None:
         most = min(row.max_density for row in near)
     if candidates is None:
-        is_known = is_like and dtype in DTYPES and width >= TABLE[0].width and not unmeasured(rows)
+        is_known = (
+            is_like
+            and dtype in DTYPES
+            and width >= TABLE[0].width
+            and not unmeasured(rows, shape.is_gated)
+        )
         candidates = min(row.max_candidates for row in near) if is_known else 0.0
     return Plan(
         max_density=most,
