@@ -1,6 +1,7 @@
 """Kernels for NVIDIA GPUs, in Triton: to pack activations for training, and to decode a few tokens.
 
-`steppe.ops.backend` imports those that pack, once they are needed; nothing imports the others yet.
+`steppe.ops.backend` imports those that pack, once they are needed, and `steppe.ops.graphs` those
+that decode.
 """
 
 from __future__ import annotations
