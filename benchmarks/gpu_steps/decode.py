@@ -41,9 +41,9 @@ def cases(is_dry: bool) -> Iterator[tuple[int, int, bool, float]]:
 def run(context: Context) -> None:
     """Time them in bfloat16; F is 4 D."""
     context.keep(
-        variants="a graph of eager calls, of compiled ones, of steppe's kernels without a screen and"
-        " with it, and of an accelerated model, which chooses; dense and accelerated calls without a"
-        " graph; us of a block",
+        variants="a graph of eager calls, of compiled ones, of steppe's kernels without a screen"
+        " and with it, and of an accelerated model, which chooses; dense and accelerated calls"
+        " without a graph; us of a block",
     )
     for case in cases(context.is_dry):
         tokens, width, gated, density = case
