@@ -68,11 +68,12 @@ docs: $(STAMP) ## build the site into build/docs, with nothing that it loads fro
 examples: $(STAMP) ## run the notebooks of examples/, two at a time (three minutes)
 	rm -rf build/examples && mkdir -p build && cp -r examples build/examples
 	cd build/examples && ls *.ipynb | PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 \
-	  xargs -P $(WORKERS) -n 1 jupyter execute --inplace --timeout=600
+	  xargs -P $(WORKERS) -n 1 jupyter nbconvert --execute --to notebook --inplace --ExecutePreprocessor.timeout=600
 
 save-examples: ## run them and keep their outputs (nothing else running)
 	$(MAKE) examples WORKERS=1
 	cp build/examples/*.ipynb examples
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams examples/*.ipynb
 
 test: $(STAMP) ## run the tests, without the slow ones
 	$(PYTEST) $(PYTEST_ARGS)

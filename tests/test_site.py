@@ -53,6 +53,10 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for page in ("index", "results", "reference/measures", "guides/serve", "troubleshooting"):
         assert "</html>" in (tmp_path / "site" / f"{page}.html").read_text(encoding="utf-8")
+    notebook = (tmp_path / "site" / "examples" / "why_is_it_sparse.html").read_text("utf-8")
+    pictures = re.findall('<img [^>]*src="([^"]+[.]png)"', notebook)
+    assert len(pictures) == 2
+    assert all((tmp_path / "site" / "examples" / picture).is_file() for picture in pictures)
     home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
     assert re.search('<a [^>]*href="reference/plugins.html#steppe.RisingThreshold"', home)
     assert "site/iframe-worker.js" in home
@@ -90,12 +94,13 @@ def test_what_the_pages_import_is_in_the_reference(scripts: SimpleNamespace) -> 
     assert missing == []
 
 
-def test_every_page_is_in_the_navigation() -> None:
+def test_every_page_is_in_the_navigation(scripts: SimpleNamespace) -> None:
     told = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     listed = re.findall(r"(\S+\.md)$", told, re.MULTILINE)
     here = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     assert len(listed) == len(set(listed))
-    assert set(listed) - here == {"index.md", "changelog.md", "contributing.md", "security.md"}
+    elsewhere = {**scripts.links.ROOT_PAGES, **scripts.links.NOTEBOOKS}
+    assert set(listed) - here == set(elsewhere.values())
     assert here - set(listed) == set()
 
 

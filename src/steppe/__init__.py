@@ -13,7 +13,7 @@ from wrapt import register_post_import_hook
 if TYPE_CHECKING:
     from steppe.public import *  # noqa: F403
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def _teach_transformers(module: object) -> None:

@@ -26,9 +26,15 @@ COMMAND = [sys.executable, "-m", "steppe.cli"]
 PLAIN = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**PLAIN, **variables}
     return subprocess.run(
-        [*COMMAND, *arguments], env=PLAIN, capture_output=True, text=True, timeout=300, check=False
+        [*COMMAND, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -40,7 +46,7 @@ def message_of(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_version_and_help_say_what_there_is() -> None:
-    assert run("--version").stdout == "steppe 0.1.0\n"
+    assert run("--version").stdout == f"steppe {steppe.__version__}\n"
     described = run("--help").stdout
     for command in ("demo", "train", "measure", "report", "bench", "calibrate", "study"):
         assert command in described
@@ -225,6 +231,9 @@ def test_measure_shows_its_progress_on_a_terminal_and_prints_the_same(
     assert output == piped.stdout
     assert (tmp_path / "a.json").read_bytes() == written
     assert piped.stderr == ""
+    coloured = run("measure", *measurable, *options, FORCE_COLOR="1")
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured.stdout) == piped.stdout  # and no bars in a pipe
+    assert coloured.stderr == ""
     density = 100 * read_run(tmp_path / "a.json").held_out[-1].density
     for part in ("loading run/checkpoint-10", "loading run/checkpoint-20"):
         assert part in shown

@@ -106,7 +106,7 @@ def progress_bars(*shown: str, on_stderr: bool = False) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.file.isatty(),  # FORCE_COLOR asks for colours in a pipe, not for bars
         redirect_stdout=not on_stderr,
     )
 
