@@ -27,7 +27,7 @@ def _teach_trainer(module: ModuleType) -> None:
     """Let the Trainer keep what a model card says of plug-ins."""
     from steppe.checkpoints import stock
 
-    stock.register_trainer(module)
+    stock.wrap_trainer(module)
 
 
 def _teach_peft(module: object) -> None:

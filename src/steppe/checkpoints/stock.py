@@ -116,7 +116,7 @@ def register() -> None:
     wrap_function_wrapper(PreTrainedModel, "_upload_modified_files", update_before_upload)
 
 
-def register_trainer(trainer: ModuleType) -> None:
+def wrap_trainer(trainer: ModuleType) -> None:
     """Make it known to the Trainer, whose module is given."""
     wrap_function_wrapper(trainer, "Trainer.create_model_card", _create_card_with_section)
 
