@@ -23,7 +23,10 @@ from torch import Tensor
 from steppe.ops.plan import Coefficients
 from steppe.ops.reference import Rule, Weights, linear
 
-MOST_TOKENS = 16  # of a call of the GPU's kernels: the rows of a tile of tensor cores
+# What the GPU's kernels take, for those who ask without Triton.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_TOKENS = 16  # of a call: the rows of a tile of tensor cores
+MOST_WIDTH = 4096  # D
 
 _SCHEMA = (
     "(Tensor x, Tensor activated, Tensor? activated_bias, Tensor? up, Tensor? up_bias, Tensor down,"

@@ -34,12 +34,10 @@ from steppe.ops.cuda.decode_screen import (
     screen_of,
     words_of,
 )
-from steppe.ops.decoding import MOST_TOKENS
+from steppe.ops.decoding import DTYPES, MOST_TOKENS, MOST_WIDTH
 from steppe.ops.reference import ceil_div
 
 __all__ = ["DTYPES", "MOST_TOKENS", "MOST_WIDTH", "Screen", "decode_token", "most_of", "screen_of"]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Config(NamedTuple):
@@ -73,9 +71,8 @@ class Config(NamedTuple):
 _CONFIGS = (
     (1024, Config(8, 4, 4, 1024, 4, 256, 16, 8), Config(8, 8, 4, 1024, 4, 256, 16, 8)),
     (2048, Config(8, 4, 8, 1024, 4, 512, 16, 8), Config(16, 8, 4, 1024, 4, 512, 16, 8)),
-    (4096, Config(16, 4, 4, 2048, 8, 512, 32, 8), Config(32, 4, 4, 1024, 4, 512, 32, 8)),
+    (MOST_WIDTH, Config(16, 4, 4, 2048, 8, 512, 32, 8), Config(32, 4, 4, 1024, 4, 512, 32, 8)),
 )
-MOST_WIDTH = _CONFIGS[-1][0]
 
 
 def config_of(width: int, screens: bool) -> Config:
@@ -126,11 +123,7 @@ def launch_find(
     """The first product; arguments as of `decode_token`."""
     units, width = weight.shape
     programs = ceil_div(units, config.rows)
-    lists = Lists(
-        x.new_empty(programs, dtype=torch.int32),
-        x.new_empty(programs, config.rows, dtype=torch.int32),
-        x.new_empty(programs, config.rows, dtype=torch.float32),
-    )
+    lists = Lists.empty(x, programs, config.rows)
     words, bounds = (lists.units, lists.values) if screen is None else screen
     find_active[(programs,)](
         x,

@@ -28,6 +28,22 @@ class Lists(NamedTuple):
     units: Tensor
     values: Tensor
 
+    @classmethod
+    def empty(cls, x: Tensor, programs: int, rows: int, *tokens: int) -> Lists:
+        """Lists on x's device that a kernel is to fill.
+
+        Args:
+            x: any tensor.
+            programs: number of lists.
+            rows: places of a list.
+            tokens: 16 for several, nothing for one.
+        """
+        return cls(
+            x.new_empty(programs, dtype=torch.int32),
+            x.new_empty(programs, rows, dtype=torch.int32),
+            x.new_empty(programs, rows, *tokens, dtype=torch.float32),
+        )
+
 
 def pdl_of(pdl: bool) -> dict[str, Any]:
     """Constants and options of a kernel for programmatic dependent launch, or without it."""

@@ -127,11 +127,7 @@ def launch_find(
     """The first product; arguments as of `decode_token`."""
     tokens, (units, width) = len(x), weight.shape
     programs = ceil_div(units, config.rows)
-    lists = Lists(
-        x.new_empty(programs, dtype=torch.int32),
-        x.new_empty(programs, config.rows, dtype=torch.int32),
-        x.new_empty(programs, config.rows, MOST_TOKENS, dtype=torch.float32),
-    )
+    lists = Lists.empty(x, programs, config.rows, MOST_TOKENS)
     pdl = has_pdl(x.device)
     grids, sizes, words, bounds = lists.units, lists.values, lists.units, lists.values  # not used
     if screen is not None:

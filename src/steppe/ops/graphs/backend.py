@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steppe.ops.decoding import MOST_TOKENS
+from steppe.ops.decoding import DTYPES, MOST_TOKENS
 from steppe.ops.graphs import limits
 from steppe.ops.graphs.block import GraphBlock
 from steppe.ops.graphs.device import has_triton
@@ -16,7 +16,7 @@ class CudaBackend:
     """Decoding in captured graphs; see `steppe.ops.plan.Backend`."""
 
     name = "cuda"
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = DTYPES
     decode_rows = MOST_TOKENS
     only_decodes = True
 

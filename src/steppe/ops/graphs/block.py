@@ -219,7 +219,7 @@ class GraphBlock:
             if x.dtype not in counted.tried:
                 # What a kernel needs is compiled when it runs first, which no capture allows.
                 alpha, beta, _ = coefficients
-                for screen in {None: None, id(copies.screen): copies.screen}.values():
+                for screen in [None] if copies.screen is None else [None, copies.screen]:
                     copies.run(x, screen, alpha, beta)
                 counted.tried.add(x.dtype)
             if copies.screen is not None:

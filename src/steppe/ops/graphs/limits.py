@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from steppe.ops.decoding import MOST_WIDTH
 from steppe.ops.graphs.device import Card
 from steppe.ops.plan import Limits, Plan, Shape
 
@@ -30,7 +31,6 @@ LEAST_SPEEDUP = 0.97
 CARD = Card((9, 0), 132)
 DTYPES = (torch.bfloat16, torch.float16)  # float16 has the same bytes and the same arithmetic
 LEAST_HIDDEN = 4  # F over D of the blocks
-MOST_WIDTH = 4096  # that the kernels take, `steppe.ops.cuda.decode.MOST_WIDTH`
 
 
 class Measured(NamedTuple):
